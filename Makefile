@@ -1,0 +1,97 @@
+# On a machine with python3, make and g++, GPU or none, two commands are enough:
+#
+#   make demo     install into .venv, fuse a standard ResNet, compare it with eager PyTorch, time both
+#   make test     install likewise, then lint and the whole test suite
+#
+# Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where to install), TEST=tests/test_build.py (which tests),
+# PYTEST_ARGS="-x -k name"; and the build's environment variables, in CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST ?=
+PYTEST_ARGS ?=
+# `make compat`: which torch releases ("newest" is what pip finds today), and the quick suite that they run.
+COMPAT_TORCH ?= 2.13.0 newest
+COMPAT_TESTS ?= tests
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install -c requirements/constraints.txt
+NATIVE := $(shell find csrc -name '*.[ch]*' -o -name '*.cu' -o -name '*.inl')
+FORMATTED := $(filter %.h %.cpp %.inl %.cu %.cuh,$(NATIVE))
+TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: help demo test build lint format pytest compat dist clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@echo "Also: build, lint, format, pytest, compat, dist, clean."
+
+demo: $(VENV)/.built
+	$(PY) -m resfuse demo
+
+# The CUDA library is compiled, linked and loaded by the tests even where there is no GPU, so they want a toolkit.
+test: $(VENV)/.toolkit
+	@$(MAKE) --no-print-directory $(VENV)/.built
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory pytest
+
+build: $(VENV)/.built
+
+pytest: $(VENV)/.built
+	$(PY) -m pytest $(PYTEST_ARGS) $(TEST)
+
+lint: $(VENV)/.built
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+	$(PY) -m mypy
+
+format: $(VENV)/.built
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+# Each step leaves a stamp in the environment, so that a second run has nothing to do.
+$(VENV)/.created:
+	@sh requirements/make_venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created requirements/constraints.txt
+	$(PIP_INSTALL) torch setuptools ninja
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py resfuse/_build.py $(NATIVE)
+	$(PIP_INSTALL) --no-build-isolation -e '.[demo,bench,test,lint]'
+	@$(PY) -m resfuse._extension
+	@touch $@
+
+$(VENV)/.toolkit: $(VENV)/.torch
+	@if $(PY) resfuse/_build.py 2>&1 | grep 'no CUDA toolkit was found'; then \
+	  if $(PIP_INSTALL) '$(TOOLKIT)'; then rm -f $(VENV)/.built; \
+	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
+	@touch $@
+
+# The binaries built above, unchanged, under other releases of torch.
+compat: $(VENV)/.built
+	@sha256sum resfuse/*.abi3.so
+	@set -e; for version in $(COMPAT_TORCH); do \
+	  venv=$(VENV)-torch-$$version; \
+	  if [ $$version = newest ]; then torch=torch; upgrade=--upgrade; else torch=torch==$$version; upgrade=; fi; \
+	  [ -x $$venv/bin/python ] || sh requirements/make_venv.sh "$(PYTHON)" $$venv; \
+	  $$venv/bin/python -m pip install -q $$upgrade $$torch; \
+	  $$venv/bin/python -m pip install -q 'numpy<2.4' rich pytest hypothesis; \
+	  $$venv/bin/python -c 'import torch; print("== torch", torch.__version__)'; \
+	  $$venv/bin/python -m resfuse._extension; \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" $$venv/bin/python -m pytest -q -m 'not slow' $(COMPAT_TESTS); \
+	done
+	@sha256sum resfuse/*.abi3.so
+
+dist: $(VENV)/.built
+	$(PY) -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info resfuse/*.so resfuse/_build_info.json $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find resfuse tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,390 @@
+// Batch norm + residual + ReLU, forward and backward, for NHWC ("rows" of C channels) and NCHW ("planes" of one channel).
+//
+// Traffic in training: forward reads the input twice (statistics, apply) and the residual once, writes the output once.
+// Backward reads grad_output, input and output (the mask) twice and writes grad_input; with a residual the first pass
+// writes g = masked grad_output, which is the residual's gradient, and the second reads g in place of two tensors.
+//
+// Every sum runs over tiles that fit the L2 cache, in float, and the tiles' results are merged in double.  The partition
+// into tiles and chunks depends on the shape alone, so results do not depend on the number of threads.
+
+constexpr int64_t kTileBytes = 128 * 1024;
+constexpr int64_t kMaxChunks = 64;
+
+struct Tiling {
+  int64_t rows, channels;
+  int64_t tile_rows, chunk_rows, chunks;
+
+  explicit Tiling(const Activation& shape) : rows(shape.batch * shape.pixels), channels(shape.channels) {
+    const int64_t fitting = kTileBytes / (channels * static_cast<int64_t>(sizeof(float)));
+    tile_rows = fitting < 8 ? 8 : fitting > 256 ? 256 : fitting;
+    const int64_t tiles = ceil_div(rows, tile_rows);
+    chunk_rows = ceil_div(tiles, tiles < kMaxChunks ? tiles : kMaxChunks) * tile_rows;
+    chunks = ceil_div(rows, chunk_rows);
+  }
+  int64_t chunk_begin(int64_t chunk) const { return chunk * chunk_rows; }
+  int64_t chunk_end(int64_t chunk) const { return chunk + 1 < chunks ? (chunk + 1) * chunk_rows : rows; }
+};
+
+// Calls f(begin, end) for each tile of a chunk.
+template <class F>
+RESFUSE_INLINE void each_tile(const Tiling& tiling, int64_t chunk, F f) {
+  const int64_t end = tiling.chunk_end(chunk);
+  for (int64_t row = tiling.chunk_begin(chunk); row < end; row += tiling.tile_rows)
+    f(row, row + tiling.tile_rows < end ? row + tiling.tile_rows : end);
+}
+
+// (count, mean, m2) of two sets of values from those of each: Chan, Golub & LeVeque 1979, "Updating formulae and a
+// pairwise algorithm for computing sample variances".
+RESFUSE_INLINE void merge(double& count, double& mean, double& m2, double other_count, double other_mean,
+                          double other_m2) {
+  const double delta = other_mean - mean, total = count + other_count;
+  mean += delta * (other_count / total);
+  m2 += other_m2 + delta * delta * (count * other_count / total);
+  count = total;
+}
+
+// sum[c] += f(input[row][c], c) for the rows [begin, end) of a tile.
+template <class T, class F>
+RESFUSE_INLINE void add_rows(const T* input, int64_t channels, int64_t begin, int64_t end, float* sum, F f) {
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    const T* from = input + row * channels;
+    each_block(channels, [&](int64_t c, auto lanes) {
+      const f32x16 low = f(load(from + c, lanes), c, lanes) + f(load(from + channels + c, lanes), c, lanes);
+      const f32x16 high =
+          f(load(from + 2 * channels + c, lanes), c, lanes) + f(load(from + 3 * channels + c, lanes), c, lanes);
+      store(sum + c, load(sum + c, lanes) + (low + high), lanes);
+    });
+  }
+  for (; row < end; ++row)
+    each_block(channels, [&](int64_t c, auto lanes) {
+      store(sum + c, load(sum + c, lanes) + f(load(input + row * channels + c, lanes), c, lanes), lanes);
+    });
+}
+
+template <class T>
+void statistics_rows(const Activation& shape, const T* input, double* mean, double* m2) {
+  const Tiling tiling(shape);
+  const int64_t channels = shape.channels;
+  std::vector<double> partial(2 * tiling.chunks * channels);
+  parallel_for(0, tiling.chunks, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> buffer(2 * channels);
+    float *tile_mean = buffer.data(), *tile_m2 = tile_mean + channels;
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double *chunk_mean = partial.data() + 2 * chunk * channels, *chunk_m2 = chunk_mean + channels;
+      double seen = 0;
+      each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
+        const double count = static_cast<double>(end - begin);
+        std::fill(buffer.begin(), buffer.end(), 0.0f);
+        add_rows(input, channels, begin, end, tile_mean, [](f32x16 x, int64_t, auto) { return x; });
+        for (int64_t c = 0; c < channels; ++c) tile_mean[c] = static_cast<float>(tile_mean[c] / count);
+        add_rows(input, channels, begin, end, tile_m2, [&](f32x16 x, int64_t c, auto lanes) {
+          const f32x16 delta = x - load(tile_mean + c, lanes);
+          return delta * delta;
+        });
+        for (int64_t c = 0; c < channels; ++c) {
+          double merged = seen;
+          merge(merged, chunk_mean[c], chunk_m2[c], count, tile_mean[c], tile_m2[c]);
+        }
+        seen += count;
+      });
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double count = 0;
+    mean[c] = m2[c] = 0;
+    for (int64_t chunk = 0; chunk < tiling.chunks; ++chunk) {
+      const double* from = partial.data() + 2 * chunk * channels + c;
+      merge(count, mean[c], m2[c], static_cast<double>(tiling.chunk_end(chunk) - tiling.chunk_begin(chunk)), from[0],
+            from[channels]);
+    }
+  }
+}
+
+// f(plane offset, end) for tiles of each plane of one channel.
+template <class F>
+RESFUSE_INLINE void each_plane_tile(const Activation& shape, int64_t channel, F f) {
+  constexpr int64_t tile = kTileBytes / 4 / static_cast<int64_t>(sizeof(float));
+  for (int64_t image = 0; image < shape.batch; ++image) {
+    const int64_t plane = (image * shape.channels + channel) * shape.pixels;
+    for (int64_t i = 0; i < shape.pixels; i += tile)
+      f(plane + i, plane + (i + tile < shape.pixels ? i + tile : shape.pixels));
+  }
+}
+
+RESFUSE_INLINE float total(f32x16 lanes) {
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// sum of f(offset, lanes) over [begin, end); f must return 0 in lanes beyond the end.
+template <class F>
+RESFUSE_INLINE float sum_range(int64_t begin, int64_t end, F f) {
+  f32x16 even = {}, odd = {};
+  int64_t i = begin;
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    even += f(i, Full{});
+    odd += f(i + kLanes, Full{});
+  }
+  each_block(end - i, [&](int64_t offset, auto lanes) { even += f(i + offset, lanes); });
+  return total(even + odd);
+}
+
+RESFUSE_INLINE f32x16 keep(f32x16 value, Full) { return value; }
+RESFUSE_INLINE f32x16 keep(f32x16 value, Part part) {
+  f32x16 kept = {};
+  __builtin_memcpy(&kept, &value, part.lanes * sizeof(float));
+  return kept;
+}
+
+template <class T>
+void statistics_planes(const Activation& shape, const T* input, double* mean, double* m2) {
+  parallel_for(0, shape.channels, ceil_div(kGrain, shape.batch * shape.pixels), [&](int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; ++channel) {
+      double count = 0;
+      mean[channel] = m2[channel] = 0;
+      each_plane_tile(shape, channel, [&](int64_t begin, int64_t end) {
+        const double tile = static_cast<double>(end - begin);
+        const float sum = sum_range(begin, end, [&](int64_t i, auto lanes) { return load(input + i, lanes); });
+        const float tile_mean = static_cast<float>(sum / tile);
+        const float squares = sum_range(begin, end, [&](int64_t i, auto lanes) {
+          const f32x16 delta = load(input + i, lanes) - tile_mean;
+          return keep(delta * delta, lanes);
+        });
+        merge(count, mean[channel], m2[channel], tile, tile_mean, squares);
+      });
+    }
+  });
+}
+
+void statistics(const Activation& shape, const void* input, double* mean, double* m2) {
+  with_type(shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (shape.channels_last)
+      statistics_rows(shape, static_cast<const T*>(input), mean, m2);
+    else
+      statistics_planes(shape, static_cast<const T*>(input), mean, m2);
+  });
+}
+
+void bn_statistics(const BnStatistics& args) {
+  const int64_t channels = args.shape.channels;
+  std::vector<double> wide(2 * channels);
+  statistics(args.shape, args.input, wide.data(), wide.data() + channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    args.mean[c] = static_cast<float>(wide[c]);
+    args.m2[c] = static_cast<float>(wide[channels + c]);
+  }
+}
+
+// (x - mean) scale + bias, not x scale + (bias - mean scale): the latter cancels where the mean is large.
+struct Affine {
+  std::vector<float> scale, bias;
+
+  Affine(int64_t channels, const float* invstd, const float* weight, const float* bias_or_null)
+      : scale(invstd, invstd + channels), bias(channels, 0.0f) {
+    for (int64_t c = 0; c < channels && weight != nullptr; ++c) scale[c] *= weight[c];
+    for (int64_t c = 0; c < channels && bias_or_null != nullptr; ++c) bias[c] = bias_or_null[c];
+  }
+};
+
+template <class T>
+void apply_typed(const BnApply& args) {
+  const Activation& shape = args.shape;
+  const int64_t channels = shape.channels;
+  const Affine affine(channels, args.invstd, args.weight, args.bias);
+  const float *mean = args.mean, *scale = affine.scale.data(), *bias = affine.bias.data();
+  const T *input = static_cast<const T*>(args.input), *residual = static_cast<const T*>(args.residual);
+  T* output = static_cast<T*>(args.output);
+  const bool with_relu = args.relu;
+  const auto finish = [=](f32x16 value, int64_t i, auto lanes) __attribute__((always_inline)) {
+    if (residual != nullptr) value += load(residual + i, lanes);
+    if (with_relu) value = relu(value);
+    store(output + i, value, lanes);
+  };
+  if (shape.channels_last) {
+    parallel_for(0, shape.batch * shape.pixels, ceil_div(kGrain, channels), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        each_block(channels, [&](int64_t c, auto lanes) {
+          const f32x16 centred = load(input + row * channels + c, lanes) - load(mean + c, lanes);
+          finish(centred * load(scale + c, lanes) + load(bias + c, lanes), row * channels + c, lanes);
+        });
+    });
+  } else {
+    parallel_for(0, shape.batch * channels, ceil_div(kGrain, shape.pixels), [&](int64_t first, int64_t last) {
+      for (int64_t plane = first; plane < last; ++plane) {
+        const int64_t c = plane % channels, start = plane * shape.pixels;
+        each_block(shape.pixels, [&](int64_t i, auto lanes) {
+          finish((load(input + start + i, lanes) - mean[c]) * scale[c] + bias[c], start + i, lanes);
+        });
+      }
+    });
+  }
+}
+
+void bn_apply(const BnApply& args) {
+  with_type(args.shape.dtype, [&](auto* type) { apply_typed<std::remove_pointer_t<decltype(type)>>(args); });
+}
+
+void bn_train_forward(const BnTrainForward& args) {
+  const Activation& shape = args.apply.shape;
+  const int64_t channels = shape.channels;
+  const double count = static_cast<double>(shape.batch * shape.pixels);
+  std::vector<double> wide(2 * channels);
+  statistics(shape, args.apply.input, wide.data(), wide.data() + channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double mean = wide[c], m2 = wide[channels + c];
+    args.mean[c] = static_cast<float>(mean);
+    args.invstd[c] = static_cast<float>(1.0 / std::sqrt(m2 / count + args.eps));
+    if (args.running_mean != nullptr) {
+      args.running_mean[c] = static_cast<float>((1 - args.momentum) * args.running_mean[c] + args.momentum * mean);
+      args.running_var[c] =
+          static_cast<float>((1 - args.momentum) * args.running_var[c] + args.momentum * (m2 / (count - 1)));
+    }
+  }
+  bn_apply(args.apply);
+}
+
+// g at offset i, and its store where the caller wants it kept.
+template <class T>
+struct MaskedGrad {
+  const T *grad_output, *output;
+  T* masked;
+
+  template <class Lanes>
+  RESFUSE_INLINE f32x16 operator()(int64_t i, Lanes lanes) const {
+    f32x16 g = load(grad_output + i, lanes);
+    if (output != nullptr) g = relu_mask(g, load(output + i, lanes));
+    if (masked != nullptr) store(masked + i, g, lanes);
+    return g;
+  }
+};
+
+template <class T>
+void backward_reduce_rows(const BnBackwardReduce& args) {
+  const Tiling tiling(args.shape);
+  const int64_t channels = args.shape.channels;
+  const T* input = static_cast<const T*>(args.input);
+  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
+                           static_cast<T*>(args.masked)};
+  std::vector<double> partial(2 * tiling.chunks * channels);
+  parallel_for(0, tiling.chunks, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> buffer(2 * channels);
+    float *tile_g = buffer.data(), *tile_gx = tile_g + channels;
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      double* sums = partial.data() + 2 * chunk * channels;
+      each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
+        std::fill(buffer.begin(), buffer.end(), 0.0f);
+        int64_t row = begin;
+        const auto add = [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
+          f32x16 sum_g = load(tile_g + c, lanes), sum_gx = load(tile_gx + c, lanes);
+          const f32x16 mean = load(args.mean + c, lanes);
+          for (int64_t r = row; r < row + decltype(rows)::value; ++r) {
+            const f32x16 g = grad(r * channels + c, lanes);
+            sum_g += g;
+            sum_gx += g * (load(input + r * channels + c, lanes) - mean);
+          }
+          store(tile_g + c, sum_g, lanes);
+          store(tile_gx + c, sum_gx, lanes);
+        };
+        for (; row + 4 <= end; row += 4)
+          each_block(channels, [&](int64_t c, auto lanes) { add(c, lanes, std::integral_constant<int64_t, 4>{}); });
+        for (; row < end; ++row)
+          each_block(channels, [&](int64_t c, auto lanes) { add(c, lanes, std::integral_constant<int64_t, 1>{}); });
+        for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += buffer[c];
+      });
+    }
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum_g = 0, sum_gx = 0;
+    for (int64_t chunk = 0; chunk < tiling.chunks; ++chunk) {
+      sum_g += partial[2 * chunk * channels + c];
+      sum_gx += partial[(2 * chunk + 1) * channels + c];
+    }
+    args.sum_g[c] = static_cast<float>(sum_g);
+    args.sum_g_xhat[c] = static_cast<float>(sum_gx * args.invstd[c]);
+  }
+}
+
+template <class T>
+void backward_reduce_planes(const BnBackwardReduce& args) {
+  const Activation& shape = args.shape;
+  const T* input = static_cast<const T*>(args.input);
+  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
+                           static_cast<T*>(args.masked)};
+  parallel_for(0, shape.channels, ceil_div(kGrain, shape.batch * shape.pixels), [&](int64_t first, int64_t last) {
+    for (int64_t channel = first; channel < last; ++channel) {
+      const float mean = args.mean[channel];
+      double sum_g = 0, sum_gx = 0;
+      each_plane_tile(shape, channel, [&](int64_t begin, int64_t end) {
+        f32x16 tile_g = {}, tile_gx = {};
+        each_block(end - begin, [&](int64_t i, auto lanes) {
+          const f32x16 g = grad(begin + i, lanes);
+          tile_g += g;
+          tile_gx += keep(g * (load(input + begin + i, lanes) - mean), lanes);
+        });
+        sum_g += total(tile_g);
+        sum_gx += total(tile_gx);
+      });
+      args.sum_g[channel] = static_cast<float>(sum_g);
+      args.sum_g_xhat[channel] = static_cast<float>(sum_gx * args.invstd[channel]);
+    }
+  });
+}
+
+void bn_backward_reduce(const BnBackwardReduce& args) {
+  with_type(args.shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (args.shape.channels_last)
+      backward_reduce_rows<T>(args);
+    else
+      backward_reduce_planes<T>(args);
+  });
+}
+
+template <class T>
+void backward_apply_typed(const BnBackwardApply& args) {
+  const Activation& shape = args.shape;
+  const int64_t channels = shape.channels;
+  const T* input = static_cast<const T*>(args.input);
+  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output), nullptr};
+  T* grad_input = static_cast<T*>(args.grad_input);
+  const Affine affine(channels, args.invstd, args.weight, nullptr);
+  const float *mean = args.mean, *scale = affine.scale.data();
+  // grad_input = scale (g - mean_g - (input - mean) slope)
+  std::vector<float> terms(2 * channels, 0.0f);
+  float *mean_g = terms.data(), *slope = mean_g + channels;
+  for (int64_t c = 0; c < channels && args.count > 0; ++c) {
+    mean_g[c] = static_cast<float>(args.sum_g[c] / args.count);
+    slope[c] = static_cast<float>(args.sum_g_xhat[c] / args.count * args.invstd[c]);
+  }
+  const bool batch_statistics = args.count > 0;
+  if (shape.channels_last) {
+    parallel_for(0, shape.batch * shape.pixels, ceil_div(kGrain, channels), [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row)
+        each_block(channels, [&](int64_t c, auto lanes) {
+          const int64_t i = row * channels + c;
+          f32x16 g = grad(i, lanes);
+          if (batch_statistics)
+            g = g - load(mean_g + c, lanes) - (load(input + i, lanes) - load(mean + c, lanes)) * load(slope + c, lanes);
+          store(grad_input + i, g * load(scale + c, lanes), lanes);
+        });
+    });
+  } else {
+    parallel_for(0, shape.batch * channels, ceil_div(kGrain, shape.pixels), [&](int64_t first, int64_t last) {
+      for (int64_t plane = first; plane < last; ++plane) {
+        const int64_t c = plane % channels, start = plane * shape.pixels;
+        each_block(shape.pixels, [&](int64_t i, auto lanes) {
+          f32x16 g = grad(start + i, lanes);
+          if (batch_statistics) g = g - mean_g[c] - (load(input + start + i, lanes) - mean[c]) * slope[c];
+          store(grad_input + start + i, g * scale[c], lanes);
+        });
+      }
+    });
+  }
+}
+
+void bn_backward_apply(const BnBackwardApply& args) {
+  with_type(args.shape.dtype, [&](auto* type) { backward_apply_typed<std::remove_pointer_t<decltype(type)>>(args); });
+}

@@ -1,0 +1,15 @@
+// Everything that is compiled once per instruction set.  The including file has set RESFUSE_ISA and the target.
+// All names live in the namespace of the instruction set: the linker must not merge code of two of them.
+namespace resfuse::cpu::RESFUSE_ISA {
+namespace {
+#include "vec.inl"
+
+#include "add_relu.inl"
+#include "bn_act.inl"
+#include "finite.inl"
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {add_relu_forward,   add_relu_backward, bn_statistics, bn_apply, bn_train_forward,
+                         bn_backward_reduce, bn_backward_apply, rows_live,     copy_finite};
+}  // namespace resfuse::cpu::RESFUSE_ISA

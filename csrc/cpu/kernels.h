@@ -1,0 +1,28 @@
+// The table of CPU kernels, one per instruction set; dispatch.cpp picks one when first called.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../resfuse.h"
+#include "parallel.h"
+
+namespace resfuse::cpu {
+
+struct Kernels {
+  void (*add_relu_forward)(const AddReluForward&);
+  void (*add_relu_backward)(const AddReluBackward&);
+  void (*bn_statistics)(const BnStatistics&);
+  void (*bn_apply)(const BnApply&);
+  void (*bn_train_forward)(const BnTrainForward&);
+  void (*bn_backward_reduce)(const BnBackwardReduce&);
+  void (*bn_backward_apply)(const BnBackwardApply&);
+  bool (*rows_live)(const RowsLive&);
+  bool (*copy_finite)(const CopyFinite&);
+};
+
+}  // namespace resfuse::cpu

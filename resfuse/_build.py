@@ -1,0 +1,296 @@
+"""Build parameters of the two extension libraries, in one place.
+
+setup.py loads this file by path (resfuse itself can not be imported before it is built) and `resfuse.jit` imports it,
+so both builds compile the same sources with the same flags. It imports neither resfuse nor torch: what it needs to know
+about torch is passed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = ("_cpu", "_cuda")
+
+# sm_80 code runs on 8.x, sm_90a on Hopper; the sm_80 PTX serves every GPU that is newer than both.
+DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
+
+# The stable ABI of torch 2.10: one binary then loads in every torch from 2.10 on. No -std: torch knows its own.
+MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+HOW_TO_GET_A_COMPILER = "install g++ and run `pip install --no-build-isolation --force-reinstall --no-deps` again"
+HOW_TO_GET_A_TOOLKIT = (
+    "set CUDA_HOME, put nvcc on PATH, or `pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={cuda}.*'`, "
+    "then install resfuse again"
+)
+
+
+class BuildError(RuntimeError):
+    """FORCE_CUDA=1 asked for the CUDA library and it can not be built."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: its root directory and nvcc's release, e.g. "13.0"."""
+
+    home: Path
+    version: str
+
+    @property
+    def major(self) -> str:
+        return self.version.split(".")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything a build depends on. `skipped` maps each library that is not built to the reason."""
+
+    torch: str | None
+    torch_cuda: str | None
+    compiler: str | None
+    toolkit: Toolkit | None
+    arch_list: str
+    debug: bool
+    skipped: Mapping[str, str]
+
+    @property
+    def libraries(self) -> list[str]:
+        return [name for name in LIBRARIES if name not in self.skipped]
+
+    def as_info(self) -> dict[str, object]:
+        """The settings as plain JSON values, for bug reports."""
+        info = dataclasses.asdict(self)
+        info["toolkit"] = f"CUDA {self.toolkit.version} at {self.toolkit.home}" if self.toolkit else None
+        info["python"] = sys.version.split()[0]
+        return info
+
+    def __str__(self) -> str:
+        lines = [
+            f"torch      {self.torch or 'not installed'} (CUDA {self.torch_cuda or 'none'})",
+            f"compiler   {self.compiler or 'none'}{' (DEBUG)' if self.debug else ''}",
+        ]
+        if "_cuda" in self.libraries and self.toolkit:
+            lines.append(f"toolkit    CUDA {self.toolkit.version} at {self.toolkit.home} for {self.arch_list}")
+        for name in LIBRARIES:
+            reason = self.skipped.get(name)
+            lines.append(f"{name:<10} {'NOT built: ' + reason if reason else 'will be built'}")
+        return "\n".join(f"[resfuse] {line}" for line in lines)
+
+
+def flag_set(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def csrc_dir() -> Path:
+    """The C++/CUDA sources: beside this file in an installed package, one level up in a checkout."""
+    return next((p for p in (HERE / "csrc", HERE.parent / "csrc") if p.is_dir()), HERE.parent / "csrc")
+
+
+def sources(name: str) -> list[Path]:
+    """Absolute paths of the sources of `_cpu` or `_cuda`, sorted."""
+    csrc = csrc_dir()
+    kernels = csrc.glob("cpu/*.cpp") if name == "_cpu" else csrc.glob("cuda/*.cu")
+    return [csrc / f"bindings{name}.cpp", *sorted(kernels)]
+
+
+def compile_flags(name: str, debug: bool) -> dict[str, list[str]]:
+    """Flags per compiler: "cxx", "nvcc".
+
+    No -march: one binary serves every CPU, kernels choose their instruction set at run time.
+    """
+    # -fno-math-errno and -fno-trapping-math let loops with sqrt and comparisons vectorise; neither changes a result.
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+    # Messages of STD_TORCH_CHECK name their file: by its place in csrc, not in the directory of whoever built it.
+    paths = f"-ffile-prefix-map={csrc_dir()}=csrc"
+    # -Wno-psabi: vectors wider than the baseline ISA are passed only between functions that are always inlined.
+    cxx = [*optimise, "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi", paths, *MACROS]
+    if name == "_cpu":
+        return {"cxx": cxx}
+    # USE_CUDA unlocks the stream and device-guard part of torch's stable ABI.
+    nvcc = ["-O0" if debug else "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *MACROS, "-DUSE_CUDA"]
+    return {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": [*nvcc, "-g"] if debug else nvcc}
+
+
+def link_flags() -> list[str]:
+    """A missing symbol is an error when linking, not when a user first imports the library."""
+    return ["-Wl,--as-needed", "-Wl,--no-undefined"] if sys.platform == "linux" else []
+
+
+def cudart_bridge(toolkit: Toolkit, scratch: Path) -> list[str]:
+    """Directories to add to the linker's path so that `-lcudart` resolves.
+
+    Toolkits installed by pip ship libcudart.so.13 without the libcudart.so that the linker looks for; a symbolic link
+    of that name in `scratch` bridges it.
+    """
+    folders = [toolkit.home / name for name in ("lib64", "lib")]
+    if any((folder / "libcudart.so").exists() for folder in folders):
+        return []
+    for folder in folders:
+        for library in sorted(folder.glob("libcudart.so.*")):
+            scratch.mkdir(parents=True, exist_ok=True)
+            link = scratch / "libcudart.so"
+            link.unlink(missing_ok=True)
+            link.symlink_to(library.resolve())
+            return [str(scratch)]
+    return []
+
+
+def find_compiler(env: Mapping[str, str]) -> str | None:
+    """$CXX, or the first C++ compiler on PATH; None where there is none."""
+    if env.get("CXX"):
+        command = env["CXX"].split()[0]
+        return env["CXX"] if shutil.which(command, path=env.get("PATH", "")) else None
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name, path=env.get("PATH", ""))), None)
+
+
+def candidate_homes(env: Mapping[str, str], site_packages: Sequence[str]) -> list[Path]:
+    """Where a CUDA toolkit may be, best first. An explicit CUDA_HOME or CUDA_PATH is the only candidate."""
+    explicit = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    if explicit:
+        return [Path(explicit)]
+    homes = []
+    nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
+    if nvcc:
+        homes.append(Path(nvcc).resolve().parent.parent)
+    homes += [home for folder in site_packages for home in sorted(Path(folder, "nvidia").glob("cu[0-9]*"))]
+    homes.append(Path("/usr/local/cuda"))
+    return [home for home in homes if (home / "bin" / "nvcc").is_file()]
+
+
+def inspect_toolkit(home: Path) -> Toolkit | str:
+    """The toolkit at `home`, or the reason why it can not be used."""
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.is_file():
+        return f"{home} has no bin/nvcc"
+    missing = [name for name in ("cuda_runtime_api.h", "crt/host_config.h") if not (home / "include" / name).is_file()]
+    if not any(home.glob("lib*/libcudart.so*")):
+        missing.append("libcudart.so")
+    if missing:
+        return f"the CUDA toolkit at {home} is incomplete, it lacks {', '.join(missing)}"
+    try:
+        answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{nvcc} does not run: {error}"
+    release = re.search(r"release (\d+\.\d+)", answer)
+    return Toolkit(home, release.group(1)) if release else f"{nvcc} --version does not name its release"
+
+
+def find_toolkit(env: Mapping[str, str], site_packages: Sequence[str], torch_cuda: str) -> Toolkit | str:
+    """The first toolkit of torch's own CUDA major version, or the reason why there is none."""
+    reasons = []
+    for home in candidate_homes(env, site_packages):
+        found = inspect_toolkit(home)
+        if isinstance(found, str):
+            reasons.append(found)
+        elif found.major != torch_cuda.split(".")[0]:
+            reasons.append(f"the toolkit at {home} is CUDA {found.version} but torch was built with CUDA {torch_cuda}")
+        else:
+            return found
+    hint = HOW_TO_GET_A_TOOLKIT.format(cuda=torch_cuda)
+    return f"{'; '.join(reasons) or 'no CUDA toolkit was found'}; {hint}"
+
+
+def decide(
+    env: Mapping[str, str], *, torch: str | None, torch_cuda: str | None, site_packages: Sequence[str] | None = None
+) -> Settings:
+    """Choose what to build, and say why the rest is not.
+
+    Whether a GPU is present never matters: a build machine without one must not silently lose CUDA.
+
+    Args:
+        env: environment variables: RESFUSE_SKIP_CPU_BUILD, RESFUSE_SKIP_CUDA_BUILD, FORCE_CUDA, CUDA_HOME, CUDA_PATH,
+            TORCH_CUDA_ARCH_LIST, CXX, DEBUG and PATH are read.
+        torch: torch.__version__, or None where torch is not installed.
+        torch_cuda: torch.version.cuda, None for a CPU-only torch.
+        site_packages: where to look for a toolkit installed by pip; sys.path if None.
+
+    Raises:
+        BuildError: FORCE_CUDA=1 and the CUDA library can not be built.
+    """
+    compiler = find_compiler(env)
+    neither = None
+    if torch is None:
+        neither = "torch is not installed in the build environment; install torch>=2.10, then resfuse again"
+    elif compiler is None:
+        neither = f"no C++ compiler was found; {HOW_TO_GET_A_COMPILER}"
+
+    cpu = neither
+    if cpu is None and flag_set(env, "RESFUSE_SKIP_CPU_BUILD"):
+        cpu = "RESFUSE_SKIP_CPU_BUILD is set; unset it and install resfuse again"
+
+    toolkit: Toolkit | None = None
+    cuda = neither
+    if cuda is None and flag_set(env, "RESFUSE_SKIP_CUDA_BUILD"):
+        cuda = "RESFUSE_SKIP_CUDA_BUILD is set; unset it and install resfuse again"
+    elif cuda is None and torch_cuda is None:
+        cuda = f"torch {torch} is a CPU-only build; install a CUDA build of torch, then resfuse again"
+    elif cuda is None and torch_cuda is not None:
+        found = find_toolkit(env, sys.path if site_packages is None else site_packages, torch_cuda)
+        toolkit, cuda = (None, found) if isinstance(found, str) else (found, None)
+    if cuda and flag_set(env, "FORCE_CUDA"):
+        raise BuildError(f"FORCE_CUDA=1, but the CUDA library can not be built: {cuda}")
+
+    reasons = {"_cpu": cpu, "_cuda": cuda}
+    return Settings(
+        torch=torch,
+        torch_cuda=torch_cuda,
+        compiler=compiler,
+        toolkit=toolkit,
+        arch_list=env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST,
+        debug=flag_set(env, "DEBUG"),
+        skipped={name: reason for name, reason in reasons.items() if reason},
+    )
+
+
+@contextlib.contextmanager
+def build_environment(settings: Settings) -> Iterator[None]:
+    """Let torch.utils.cpp_extension see these settings: it reads them from the environment and from its CUDA_HOME."""
+    changes = {"TORCH_CUDA_ARCH_LIST": settings.arch_list}
+    if settings.compiler:
+        changes["CXX"] = settings.compiler
+    if settings.toolkit:
+        changes["CUDA_HOME"] = str(settings.toolkit.home)
+    before = {key: os.environ.get(key) for key in changes}
+    os.environ.update(changes)
+    try:
+        from torch.utils import cpp_extension
+
+        # Computed when that module was first imported, which may have been before this function ran.
+        home = cpp_extension.CUDA_HOME
+        cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", home)
+        try:
+            yield
+        finally:
+            cpp_extension.CUDA_HOME = home
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def main() -> None:
+    """Print what a build would do here; the Makefile asks before it installs a toolkit."""
+    try:
+        import torch
+    except ImportError:
+        versions: tuple[str | None, str | None] = (None, None)
+    else:
+        versions = (torch.__version__, torch.version.cuda)
+    try:
+        print(decide(os.environ, torch=versions[0], torch_cuda=versions[1]))
+    except BuildError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Loads the compiled libraries. One that is missing is a reason to show, never an ImportError."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).resolve().parent
+_outcome: dict[str, str | None] = {}
+
+
+def load(name: str) -> str | None:
+    """Load `_cpu` or `_cuda` once per process, which registers its operators with torch.
+
+    Returns:
+        None when the library is loaded, else the reason why it is not, as a sentence for the user.
+    """
+    if name not in _outcome:
+        _outcome[name] = _load(name)
+    return _outcome[name]
+
+
+def mark_loaded(name: str) -> None:
+    """Told by `resfuse.jit` that it has built and loaded this library into the process."""
+    _outcome[name] = None
+
+
+def build_info() -> dict[str, Any]:
+    """The settings this installation was built with; empty when it was never built (a bare checkout)."""
+    try:
+        info: dict[str, Any] = json.loads((_HERE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return info
+
+
+def _load(name: str) -> str | None:
+    # The record comes before the file: in a checkout, a library of an earlier build may still lie there.
+    recorded = build_info().get("skipped", {}).get(name)
+    if recorded:
+        return f"not built: {recorded}"
+    path = _HERE / f"{name}.abi3.so"
+    if not path.is_file():
+        return (
+            f"not built: {path.name} is not beside resfuse; run `pip install --no-build-isolation -e .` in a checkout, "
+            "or call resfuse.jit.load()"
+        )
+    if name == "_cuda" and torch.version.cuda is None:
+        return f"built, but torch {torch.__version__} is a CPU-only build"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"built, but torch {torch.__version__} can not load it: {error}"
+    return None
+
+
+def summary() -> str:
+    """One line per library, for the end of a build."""
+    return "\n".join(f"resfuse.{name}: {load(name) or 'loaded'}" for name in ("_cpu", "_cuda"))
+
+
+if __name__ == "__main__":
+    print(summary())

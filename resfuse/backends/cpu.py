@@ -1,0 +1,249 @@
+"""The CPU backend: own C++ kernels for the memory-bound verbs, oneDNN (in `cpu_conv`) for convolutions.
+
+float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernels only fill them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resfuse import _extension
+from resfuse.backends import buffer_pool, reference
+from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
+from resfuse.backends.registry import Problem
+from resfuse.layout import dense
+
+__all__ = ["conv_backward", "conv_forward"]
+
+Pair = tuple[int, int]
+
+_LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
+_PARAMETERS = (
+    "Tensor conv_weight, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? conv_bias"
+)
+for _schema in (
+    "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
+    "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
+    "bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2) -> ()",
+    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
+    "Tensor(a!) output) -> ()",
+    "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
+    "Tensor(e!) invstd) -> ()",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
+    "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
+    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    "rows_live(Tensor values) -> bool",
+    "copy_finite(Tensor input, Tensor(a!)? output) -> bool",
+    f"snapshot_size({_PARAMETERS}) -> int",
+    f"snapshot({_PARAMETERS}, Tensor(a!) into) -> ()",
+    f"snapshot_matches({_PARAMETERS}, Tensor taken) -> bool",
+    "instruction_set() -> str",
+):
+    _LIBRARY.define(_schema)
+
+_kernels = torch.ops.resfuse_cpu
+
+
+def unavailable_reason() -> str | None:
+    return _extension.load("_cpu")
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.device.type != "cpu":
+        reasons.append(f"runs on the CPU, the tensors are on {problem.device}")
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        reasons.append(f"float32 and bfloat16 only, got {problem.dtype}")
+    if 0 in problem.shape:
+        reasons.append("an empty tensor")
+    if problem.conv is not None and not reasons:
+        reasons.extend(unsupported_convolution(problem))
+    return reasons
+
+
+def instruction_set() -> str:
+    """What the kernels were dispatched to on this processor: AVX-512, AVX2 or baseline."""
+    return _kernels.instruction_set()
+
+
+def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
+    input = _dense_any_rank(input)
+    output = buffer_pool.empty_like(input)
+    _kernels.add_relu_forward(input, _ordered_like(residual, input), output)
+    return output
+
+
+def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    output = _dense_any_rank(output)
+    grad_input = buffer_pool.empty_like(output)
+    _kernels.add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
+    return grad_input
+
+
+def bn_act_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
+        return bn_apply(input, mean, invstd, weight, bias, residual, relu), mean, invstd
+    input = dense(input)
+    output = buffer_pool.empty_like(input)
+    mean, invstd = torch.empty(2, input.shape[1]).unbind()
+    wide_mean, wide_var = _float(running_mean), _float(running_var)
+    _kernels.bn_train_forward(
+        input, _ordered_like(residual, input), _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu,
+        output, mean, invstd,
+    )  # fmt: skip
+    if running_mean is not None and running_var is not None:
+        if wide_mean is not running_mean:
+            running_mean.copy_(wide_mean)
+        if wide_var is not running_var:
+            running_var.copy_(wide_var)
+        reference.mark_modified(running_mean, running_var)
+    return output, mean, invstd
+
+
+def bn_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    needs_input_grad: bool,
+    needs_residual_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    input = dense(input)
+    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    masked = buffer_pool.empty_like(input) if needs_residual_grad else None
+    sum_g, sum_g_xhat = torch.empty(2, input.shape[1]).unbind()
+    _kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
+    grad_input = None
+    if needs_input_grad:
+        if masked is not None:
+            grad_output, output = masked, None
+        grad_input = buffer_pool.empty_like(input)
+        count = input.numel() // input.shape[1] if training else 0
+        _kernels.bn_backward_apply(
+            grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
+        )
+    return grad_input, sum_g_xhat, sum_g, masked
+
+
+def conv_bn_act_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if not training:
+        assert running_mean is not None and running_var is not None
+        output = conv_bn_act_inference(
+            input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
+            stride, padding, dilation, groups, eps,
+        )  # fmt: skip
+        return output, None, None, None
+    z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    output, mean, invstd = bn_act_forward(
+        z, running_mean, running_var, weight, bias, residual, relu, True, momentum, eps
+    )
+    return output, z, mean, invstd
+
+
+def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    mean, m2 = torch.empty(2, input.shape[1]).unbind()
+    _kernels.bn_statistics(dense(input), mean, m2)
+    return mean, m2
+
+
+def bn_apply(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    input = dense(input)
+    output = buffer_pool.empty_like(input)
+    _kernels.bn_apply(input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
+    return output
+
+
+def bn_backward_reduce(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    masked = grad_output if output is None else buffer_pool.empty_like(input)
+    sum_g, sum_g_xhat = torch.empty(2, input.shape[1]).unbind()
+    _kernels.bn_backward_reduce(
+        grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
+    )
+    return sum_g, sum_g_xhat, masked
+
+
+def bn_backward_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_g_xhat: Tensor,
+    count: int | None,
+) -> Tensor:
+    input = dense(input)
+    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_input = buffer_pool.empty_like(input)
+    _kernels.bn_backward_apply(
+        grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
+    )
+    return grad_input
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    """Per-channel vectors enter the kernels in float32."""
+    return vector if vector is None else vector.float().contiguous()
+
+
+def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tensor with the strides of `like`, by a copy where it has others."""
+    if tensor is None or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _dense_any_rank(tensor: Tensor) -> Tensor:
+    """The tensor itself where its elements fill one block of memory, else such a copy."""
+    if tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(tensor):
+        return tensor
+    return tensor.contiguous()

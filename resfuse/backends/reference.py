@@ -1,0 +1,230 @@
+"""The specification: every verb in plain eager PyTorch, for any device, dtype and layout.
+
+It is what the other backends are tested against, and what runs where none of them applies.
+
+Notation, per channel over N, H, W: mean m, biased variance v, invstd s = (v + eps)^-1/2, xhat = (z - m) s,
+a = weight xhat + bias (+ residual), y = relu(a) or a.  Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3;
+running statistics as in torch.nn.BatchNorm2d (running_var takes the unbiased variance).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse.backends.registry import Problem
+from resfuse.layout import conv_memory_format
+
+Pair = tuple[int, int]
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
+    """relu(input + residual), in the layout of `input`."""
+    return torch.add(input, residual).relu_()
+
+
+def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    """The gradient of both summands: grad_output where output > 0 (or is NaN, as in torch.relu), else 0."""
+    return torch.where(output <= 0, 0, grad_output)
+
+
+def bn_act_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mean, invstd).  With `training` batch statistics are used and running statistics updated in place."""
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, invstd = inference_statistics(running_mean, running_var, eps)
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    else:
+        output, mean, invstd = torch.native_batch_norm(
+            input, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        mark_modified(running_mean, running_var)
+    return _activate(output, residual, relu), mean, invstd
+
+
+def bn_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    needs_input_grad: bool,
+    needs_residual_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias, grad_residual); `output` is the source of the ReLU's mask, None without one.
+
+    With g = grad_output [a > 0]: grad_bias = sum g, grad_weight = sum g xhat, grad_residual = g, and grad_input =
+    weight s g with running statistics, weight s (g - grad_bias / n - xhat grad_weight / n) with batch statistics.
+    The per-channel gradients are in the dtype of `mean`.
+    """
+    grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, mean, invstd)
+    grad_input = None
+    if needs_input_grad:
+        count = input.numel() // input.shape[1] if training else None
+        grad_input = bn_backward_apply(masked, input, None, weight, mean, invstd, grad_bias, grad_weight, count)
+    return grad_input, grad_weight, grad_bias, masked if needs_residual_grad else None
+
+
+def conv_bn_act_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(output, z, mean, invstd); without `training` the last three, which only backward needs, are None.
+
+    Without `training` the convolution's weight and bias may be float32 where the input is bfloat16 or float16.
+    """
+    z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    output, mean, invstd = bn_act_forward(
+        z, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
+    )
+    return (output, z, mean, invstd) if training else (output, None, None, None)
+
+
+def conv_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """z = conv2d(input, conv_weight) + conv_bias, in the layout that `conv_memory_format` names."""
+    cast_bias = None if conv_bias is None else conv_bias.to(input.dtype)
+    z = F.conv2d(input, conv_weight.to(input.dtype), cast_bias, stride, padding, dilation, groups)
+    return z.contiguous(memory_format=conv_memory_format(input, conv_weight))
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias) of conv2d; those not named in `needs_grad` are None."""
+    channels = [conv_weight.shape[0]]
+    return torch.ops.aten.convolution_backward(
+        grad_output, input, conv_weight, channels, stride, padding, dilation, False, [0, 0], groups, needs_grad
+    )
+
+
+def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, M2) per channel of an (N, C, H, W) tensor: M2 = sum (x - mean)^2, what Chan's formula merges."""
+    wide = _widen(input)
+    mean = wide.mean((0, 2, 3))
+    return mean, (wide - _per_channel(mean)).square().sum((0, 2, 3))
+
+
+def bn_apply(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """act(weight (input - mean) invstd + bias [+ residual]) with statistics given."""
+    scaled = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
+    if weight is not None:
+        scaled = scaled * _per_channel(weight)
+    if bias is not None:
+        scaled = scaled + _per_channel(bias)
+    return _activate(scaled.to(input.dtype), residual, relu)
+
+
+def bn_backward_reduce(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum g, sum g xhat, g) with g = grad_output masked by the ReLU whose `output` is given (None: no ReLU)."""
+    masked = grad_output if output is None else add_relu_backward(grad_output, output)
+    g = _widen(masked)
+    xhat = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
+    return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)), masked
+
+
+def bn_backward_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_g_xhat: Tensor,
+    count: int | None,
+) -> Tensor:
+    """grad_input from the (all-reduced) sums over `count` values per channel; None: running statistics were used."""
+    g = _widen(grad_output if output is None else add_relu_backward(grad_output, output))
+    if count is not None:
+        xhat = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
+        g = g - _per_channel(sum_g) / count - xhat * _per_channel(sum_g_xhat) / count
+    scale = invstd if weight is None else invstd * weight
+    return (g * _per_channel(scale)).to(input.dtype)
+
+
+def inference_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, invstd) of running statistics, in float32 or wider."""
+    return _widen(running_mean), (_widen(running_var) + eps).rsqrt()
+
+
+def mark_modified(*statistics: Tensor | None) -> None:
+    """Record an in-place change that PyTorch cannot see, or (batch norm's own) does not record."""
+    for tensor in statistics:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _activate(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    if residual is not None:
+        output = output + residual
+    return output.relu_() if relu else output
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Half precision is computed in float32, everything else in its own precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,119 @@
+"""Which backend runs a problem: decided here, in one place, once per problem, and with reasons.
+
+Automatic choice takes the first backend in `PREFERENCE` that supports the problem and logs why it passed over the
+others; an explicit request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger("resfuse")
+
+PREFERENCE = ("cuda", "cpu", "reference")
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know to say whether it can run a verb.  Hashable: choices are cached by it."""
+
+    verb: str
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+    conv: tuple[torch.Size, tuple[int, int], tuple[int, int], tuple[int, int], int] | None = None
+    """(weight shape, stride, padding, dilation, groups) of a convolution, None for the other verbs."""
+
+
+def _validated(name: str | None) -> str | None:
+    if name is not None and name not in PREFERENCE:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
+    return name
+
+
+_request: ContextVar[str | None] = ContextVar(
+    "resfuse_backend", default=_validated(os.environ.get("RESFUSE_BACKEND") or None)
+)
+
+
+def backend(name: str) -> ModuleType:
+    """The module that implements a backend's verbs."""
+    return importlib.import_module(f"resfuse.backends.{name}")
+
+
+def requested_backend() -> str | None:
+    """The backend asked for by `use_backend` or RESFUSE_BACKEND, None where the choice is automatic."""
+    return _request.get()
+
+
+def unavailable_reasons() -> dict[str, str | None]:
+    """Backend name -> None where it can be used on this machine, else why not."""
+    return {name: backend(name).unavailable_reason() for name in PREFERENCE}
+
+
+def available_backends() -> list[str]:
+    """Names of the backends usable on this machine, in order of preference: `["cpu", "reference"]` without a GPU."""
+    return [name for name, reason in unavailable_reasons().items() if reason is None]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the context, and later its backward, on the named backend; `None` means automatic choice.
+
+    Args:
+        name: one of `available_backends()`, or None.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend cannot be used on this machine (the message says why).  An op that the backend
+            does not support raises the same error when it is called.
+    """
+    if _validated(name) is not None:
+        reason = backend(str(name)).unavailable_reason()
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    token = _request.set(name)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def choose(problem: Problem, request: str | None) -> ModuleType:
+    """The backend for a problem.  `request` is a backend's name, or None for automatic choice."""
+    return _choose(problem, request)[0]
+
+
+def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
+    """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
+    chosen, rejected = _choose(problem, request)
+    return chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, request: str | None) -> tuple[ModuleType, dict[str, tuple[str, ...]]]:
+    rejected: dict[str, tuple[str, ...]] = {}
+    for name in PREFERENCE if request is None else (request,):
+        reasons = _reasons_against(name, problem)
+        if not reasons:
+            if rejected:
+                logger.debug("%s runs on %r: %s", problem, name, rejected)
+            return backend(name), rejected
+        rejected[name] = reasons
+    listed = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in rejected.items())
+    raise RuntimeError(f"no backend can run {problem}:\n{listed}")
+
+
+def _reasons_against(name: str, problem: Problem) -> tuple[str, ...]:
+    module = backend(name)
+    unavailable = module.unavailable_reason()
+    return (unavailable,) if unavailable else tuple(module.unsupported_reasons(problem))

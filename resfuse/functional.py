@@ -1,0 +1,333 @@
+"""The public functions: they check their arguments, apply autocast, and call the operator.
+
+All tensors of a call live on one device.  Inputs are (N, C, H, W) in any memory layout; the result is in the layout the
+eager operators would give (`bn_act`, `add_relu`: that of `input`; `conv_bn_act`: channels_last if `input` or
+`conv_weight` is, else contiguous).  Shapes, dtypes and devices are checked before anything is computed or written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.layout import conv_output_shape
+from resfuse.ops import add_relu as _add_relu
+from resfuse.ops import bn_act as _bn_act
+from resfuse.ops import conv_bn_act as _conv_bn_act
+
+_ACTIVATIONS = ("relu", "identity")
+
+
+def add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    """ReLU of a sum, in one pass over memory: the end of a residual block.
+
+    Equivalent to `torch.relu(input + residual)`.  NaN propagates, as in `torch.relu`.  Saves its output for backward.
+
+    Args:
+        input: any shape, floating point.
+        residual: same shape, dtype and device; its layout may differ.
+
+    Returns:
+        A new tensor of the shape, dtype and layout of `input`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes differ.
+        ValueError: shapes, devices or tensor layouts (strided, sparse) do not fit.
+
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), equation 1 and figure 2.
+    """
+    _check_input("input", input)
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != residual.dtype:
+        return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
+    _check_residual(residual, input.shape, input)
+    if _needs_grad(input, residual):
+        return _add_relu.AddReluFunction.apply(input, residual)
+    if torch.compiler.is_compiling():
+        return torch.ops.resfuse.add_relu_forward(input, residual)
+    return _add_relu.forward(input, residual)
+
+
+def bn_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, an optional residual, and the activation.
+
+    Equivalent to::
+
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = output if residual is None else output + residual
+        output = torch.relu(output) if activation == "relu" else output
+
+    Args:
+        input: (N, C, H, W), floating point.
+        running_mean, running_var: (C,), updated in place when `training`; may be None when `training`.
+        weight, bias: (C,) or None.  Like the running statistics they have the dtype of `input`, or float32.
+        residual: (N, C, H, W) of the dtype of `input`, added before the activation; its layout may differ.
+        activation: "relu" or "identity".
+        training: normalise by the batch's statistics (biased variance over N, H, W) and update the running ones
+            (unbiased variance), instead of normalising by the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        (N, C, H, W), dtype and layout of `input`.
+
+    Raises:
+        TypeError: a tensor is not floating point, or a dtype does not fit `input`.
+        ValueError: a shape, device or layout does not fit, `activation` is unknown, the running statistics are missing
+            while not training, or there is only one value per channel in training (as `F.batch_norm` does).
+
+    Saved for backward: `input`, mean, invstd and, with ReLU, the output.
+    Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; running statistics as in `torch.nn.BatchNorm2d`.
+    """
+    relu = _check_activation(activation)
+    _check_input("input", input, 4)
+    _check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, training)
+    if training:
+        _check_values_per_channel(input.shape)
+    if residual is not None:
+        if residual.dtype != input.dtype and torch.is_autocast_enabled(input.device.type):
+            # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
+            options: dict[str, Any] = {"activation": "identity", "training": training, "momentum": momentum, "eps": eps}
+            output = bn_act(input, running_mean, running_var, weight, bias, **options) + residual
+            return torch.relu(output) if relu else output
+        _check_residual(residual, input.shape, input)
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if _needs_grad(input, weight, bias, residual):
+        return _bn_act.BNActFunction.apply(*tensors, relu, training, momentum, eps)
+    if not torch.compiler.is_compiling():
+        return _bn_act.forward(*tensors, relu, training, momentum, eps)[0]
+    if training:
+        return torch.ops.resfuse.bn_act_train(*tensors, relu, momentum, eps)[0]
+    return torch.ops.resfuse.bn_act_eval(*tensors, relu, eps)
+
+
+def conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    conv_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """2-D convolution, batch normalisation, an optional residual, and the activation.
+
+    Equivalent to::
+
+        z = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+        output = F.batch_norm(z, running_mean, running_var, weight, bias, training, momentum, eps)
+        output = output if residual is None else output + residual
+        output = torch.relu(output) if activation == "relu" else output
+
+    Under autocast `input`, `conv_weight` and `conv_bias` are cast as `F.conv2d` casts them.
+
+    Args:
+        input: (N, C, H, W), floating point.
+        conv_weight: (K, C / groups, R, S), dtype of `input`.
+        running_mean, running_var: (K,), updated in place when `training`; may be None when `training`.
+        weight, bias: (K,) or None: batch norm's affine parameters.  Dtype of `input`, or float32.
+        conv_bias: (K,) or None, dtype of `input`.
+        residual: (N, K, OH, OW), dtype of `input`, added before the activation; its layout may differ.
+        activation: "relu" or "identity".
+        stride, padding, dilation: one int, or (vertical, horizontal); padding is with zeros.
+        groups: number of blocked connections from input to output channels.
+        training, momentum, eps: as in `bn_act`.
+
+    Returns:
+        (N, K, OH, OW), dtype of `input`, channels_last if `input` or `conv_weight` is.
+
+    Raises:
+        TypeError: a tensor is not floating point, or a dtype does not fit `input`.
+        ValueError: a shape, device or layout does not fit, an option is out of range, the running statistics are
+            missing while not training, or there is only one value per channel in training.
+
+    Saved for backward: `input`, the weights, with ReLU the output, and in training z, mean and invstd.
+    Source: conv2d and BatchNorm2d of the PyTorch documentation; Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
+    """
+    relu = _check_activation(activation)
+    _check_input("input", input, 4)
+    _check_input("conv_weight", conv_weight, 4)
+    stride = _check_pair("stride", stride, 1)
+    padding = _check_pair("padding", padding, 0)
+    dilation = _check_pair("dilation", dilation, 1)
+    input_dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type):
+        input_dtype = _autocast_dtype(input)
+    _check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups, input_dtype)
+    shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+    _check_output_shape(shape, input, conv_weight)
+    if training:
+        _check_values_per_channel(shape)
+    if input_dtype != input.dtype:
+        input = input.to(input_dtype)
+    _check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
+    needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
+    if conv_weight.dtype != input_dtype and (needs_grad or training):
+        conv_weight = conv_weight.to(input_dtype)
+    if conv_bias is not None and conv_bias.dtype != input_dtype:
+        conv_bias = conv_bias.to(input_dtype)
+    if residual is not None:
+        if residual.dtype != input_dtype and torch.is_autocast_enabled(input.device.type):
+            options: dict[str, Any] = {
+                "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
+                "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
+            }  # fmt: skip
+            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options) + residual
+            return torch.relu(output) if relu else output
+        _check_residual(residual, shape, input)
+    tensors = (input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual)
+    conv = (stride, padding, dilation, groups)
+    if needs_grad:
+        return _conv_bn_act.ConvBNActFunction.apply(*tensors, relu, *conv, training, momentum, eps)
+    if not torch.compiler.is_compiling():
+        return _conv_bn_act.forward(*tensors, relu, *conv, training, momentum, eps)[0]
+    if training:
+        return torch.ops.resfuse.conv_bn_act_train(*tensors, relu, *conv, momentum, eps)[0]
+    return torch.ops.resfuse.conv_bn_act_eval(*tensors, relu, *conv, eps)
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype:
+    """What autocast makes of a convolution's operands: double precision is left alone, as `F.conv2d` leaves it."""
+    return input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(input.device.type)
+
+
+def _check_activation(activation: str) -> bool:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'activation: expected "relu" or "identity", got {activation!r}')
+    return activation == "relu"
+
+
+def _check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided (dense) tensor, got layout {tensor.layout}")
+    if rank is not None and tensor.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
+
+
+def _check_residual(residual: Tensor, shape: Any, input: Tensor) -> None:
+    _check_input("residual", residual)
+    if residual.shape != shape:
+        raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"residual: expected device {input.device} (that of input), got {residual.device}")
+
+
+def _check_vector(name: str, vector: Tensor, channels: int, input: Tensor) -> None:
+    if vector.dim() != 1 or vector.shape[0] != channels:
+        raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+    if vector.dtype != input.dtype and vector.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype {input.dtype} (that of input) or torch.float32, got {vector.dtype}")
+    if vector.dtype != input.dtype and input.dtype == torch.float64:
+        raise TypeError(f"{name}: expected dtype torch.float64 (that of input), got {vector.dtype}")
+    if vector.device != input.device:
+        raise ValueError(f"{name}: expected device {input.device} (that of input), got {vector.device}")
+
+
+def _check_batch_norm(
+    input: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+) -> None:
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
+    if running_mean is None and not training:
+        raise ValueError("running_mean: expected a tensor, because training is False, got None")
+    if running_mean is not None:
+        _check_vector("running_mean", running_mean, channels, input)
+    if running_var is not None:
+        _check_vector("running_var", running_var, channels, input)
+    if weight is not None:
+        _check_vector("weight", weight, channels, input)
+    if bias is not None:
+        _check_vector("bias", bias, channels, input)
+
+
+def _check_values_per_channel(shape: Any) -> None:
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+
+
+def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
+        raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
+    return pair
+
+
+def _check_convolution(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    input_dtype: torch.dtype,
+) -> None:
+    channels_out, channels_in = conv_weight.shape[0], conv_weight.shape[1] * groups
+    if groups < 1 or channels_out % groups:
+        raise ValueError(f"groups: expected a divisor of the {channels_out} output channels, got {groups}")
+    if input.shape[1] != channels_in:
+        raise ValueError(
+            f"input: expected {channels_in} channels (conv_weight {tuple(conv_weight.shape)}, groups {groups}), "
+            f"got {input.shape[1]}"
+        )
+    for name, tensor in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype and input_dtype == input.dtype:
+            # Under autocast both are cast; without it they have to agree.
+            if not torch.is_autocast_enabled(input.device.type):
+                raise TypeError(f"{name}: expected dtype {input.dtype} (that of input), got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: expected device {input.device} (that of input), got {tensor.device}")
+    if conv_bias is not None and conv_bias.shape != (channels_out,):
+        raise ValueError(f"conv_bias: expected shape ({channels_out},), got {tuple(conv_bias.shape)}")
+
+
+def _check_output_shape(shape: tuple[int, int, int, int], input: Tensor, conv_weight: Tensor) -> None:
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"input: expected at least the size of the (padded, dilated) kernel {tuple(conv_weight.shape[2:])}, "
+            f"got {tuple(input.shape[2:])}, which leaves an output of {shape[2:]}"
+        )

@@ -1,0 +1,49 @@
+"""Shapes and memory formats: what every layer of the package has to agree on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor's strides are those of NHWC memory (sliced or not), by PyTorch's own reading of strides.
+
+    A tensor that is both (one channel, or one pixel) counts as channels_last only if its strides say so.
+    """
+    stride = tensor.stride()
+    return stride[1] == 1 and stride[3] >= tensor.shape[1] and (stride[3] > 1 or stride[2] > 1)
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """`channels_last` or `contiguous_format`, whichever the 4-D tensor's strides follow."""
+    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
+
+
+def conv_memory_format(input: Tensor, conv_weight: Tensor) -> torch.memory_format:
+    """Memory format of a convolution's output: channels_last if the input or the weight is (PyTorch's own rule)."""
+    if is_channels_last(input) or is_channels_last(conv_weight):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if its elements fill one block of memory in NCHW or NHWC order, else such a copy of it."""
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous(memory_format=memory_format_of(tensor))
+
+
+def conv_output_shape(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """(N, K, OH, OW) of a convolution of an (N, C, H, W) input with a (K, C/groups, R, S) weight."""
+    height, width = (
+        (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    return input_shape[0], weight_shape[0], height, width

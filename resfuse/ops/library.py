@@ -1,0 +1,45 @@
+"""The dispatcher namespace `resfuse` and how an operator enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from resfuse.backends import registry
+from resfuse.backends.registry import Problem
+
+_LIBRARY = torch.library.Library("resfuse", "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register `resfuse::<schema>` with one implementation for all devices (the registry dispatches) and its fake."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resfuse::{name}", fake, lib=_LIBRARY)
+
+
+def backend_for(
+    verb: str,
+    input: torch.Tensor,
+    conv: tuple[torch.Size, tuple[int, int], tuple[int, int], tuple[int, int], int] | None = None,
+    request: str | None = None,
+) -> ModuleType:
+    """The backend that runs `verb` on a tensor like `input`; an explicit `request` overrides the one in force."""
+    problem = Problem(verb, input.device, input.dtype, input.shape, conv)
+    return registry.choose(problem, request or registry.requested_backend())
+
+
+class FunctionContext(torch.autograd.function.FunctionCtx):
+    """What `forward` leaves for `backward`; declared so that the type checker sees it."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    backend_request: str | None
+    training: bool
+    relu: bool
+    eps: float
+    conv: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
