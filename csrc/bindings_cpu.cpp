@@ -96,6 +96,7 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(invstd, channels, "invstd"),
           vector(weight, channels, "weight"),
           vector(bias, channels, "bias"),
+          nullptr,
           relu,
           data(output, input, "output")};
 }

@@ -48,6 +48,7 @@ struct BnApply {
   const void* residual;  // or null
   const float *mean, *invstd;
   const float *weight, *bias;  // or null
+  const float* mean_low;       // what rounding to float32 took from the mean, or null
   bool relu;
   void* output;
 };

@@ -4,7 +4,7 @@
 // Backward reads grad_output, input and output (the mask) twice and writes grad_input; with a residual the first pass
 // writes g = masked grad_output, which is the residual's gradient, and the second reads g in place of two tensors.
 //
-// Every sum runs over tiles that fit the L2 cache, in float, and the tiles' results are merged in double.  The partition
+// Every sum runs over tiles of at most 32 rows that fit the L2 cache, in float; tiles are merged in double.  The partition
 // into tiles and chunks depends on the shape alone, so results do not depend on the number of threads.
 
 constexpr int64_t kTileBytes = 128 * 1024;
@@ -16,7 +16,7 @@ struct Tiling {
 
   explicit Tiling(const Activation& shape) : rows(shape.batch * shape.pixels), channels(shape.channels) {
     const int64_t fitting = kTileBytes / (channels * static_cast<int64_t>(sizeof(float)));
-    tile_rows = fitting < 8 ? 8 : fitting > 256 ? 256 : fitting;
+    tile_rows = fitting < 8 ? 8 : fitting > 32 ? 32 : fitting;
     const int64_t tiles = ceil_div(rows, tile_rows);
     chunk_rows = ceil_div(tiles, tiles < kMaxChunks ? tiles : kMaxChunks) * tile_rows;
     chunks = ceil_div(rows, chunk_rows);
@@ -43,23 +43,32 @@ RESFUSE_INLINE void merge(double& count, double& mean, double& m2, double other_
   count = total;
 }
 
-// sum[c] += f(input[row][c], c) for the rows [begin, end) of a tile.
-template <class T, class F>
-RESFUSE_INLINE void add_rows(const T* input, int64_t channels, int64_t begin, int64_t end, float* sum, F f) {
+// Sums over the rows [begin, end) of a tile: f(offset of the element, lanes, sums) is called for each row of four in a
+// tree, so that rounding errors stay those of a short sum.  `Sums` is one or two f32x16; `into` holds as many vectors.
+template <int64_t N, class F>
+RESFUSE_INLINE void add_rows(int64_t channels, int64_t begin, int64_t end, float* into, F f) {
+  const auto add = [&](int64_t row, auto rows) __attribute__((always_inline)) {
+    each_block(channels, [&](int64_t c, auto lanes) {
+      f32x16 terms[decltype(rows)::value][N];
+      for (int64_t r = 0; r < decltype(rows)::value; ++r) f((row + r) * channels + c, c, lanes, terms[r]);
+      for (int64_t n = 0; n < N; ++n) {
+        float* sum = into + n * channels + c;
+        if constexpr (decltype(rows)::value == 4)
+          store(sum, load(sum, lanes) + ((terms[0][n] + terms[1][n]) + (terms[2][n] + terms[3][n])), lanes);
+        else
+          store(sum, load(sum, lanes) + terms[0][n], lanes);
+      }
+    });
+  };
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) {
-    const T* from = input + row * channels;
-    each_block(channels, [&](int64_t c, auto lanes) {
-      const f32x16 low = f(load(from + c, lanes), c, lanes) + f(load(from + channels + c, lanes), c, lanes);
-      const f32x16 high =
-          f(load(from + 2 * channels + c, lanes), c, lanes) + f(load(from + 3 * channels + c, lanes), c, lanes);
-      store(sum + c, load(sum + c, lanes) + (low + high), lanes);
-    });
-  }
-  for (; row < end; ++row)
-    each_block(channels, [&](int64_t c, auto lanes) {
-      store(sum + c, load(sum + c, lanes) + f(load(input + row * channels + c, lanes), c, lanes), lanes);
-    });
+  for (; row + 4 <= end; row += 4) add(row, std::integral_constant<int64_t, 4>{});
+  for (; row < end; ++row) add(row, std::integral_constant<int64_t, 1>{});
+}
+
+// (mean, m2) of `count` values from the sums of their deviations from a centre that is near the mean, and the squares.
+RESFUSE_INLINE void from_deviations(double count, double centre, double sum, double squares, double& mean, double& m2) {
+  mean = centre + sum / count;
+  m2 = squares - sum * (sum / count);
 }
 
 template <class T>
@@ -68,23 +77,26 @@ void statistics_rows(const Activation& shape, const T* input, double* mean, doub
   const int64_t channels = shape.channels;
   std::vector<double> partial(2 * tiling.chunks * channels);
   parallel_for(0, tiling.chunks, 1, [&](int64_t first, int64_t last) {
-    std::vector<float> buffer(2 * channels);
-    float *tile_mean = buffer.data(), *tile_m2 = tile_mean + channels;
+    std::vector<float> buffer(3 * channels);
+    float *centre = buffer.data(), *sums = centre + channels;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double *chunk_mean = partial.data() + 2 * chunk * channels, *chunk_m2 = chunk_mean + channels;
       double seen = 0;
       each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
         const double count = static_cast<double>(end - begin);
+        const float inverse = static_cast<float>(1.0 / count);
         std::fill(buffer.begin(), buffer.end(), 0.0f);
-        add_rows(input, channels, begin, end, tile_mean, [](f32x16 x, int64_t, auto) { return x; });
-        for (int64_t c = 0; c < channels; ++c) tile_mean[c] = static_cast<float>(tile_mean[c] / count);
-        add_rows(input, channels, begin, end, tile_m2, [&](f32x16 x, int64_t c, auto lanes) {
-          const f32x16 delta = x - load(tile_mean + c, lanes);
-          return delta * delta;
+        add_rows<1>(channels, begin, end, centre,
+                    [&](int64_t i, int64_t, auto lanes, f32x16* terms) { terms[0] = load(input + i, lanes); });
+        for (int64_t c = 0; c < channels; ++c) centre[c] *= inverse;
+        add_rows<2>(channels, begin, end, sums, [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
+          terms[0] = load(input + i, lanes) - load(centre + c, lanes);
+          terms[1] = terms[0] * terms[0];
         });
         for (int64_t c = 0; c < channels; ++c) {
-          double merged = seen;
-          merge(merged, chunk_mean[c], chunk_m2[c], count, tile_mean[c], tile_m2[c]);
+          double merged = seen, tile_mean, tile_m2;
+          from_deviations(count, centre[c], sums[c], sums[channels + c], tile_mean, tile_m2);
+          merge(merged, chunk_mean[c], chunk_m2[c], count, tile_mean, tile_m2);
         }
         seen += count;
       });
@@ -104,7 +116,7 @@ void statistics_rows(const Activation& shape, const T* input, double* mean, doub
 // f(plane offset, end) for tiles of each plane of one channel.
 template <class F>
 RESFUSE_INLINE void each_plane_tile(const Activation& shape, int64_t channel, F f) {
-  constexpr int64_t tile = kTileBytes / 4 / static_cast<int64_t>(sizeof(float));
+  constexpr int64_t tile = 1024;  // 64 additions to each of the sixteen lanes
   for (int64_t image = 0; image < shape.batch; ++image) {
     const int64_t plane = (image * shape.channels + channel) * shape.pixels;
     for (int64_t i = 0; i < shape.pixels; i += tile)
@@ -112,15 +124,15 @@ RESFUSE_INLINE void each_plane_tile(const Activation& shape, int64_t channel, F 
   }
 }
 
-RESFUSE_INLINE float total(f32x16 lanes) {
-  float sum = 0;
+RESFUSE_INLINE double total(f32x16 lanes) {
+  double sum = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
   return sum;
 }
 
 // sum of f(offset, lanes) over [begin, end); f must return 0 in lanes beyond the end.
 template <class F>
-RESFUSE_INLINE float sum_range(int64_t begin, int64_t end, F f) {
+RESFUSE_INLINE double sum_range(int64_t begin, int64_t end, F f) {
   f32x16 even = {}, odd = {};
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
@@ -146,13 +158,17 @@ void statistics_planes(const Activation& shape, const T* input, double* mean, do
       mean[channel] = m2[channel] = 0;
       each_plane_tile(shape, channel, [&](int64_t begin, int64_t end) {
         const double tile = static_cast<double>(end - begin);
-        const float sum = sum_range(begin, end, [&](int64_t i, auto lanes) { return load(input + i, lanes); });
-        const float tile_mean = static_cast<float>(sum / tile);
-        const float squares = sum_range(begin, end, [&](int64_t i, auto lanes) {
-          const f32x16 delta = load(input + i, lanes) - tile_mean;
-          return keep(delta * delta, lanes);
+        const double sum = sum_range(begin, end, [&](int64_t i, auto lanes) { return load(input + i, lanes); });
+        const float centre = static_cast<float>(sum / tile);
+        f32x16 deviations = {};
+        const double squares = sum_range(begin, end, [&](int64_t i, auto lanes) {
+          const f32x16 deviation = keep(load(input + i, lanes) - centre, lanes);
+          deviations += deviation;
+          return deviation * deviation;
         });
-        merge(count, mean[channel], m2[channel], tile, tile_mean, squares);
+        double tile_mean, tile_m2;
+        from_deviations(tile, centre, total(deviations), squares, tile_mean, tile_m2);
+        merge(count, mean[channel], m2[channel], tile, tile_mean, tile_m2);
       });
     }
   });
@@ -182,10 +198,12 @@ void bn_statistics(const BnStatistics& args) {
 struct Affine {
   std::vector<float> scale, bias;
 
-  Affine(int64_t channels, const float* invstd, const float* weight, const float* bias_or_null)
+  Affine(int64_t channels, const float* invstd, const float* weight, const float* bias_or_null,
+         const float* mean_low = nullptr)
       : scale(invstd, invstd + channels), bias(channels, 0.0f) {
     for (int64_t c = 0; c < channels && weight != nullptr; ++c) scale[c] *= weight[c];
     for (int64_t c = 0; c < channels && bias_or_null != nullptr; ++c) bias[c] = bias_or_null[c];
+    for (int64_t c = 0; c < channels && mean_low != nullptr; ++c) bias[c] -= mean_low[c] * scale[c];
   }
 };
 
@@ -193,7 +211,7 @@ template <class T>
 void apply_typed(const BnApply& args) {
   const Activation& shape = args.shape;
   const int64_t channels = shape.channels;
-  const Affine affine(channels, args.invstd, args.weight, args.bias);
+  const Affine affine(channels, args.invstd, args.weight, args.bias, args.mean_low);
   const float *mean = args.mean, *scale = affine.scale.data(), *bias = affine.bias.data();
   const T *input = static_cast<const T*>(args.input), *residual = static_cast<const T*>(args.residual);
   T* output = static_cast<T*>(args.output);
@@ -232,10 +250,12 @@ void bn_train_forward(const BnTrainForward& args) {
   const int64_t channels = shape.channels;
   const double count = static_cast<double>(shape.batch * shape.pixels);
   std::vector<double> wide(2 * channels);
+  std::vector<float> mean_low(channels);
   statistics(shape, args.apply.input, wide.data(), wide.data() + channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = wide[c], m2 = wide[channels + c];
     args.mean[c] = static_cast<float>(mean);
+    mean_low[c] = static_cast<float>(mean - args.mean[c]);
     args.invstd[c] = static_cast<float>(1.0 / std::sqrt(m2 / count + args.eps));
     if (args.running_mean != nullptr) {
       args.running_mean[c] = static_cast<float>((1 - args.momentum) * args.running_mean[c] + args.momentum * mean);
@@ -243,7 +263,9 @@ void bn_train_forward(const BnTrainForward& args) {
           static_cast<float>((1 - args.momentum) * args.running_var[c] + args.momentum * (m2 / (count - 1)));
     }
   }
-  bn_apply(args.apply);
+  BnApply apply = args.apply;
+  apply.mean_low = mean_low.data();
+  bn_apply(apply);
 }
 
 // g at offset i, and its store where the caller wants it kept.
@@ -271,27 +293,14 @@ void backward_reduce_rows(const BnBackwardReduce& args) {
   std::vector<double> partial(2 * tiling.chunks * channels);
   parallel_for(0, tiling.chunks, 1, [&](int64_t first, int64_t last) {
     std::vector<float> buffer(2 * channels);
-    float *tile_g = buffer.data(), *tile_gx = tile_g + channels;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* sums = partial.data() + 2 * chunk * channels;
       each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
         std::fill(buffer.begin(), buffer.end(), 0.0f);
-        int64_t row = begin;
-        const auto add = [&](int64_t c, auto lanes, auto rows) __attribute__((always_inline)) {
-          f32x16 sum_g = load(tile_g + c, lanes), sum_gx = load(tile_gx + c, lanes);
-          const f32x16 mean = load(args.mean + c, lanes);
-          for (int64_t r = row; r < row + decltype(rows)::value; ++r) {
-            const f32x16 g = grad(r * channels + c, lanes);
-            sum_g += g;
-            sum_gx += g * (load(input + r * channels + c, lanes) - mean);
-          }
-          store(tile_g + c, sum_g, lanes);
-          store(tile_gx + c, sum_gx, lanes);
-        };
-        for (; row + 4 <= end; row += 4)
-          each_block(channels, [&](int64_t c, auto lanes) { add(c, lanes, std::integral_constant<int64_t, 4>{}); });
-        for (; row < end; ++row)
-          each_block(channels, [&](int64_t c, auto lanes) { add(c, lanes, std::integral_constant<int64_t, 1>{}); });
+        add_rows<2>(channels, begin, end, buffer.data(), [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
+          terms[0] = grad(i, lanes);
+          terms[1] = terms[0] * (load(input + i, lanes) - load(args.mean + c, lanes));
+        });
         for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += buffer[c];
       });
     }
