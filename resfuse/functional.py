@@ -132,6 +132,7 @@ def conv_bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    overwrite_residual: bool = False,
 ) -> Tensor:
     """2-D convolution, batch normalisation, an optional residual, and the activation.
 
@@ -155,6 +156,8 @@ def conv_bn_act(
         stride, padding, dilation: one int, or (vertical, horizontal); padding is with zeros.
         groups: number of blocked connections from input to output channels.
         training, momentum, eps: as in `bn_act`.
+        overwrite_residual: allow the residual's memory to be used for the output, for a residual that nobody reads
+            afterwards; used only where no gradient is recorded.
 
     Returns:
         (N, K, OH, OW), dtype of `input`, channels_last if `input` or `conv_weight` is.
@@ -203,7 +206,7 @@ def conv_bn_act(
     if needs_grad:
         return _conv_bn_act.ConvBNActFunction.apply(*tensors, relu, *conv, training, momentum, eps)
     if not torch.compiler.is_compiling():
-        return _conv_bn_act.forward(*tensors, relu, *conv, training, momentum, eps)[0]
+        return _conv_bn_act.forward(*tensors, relu, *conv, training, momentum, eps, overwrite_residual)[0]
     if training:
         return torch.ops.resfuse.conv_bn_act_train(*tensors, relu, *conv, momentum, eps)[0]
     return torch.ops.resfuse.conv_bn_act_eval(*tensors, relu, *conv, eps)

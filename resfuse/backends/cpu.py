@@ -161,12 +161,13 @@ def conv_bn_act_forward(
     training: bool,
     momentum: float,
     eps: float,
+    overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     if not training:
         assert running_mean is not None and running_var is not None
         output = conv_bn_act_inference(
             input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-            stride, padding, dilation, groups, eps,
+            stride, padding, dilation, groups, eps, overwrite_residual,
         )  # fmt: skip
         return output, None, None, None
     z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
@@ -244,6 +245,6 @@ def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _dense_any_rank(tensor: Tensor) -> Tensor:
     """The tensor itself where its elements fill one block of memory, else such a copy."""
-    if tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(tensor):
+    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor
-    return tensor.contiguous()
+    return torch.empty_like(tensor).copy_(tensor)

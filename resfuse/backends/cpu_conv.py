@@ -79,22 +79,29 @@ def conv_bn_act_inference(
     dilation: Pair,
     groups: int,
     eps: float,
+    overwrite_residual: bool = False,
 ) -> Tensor:
-    """act(BN(conv(input)) + residual) with running statistics, in one primitive."""
+    """act(BN(conv(input)) + residual) with running statistics, in one primitive.
+
+    `overwrite_residual` gives up the residual's memory for the output.
+    """
     packed = _pack(input, conv_weight, running_mean, running_var, weight, bias, conv_bias, stride, padding, dilation,
                    groups, eps)  # fmt: skip
     conv = (padding, stride, dilation, groups)
     memory_format = conv_memory_format(input, conv_weight)
     input = input.contiguous(memory_format=torch.channels_last)
     shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
-    finite = packed.finite
-    output, copied_finite = _accumulator(shape, input.dtype, residual)
-    finite &= copied_finite
-    activation = "relu" if relu and finite else "none"
-    output = _run(output, input, packed, conv, activation)
-    if activation == "relu" and not _seen_finite(output, input, groups):
-        output = _run(_accumulator(shape, input.dtype, residual)[0], input, packed, conv, "none")
-        finite = False
+    if overwrite_residual and residual is not None and residual.is_contiguous(memory_format=torch.channels_last):
+        # Once overwritten the residual is gone, so everything is looked at beforehand.
+        finite = packed.finite and _kernels.copy_finite(residual, None) and _kernels.copy_finite(input, None)
+        output = _run(residual, input, packed, conv, relu and finite)
+    else:
+        output, residual_finite = _accumulator(shape, input.dtype, residual)
+        finite = packed.finite and residual_finite
+        output = _run(output, input, packed, conv, relu and finite)
+        if relu and finite and not _seen_finite(output, input, groups):
+            finite = False
+            output = _run(_accumulator(shape, input.dtype, residual)[0], input, packed, conv, False)
     if relu and not finite:
         output.relu_()
     return output.contiguous(memory_format=memory_format)
@@ -158,11 +165,12 @@ def _channels_last_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    output: Tensor | None, input: Tensor, packed: _Packed, conv: tuple[Pair, Pair, Pair, int], activation: str
+    output: Tensor | None, input: Tensor, packed: _Packed, conv: tuple[Pair, Pair, Pair, int], relu: bool
 ) -> Tensor:
     if output is None:
-        return _onednn._convolution_pointwise(input, packed.weight, packed.bias, *conv, activation, [], "")
-    unary = None if activation == "none" else activation
+        unary = "relu" if relu else "none"
+        return _onednn._convolution_pointwise(input, packed.weight, packed.bias, *conv, unary, [], "")
+    unary = "relu" if relu else None
     return _onednn._convolution_pointwise_(output, input, packed.weight, packed.bias, *conv, "add", 1.0, unary, [], "")
 
 

@@ -104,10 +104,12 @@ def conv_bn_act_forward(
     training: bool,
     momentum: float,
     eps: float,
+    overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); without `training` the last three, which only backward needs, are None.
 
-    Without `training` the convolution's weight and bias may be float32 where the input is bfloat16 or float16.
+    Without `training` the convolution's weight and bias may be float32 where the input is bfloat16 or float16, and
+    `overwrite_residual` allows the backend to write the output over the residual.
     """
     z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
     output, mean, invstd = bn_act_forward(

@@ -32,11 +32,12 @@ def forward(
     training: bool,
     momentum: float,
     eps: float,
+    overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     chosen = backend_for("conv_bn_act_forward", input, (conv_weight.shape, stride, padding, dilation, groups))
     return chosen.conv_bn_act_forward(
         input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-        stride, padding, dilation, groups, training, momentum, eps,
+        stride, padding, dilation, groups, training, momentum, eps, overwrite_residual,
     )  # fmt: skip
 
 
