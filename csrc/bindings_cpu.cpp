@@ -106,6 +106,12 @@ void bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd,
   resfuse::cpu::bn_apply(apply_args(input, residual, mean, invstd, weight, bias, relu, output));
 }
 
+void bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean, Tensor running_var,
+                     OptionalTensor weight, OptionalTensor bias, double eps, bool relu, Tensor output) {
+  const auto apply = apply_args(input, residual, running_mean, running_var, weight, bias, relu, output);
+  resfuse::cpu::bn_eval_forward({apply, apply.invstd, eps});
+}
+
 void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
                       OptionalTensor running_mean, OptionalTensor running_var, double momentum, double eps, bool relu,
                       Tensor output, Tensor mean, Tensor invstd) {
@@ -203,6 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("add_relu_backward", TORCH_BOX(&add_relu_backward));
   m.impl("bn_statistics", TORCH_BOX(&bn_statistics));
   m.impl("bn_apply", TORCH_BOX(&bn_apply));
+  m.impl("bn_eval_forward", TORCH_BOX(&bn_eval_forward));
   m.impl("bn_train_forward", TORCH_BOX(&bn_train_forward));
   m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));

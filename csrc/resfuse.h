@@ -53,6 +53,13 @@ struct BnApply {
   void* output;
 };
 
+// Batch norm with running statistics: BnApply with invstd = (running_var + eps)^-1/2; apply.invstd is not read.
+struct BnEvalForward {
+  BnApply apply;
+  const float* running_var;
+  double eps;
+};
+
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, then BnApply.
 struct BnTrainForward {
   BnApply apply;
@@ -120,6 +127,7 @@ void add_relu_forward(const AddReluForward& args);
 void add_relu_backward(const AddReluBackward& args);
 void bn_statistics(const BnStatistics& args);
 void bn_apply(const BnApply& args);
+void bn_eval_forward(const BnEvalForward& args);
 void bn_train_forward(const BnTrainForward& args);
 void bn_backward_reduce(const BnBackwardReduce& args);
 void bn_backward_apply(const BnBackwardApply& args);

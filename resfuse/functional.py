@@ -7,6 +7,7 @@ eager operators would give (`bn_act`, `add_relu`: that of `input`; `conv_bn_act`
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), equation 1 and figure 2.
     """
     _check_input("input", input)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != residual.dtype:
+    if input.dtype != residual.dtype and torch.is_autocast_enabled(input.device.type):
         return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
     _check_residual(residual, input.shape, input)
     if _needs_grad(input, residual):
@@ -173,27 +174,26 @@ def conv_bn_act(
     relu = _check_activation(activation)
     _check_input("input", input, 4)
     _check_input("conv_weight", conv_weight, 4)
-    stride = _check_pair("stride", stride, 1)
-    padding = _check_pair("padding", padding, 0)
-    dilation = _check_pair("dilation", dilation, 1)
-    input_dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type):
-        input_dtype = _autocast_dtype(input)
-    _check_convolution(input, conv_weight, conv_bias, stride, padding, dilation, groups, input_dtype)
-    shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
-    _check_output_shape(shape, input, conv_weight)
+    geometry = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    if isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list):
+        geometry = _geometry  # the cache wants hashable arguments
+    stride, padding, dilation, shape = geometry(input.shape, conv_weight.shape, stride, padding, dilation, groups)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    # What autocast makes of a convolution's operands: float64 is left alone, as F.conv2d leaves it.
+    dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
+    _check_convolution(input, conv_weight, conv_bias, autocast)
     if training:
         _check_values_per_channel(shape)
-    if input_dtype != input.dtype:
-        input = input.to(input_dtype)
+    if input.dtype != dtype:
+        input = input.to(dtype)
     _check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
-    if conv_weight.dtype != input_dtype and (needs_grad or training):
-        conv_weight = conv_weight.to(input_dtype)
-    if conv_bias is not None and conv_bias.dtype != input_dtype:
-        conv_bias = conv_bias.to(input_dtype)
+    if conv_weight.dtype != dtype and (needs_grad or training):
+        conv_weight = conv_weight.to(dtype)
+    if conv_bias is not None and conv_bias.dtype != dtype:
+        conv_bias = conv_bias.to(dtype)
     if residual is not None:
-        if residual.dtype != input_dtype and torch.is_autocast_enabled(input.device.type):
+        if residual.dtype != dtype and autocast:
             options: dict[str, Any] = {
                 "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
                 "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
@@ -218,11 +218,6 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _autocast_dtype(input: Tensor) -> torch.dtype:
-    """What autocast makes of a convolution's operands: double precision is left alone, as `F.conv2d` leaves it."""
-    return input.dtype if input.dtype == torch.float64 else torch.get_autocast_dtype(input.device.type)
-
-
 def _check_activation(activation: str) -> bool:
     if activation not in _ACTIVATIONS:
         raise ValueError(f'activation: expected "relu" or "identity", got {activation!r}')
@@ -241,24 +236,16 @@ def _check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
 
 
 def _check_residual(residual: Tensor, shape: Any, input: Tensor) -> None:
-    _check_input("residual", residual)
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
     if residual.shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.dtype != input.dtype:
         raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")
     if residual.device != input.device:
         raise ValueError(f"residual: expected device {input.device} (that of input), got {residual.device}")
-
-
-def _check_vector(name: str, vector: Tensor, channels: int, input: Tensor) -> None:
-    if vector.dim() != 1 or vector.shape[0] != channels:
-        raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
-    if vector.dtype != input.dtype and vector.dtype != torch.float32:
-        raise TypeError(f"{name}: expected dtype {input.dtype} (that of input) or torch.float32, got {vector.dtype}")
-    if vector.dtype != input.dtype and input.dtype == torch.float64:
-        raise TypeError(f"{name}: expected dtype torch.float64 (that of input), got {vector.dtype}")
-    if vector.device != input.device:
-        raise ValueError(f"{name}: expected device {input.device} (that of input), got {vector.device}")
+    if residual.layout != torch.strided:
+        raise ValueError(f"residual: expected a strided (dense) tensor, got layout {residual.layout}")
 
 
 def _check_batch_norm(
@@ -270,19 +257,29 @@ def _check_batch_norm(
     bias: Tensor | None,
     training: bool,
 ) -> None:
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
-    if running_mean is None and not training:
-        raise ValueError("running_mean: expected a tensor, because training is False, got None")
-    if running_mean is not None:
-        _check_vector("running_mean", running_mean, channels, input)
-    if running_var is not None:
-        _check_vector("running_var", running_var, channels, input)
-    if weight is not None:
-        _check_vector("weight", weight, channels, input)
-    if bias is not None:
-        _check_vector("bias", bias, channels, input)
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
+        if not training:
+            raise ValueError("running_mean: expected a tensor, because training is False, got None")
+    dtype, device = input.dtype, input.device
+    narrow = torch.float32 if dtype != torch.float64 else dtype
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is None:
+            continue
+        if vector.dim() != 1 or vector.numel() != channels:
+            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+        if vector.dtype != narrow and vector.dtype != dtype:
+            either = f"{dtype} (that of input)" + (f" or {narrow}" if narrow != dtype else "")
+            raise TypeError(f"{name}: expected dtype {either}, got {vector.dtype}")
+        if vector.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of input), got {vector.device}")
 
 
 def _check_values_per_channel(shape: Any) -> None:
@@ -290,47 +287,55 @@ def _check_values_per_channel(shape: Any) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
 
 
-def _check_pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+def _check_convolution(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, autocast: bool) -> None:
+    if conv_weight.dtype != input.dtype and not autocast:
+        raise TypeError(f"conv_weight: expected dtype {input.dtype} (that of input), got {conv_weight.dtype}")
+    if conv_weight.device != input.device:
+        raise ValueError(f"conv_weight: expected device {input.device} (that of input), got {conv_weight.device}")
+    if conv_bias is None:
+        return
+    channels = conv_weight.shape[0]
+    if conv_bias.dim() != 1 or conv_bias.numel() != channels:
+        raise ValueError(f"conv_bias: expected shape ({channels},), got {tuple(conv_bias.shape)}")
+    if conv_bias.dtype != input.dtype and not autocast:
+        raise TypeError(f"conv_bias: expected dtype {input.dtype} (that of input), got {conv_bias.dtype}")
+    if conv_bias.device != input.device:
+        raise ValueError(f"conv_bias: expected device {input.device} (that of input), got {conv_bias.device}")
+
+
+def _geometry(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
+    """(stride, padding, dilation, output shape) of a convolution whose options and shapes fit each other."""
+    stride = _pair("stride", stride, 1)
+    padding = _pair("padding", padding, 0)
+    dilation = _pair("dilation", dilation, 1)
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} output channels, got {groups}")
+    if input_shape[1] != weight_shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight_shape[1] * groups} channels (conv_weight {tuple(weight_shape)}, "
+            f"groups {groups}), got {input_shape[1]}"
+        )
+    shape = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"input: expected at least the size of the (padded, dilated) kernel {tuple(weight_shape[2:])}, "
+            f"got {tuple(input_shape[2:])}, which leaves an output of {shape[2:]}"
+        )
+    return stride, padding, dilation, shape
+
+
+_cached_geometry = functools.lru_cache(maxsize=4096)(_geometry)
+
+
+def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
         raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
     return pair
-
-
-def _check_convolution(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    input_dtype: torch.dtype,
-) -> None:
-    channels_out, channels_in = conv_weight.shape[0], conv_weight.shape[1] * groups
-    if groups < 1 or channels_out % groups:
-        raise ValueError(f"groups: expected a divisor of the {channels_out} output channels, got {groups}")
-    if input.shape[1] != channels_in:
-        raise ValueError(
-            f"input: expected {channels_in} channels (conv_weight {tuple(conv_weight.shape)}, groups {groups}), "
-            f"got {input.shape[1]}"
-        )
-    for name, tensor in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != input.dtype and input_dtype == input.dtype:
-            # Under autocast both are cast; without it they have to agree.
-            if not torch.is_autocast_enabled(input.device.type):
-                raise TypeError(f"{name}: expected dtype {input.dtype} (that of input), got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name}: expected device {input.device} (that of input), got {tensor.device}")
-    if conv_bias is not None and conv_bias.shape != (channels_out,):
-        raise ValueError(f"conv_bias: expected shape ({channels_out},), got {tuple(conv_bias.shape)}")
-
-
-def _check_output_shape(shape: tuple[int, int, int, int], input: Tensor, conv_weight: Tensor) -> None:
-    if shape[2] < 1 or shape[3] < 1:
-        raise ValueError(
-            f"input: expected at least the size of the (padded, dilated) kernel {tuple(conv_weight.shape[2:])}, "
-            f"got {tuple(input.shape[2:])}, which leaves an output of {shape[2:]}"
-        )

@@ -245,6 +245,15 @@ void bn_apply(const BnApply& args) {
   with_type(args.shape.dtype, [&](auto* type) { apply_typed<std::remove_pointer_t<decltype(type)>>(args); });
 }
 
+void bn_eval_forward(const BnEvalForward& args) {
+  std::vector<float> invstd(args.apply.shape.channels);
+  for (int64_t c = 0; c < args.apply.shape.channels; ++c)
+    invstd[c] = static_cast<float>(1.0 / std::sqrt(args.running_var[c] + args.eps));
+  BnApply apply = args.apply;
+  apply.invstd = invstd.data();
+  bn_apply(apply);
+}
+
 void bn_train_forward(const BnTrainForward& args) {
   const Activation& shape = args.apply.shape;
   const int64_t channels = shape.channels;

@@ -44,6 +44,7 @@ void add_relu_forward(const AddReluForward& args) { chosen().kernels->add_relu_f
 void add_relu_backward(const AddReluBackward& args) { chosen().kernels->add_relu_backward(args); }
 void bn_statistics(const BnStatistics& args) { chosen().kernels->bn_statistics(args); }
 void bn_apply(const BnApply& args) { chosen().kernels->bn_apply(args); }
+void bn_eval_forward(const BnEvalForward& args) { chosen().kernels->bn_eval_forward(args); }
 void bn_train_forward(const BnTrainForward& args) { chosen().kernels->bn_train_forward(args); }
 void bn_backward_reduce(const BnBackwardReduce& args) { chosen().kernels->bn_backward_reduce(args); }
 void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backward_apply(args); }

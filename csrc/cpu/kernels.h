@@ -18,6 +18,7 @@ struct Kernels {
   void (*add_relu_backward)(const AddReluBackward&);
   void (*bn_statistics)(const BnStatistics&);
   void (*bn_apply)(const BnApply&);
+  void (*bn_eval_forward)(const BnEvalForward&);
   void (*bn_train_forward)(const BnTrainForward&);
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);

@@ -11,6 +11,7 @@ from the ordinary allocator.  0 turns it off; `clear` returns the unused blocks 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import sys
@@ -51,11 +52,9 @@ _total = 0
 
 def empty(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised dense CPU tensor, from the pool where it is large."""
-    numel = 1
-    for size in shape:
-        numel *= size
+    numel = math.prod(shape)
     size = numel * dtype.itemsize
-    if size >= SMALLEST and size <= _limit:
+    if SMALLEST <= size <= _limit:
         with _lock:
             block = _take(size)
             if block is not None:
@@ -67,6 +66,8 @@ def empty(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...], dtype: t
 
 def empty_like(tensor: Tensor) -> Tensor:
     """An uninitialised tensor of the shape, strides and dtype of a dense CPU tensor."""
+    if tensor.nbytes < SMALLEST:
+        return torch.empty_like(tensor)
     return empty(tensor.shape, tensor.stride(), tensor.dtype)
 
 

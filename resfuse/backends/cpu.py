@@ -28,6 +28,8 @@ for _schema in (
     "bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2) -> ()",
     "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
     "Tensor(a!) output) -> ()",
+    "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
+    "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
     "Tensor(e!) invstd) -> ()",
@@ -45,6 +47,16 @@ for _schema in (
     _LIBRARY.define(_schema)
 
 _kernels = torch.ops.resfuse_cpu
+# Looked up once: `torch.ops.a.b.default` takes half a microsecond.
+_run_add_relu_backward = _kernels.add_relu_backward.default
+_run_add_relu_forward = _kernels.add_relu_forward.default
+_run_bn_apply = _kernels.bn_apply.default
+_run_bn_backward_apply = _kernels.bn_backward_apply.default
+_run_bn_backward_reduce = _kernels.bn_backward_reduce.default
+_run_bn_eval_forward = _kernels.bn_eval_forward.default
+_run_bn_statistics = _kernels.bn_statistics.default
+_run_bn_train_forward = _kernels.bn_train_forward.default
+_run_instruction_set = _kernels.instruction_set.default
 
 
 def unavailable_reason() -> str | None:
@@ -66,20 +78,22 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def instruction_set() -> str:
     """What the kernels were dispatched to on this processor: AVX-512, AVX2 or baseline."""
-    return _kernels.instruction_set()
+    return _run_instruction_set()
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
-    input = _dense_any_rank(input)
+    if not (input.is_contiguous() and residual.is_contiguous()):
+        input = _dense_any_rank(input)
+        residual = _ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
-    _kernels.add_relu_forward(input, _ordered_like(residual, input), output)
+    _run_add_relu_forward(input, residual, output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     output = _dense_any_rank(output)
     grad_input = buffer_pool.empty_like(output)
-    _kernels.add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
+    _run_add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
 
@@ -94,25 +108,26 @@ def bn_act_forward(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not training:
-        assert running_mean is not None and running_var is not None
-        mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
-        return bn_apply(input, mean, invstd, weight, bias, residual, relu), mean, invstd
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
+    residual = _ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
-    mean, invstd = torch.empty(2, input.shape[1]).unbind()
+    if not training:
+        _run_bn_eval_forward(
+            input, residual, _float(running_mean), _float(running_var), _float(weight), _float(bias), eps, relu, output
+        )
+        return output, None, None
+    channels = input.shape[1]
+    mean, invstd = torch.empty(channels), torch.empty(channels)
     wide_mean, wide_var = _float(running_mean), _float(running_var)
-    _kernels.bn_train_forward(
-        input, _ordered_like(residual, input), _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu,
-        output, mean, invstd,
+    _run_bn_train_forward(
+        input, residual, _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu, output, mean, invstd
     )  # fmt: skip
     if running_mean is not None and running_var is not None:
         if wide_mean is not running_mean:
             running_mean.copy_(wide_mean)
         if wide_var is not running_var:
             running_var.copy_(wide_var)
-        reference.mark_modified(running_mean, running_var)
     return output, mean, invstd
 
 
@@ -130,15 +145,15 @@ def bn_act_backward(
     input = dense(input)
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     masked = buffer_pool.empty_like(input) if needs_residual_grad else None
-    sum_g, sum_g_xhat = torch.empty(2, input.shape[1]).unbind()
-    _kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
+    sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
+    _run_bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
     grad_input = None
     if needs_input_grad:
         if masked is not None:
             grad_output, output = masked, None
         grad_input = buffer_pool.empty_like(input)
         count = input.numel() // input.shape[1] if training else 0
-        _kernels.bn_backward_apply(
+        _run_bn_backward_apply(
             grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
         )
     return grad_input, sum_g_xhat, sum_g, masked
@@ -178,8 +193,8 @@ def conv_bn_act_forward(
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    mean, m2 = torch.empty(2, input.shape[1]).unbind()
-    _kernels.bn_statistics(dense(input), mean, m2)
+    mean, m2 = torch.empty(input.shape[1]), torch.empty(input.shape[1])
+    _run_bn_statistics(dense(input), mean, m2)
     return mean, m2
 
 
@@ -194,7 +209,7 @@ def bn_apply(
 ) -> Tensor:
     input = dense(input)
     output = buffer_pool.empty_like(input)
-    _kernels.bn_apply(input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
+    _run_bn_apply(input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
     return output
 
 
@@ -204,8 +219,8 @@ def bn_backward_reduce(
     input = dense(input)
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     masked = grad_output if output is None else buffer_pool.empty_like(input)
-    sum_g, sum_g_xhat = torch.empty(2, input.shape[1]).unbind()
-    _kernels.bn_backward_reduce(
+    sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
+    _run_bn_backward_reduce(
         grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
     )
     return sum_g, sum_g_xhat, masked
@@ -225,7 +240,7 @@ def bn_backward_apply(
     input = dense(input)
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     grad_input = buffer_pool.empty_like(input)
-    _kernels.bn_backward_apply(
+    _run_bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
     )
     return grad_input
@@ -233,7 +248,9 @@ def bn_backward_apply(
 
 def _float(vector: Tensor | None) -> Tensor | None:
     """Per-channel vectors enter the kernels in float32."""
-    return vector if vector is None else vector.float().contiguous()
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.float().contiguous()
 
 
 def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:

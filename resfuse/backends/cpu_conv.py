@@ -93,7 +93,7 @@ def conv_bn_act_inference(
     shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
     if overwrite_residual and residual is not None and residual.is_contiguous(memory_format=torch.channels_last):
         # Once overwritten the residual is gone, so everything is looked at beforehand.
-        finite = packed.finite and _kernels.copy_finite(residual, None) and _kernels.copy_finite(input, None)
+        finite = packed.finite and _kernels.copy_finite.default(residual, None) and _kernels.copy_finite.default(input, None)
         output = _run(residual, input, packed, conv, relu and finite)
     else:
         output, residual_finite = _accumulator(shape, input.dtype, residual)
@@ -154,9 +154,9 @@ def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | 
         return _channels_last_empty(shape, dtype).zero_(), True
     output = _channels_last_empty(shape, dtype)
     if residual.stride() == output.stride():
-        return output, _kernels.copy_finite(residual, output)
+        return output, _kernels.copy_finite.default(residual, output)
     output.copy_(residual)
-    return output, _kernels.copy_finite(output, None)
+    return output, _kernels.copy_finite.default(output, None)
 
 
 def _channels_last_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -169,14 +169,14 @@ def _run(
 ) -> Tensor:
     if output is None:
         unary = "relu" if relu else "none"
-        return _onednn._convolution_pointwise(input, packed.weight, packed.bias, *conv, unary, [], "")
+        return _onednn._convolution_pointwise.default(input, packed.weight, packed.bias, *conv, unary, [], "")
     unary = "relu" if relu else None
-    return _onednn._convolution_pointwise_(output, input, packed.weight, packed.bias, *conv, "add", 1.0, unary, [], "")
+    return _onednn._convolution_pointwise_.binary(output, input, packed.weight, packed.bias, *conv, "add", 1.0, unary, [], "")
 
 
 def _seen_finite(output: Tensor, input: Tensor, groups: int) -> bool:
     """Whether no NaN can have reached the fused ReLU (see the module's docstring)."""
-    return (groups == 1 and _kernels.rows_live(output)) or _kernels.copy_finite(input, None)
+    return (groups == 1 and _kernels.rows_live.default(output)) or _kernels.copy_finite.default(input, None)
 
 
 def _pack(
@@ -206,12 +206,12 @@ def _pack(
         and entry.address == conv_weight.data_ptr()
         and entry.conv == conv
         and entry.eps == eps
-        and _kernels.snapshot_matches(*parameters, entry.snapshot)
+        and _kernels.snapshot_matches.default(*parameters, entry.snapshot)
     ):
         return entry
     with torch.no_grad():
-        snapshot = torch.empty(_kernels.snapshot_size(*parameters), dtype=torch.uint8)
-        _kernels.snapshot(*parameters, snapshot)
+        snapshot = torch.empty(_kernels.snapshot_size.default(*parameters), dtype=torch.uint8)
+        _kernels.snapshot.default(*parameters, snapshot)
         mean, scale = reference.inference_statistics(running_mean, running_var, eps)
         shift = -mean if conv_bias is None else conv_bias.float() - mean
         if weight is not None:

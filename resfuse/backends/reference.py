@@ -48,17 +48,19 @@ def bn_act_forward(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, mean, invstd).  With `training` batch statistics are used and running statistics updated in place."""
-    if not training:
-        assert running_mean is not None and running_var is not None
-        mean, invstd = inference_statistics(running_mean, running_var, eps)
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    else:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(output, mean, invstd).
+
+    With `training` batch statistics are used and the running ones updated in place; without it mean and invstd are
+    None: backward takes them from `inference_statistics`.
+    """
+    mean = invstd = None
+    if training:
         output, mean, invstd = torch.native_batch_norm(
             input, weight, bias, running_mean, running_var, True, momentum, eps
         )
-        mark_modified(running_mean, running_var)
+    else:
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     return _activate(output, residual, relu), mean, invstd
 
 
@@ -206,15 +208,8 @@ def bn_backward_apply(
 
 
 def inference_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, invstd) of running statistics, in float32 or wider."""
-    return _widen(running_mean), (_widen(running_var) + eps).rsqrt()
-
-
-def mark_modified(*statistics: Tensor | None) -> None:
-    """Record an in-place change that PyTorch cannot see, or (batch norm's own) does not record."""
-    for tensor in statistics:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    """(mean, invstd) of running statistics, in float32 or wider.  Copies: training may go on before backward."""
+    return _widen(running_mean).clone(), (_widen(running_var) + eps).rsqrt()
 
 
 def _activate(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -22,7 +22,7 @@ def forward(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return backend_for("bn_act_forward", input).bn_act_forward(
         input, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
     )
@@ -160,10 +160,11 @@ class BNActFunction(torch.autograd.Function):
                 input, running_mean, running_var, weight, bias, residual, relu, momentum, eps
             )
         else:
-            assert running_mean is not None and running_var is not None
             output = torch.ops.resfuse.bn_act_eval(
                 input, running_mean, running_var, weight, bias, residual, relu, eps
             )
+        if not training:
+            assert running_mean is not None and running_var is not None
             mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
         ctx.training, ctx.relu, ctx.eps = training, relu, eps
         ctx.save_for_backward(input, output if relu else None, weight, mean, invstd)
