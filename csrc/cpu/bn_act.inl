@@ -33,44 +33,45 @@ RESFUSE_INLINE void each_tile(const Tiling& tiling, int64_t chunk, F f) {
     f(row, row + tiling.tile_rows < end ? row + tiling.tile_rows : end);
 }
 
-// (count, mean, m2) of two sets of values from those of each: Chan, Golub & LeVeque 1979, "Updating formulae and a
-// pairwise algorithm for computing sample variances".
-RESFUSE_INLINE void merge(double& count, double& mean, double& m2, double other_count, double other_mean,
-                          double other_m2) {
-  const double delta = other_mean - mean, total = count + other_count;
-  mean += delta * (other_count / total);
-  m2 += other_m2 + delta * delta * (count * other_count / total);
-  count = total;
-}
+// Merges (count, mean, m2) of two sets of values: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise
+// algorithm for computing sample variances".  The counts are those of all channels, so the divisions are done once.
+struct Merge {
+  double share, cross;  // of the other set's mean, of the squared difference of the means
 
-// Sums over the rows [begin, end) of a tile: f(offset of the element, lanes, sums) is called for each row of four in a
-// tree, so that rounding errors stay those of a short sum.  `Sums` is one or two f32x16; `into` holds as many vectors.
-template <int64_t N, class F>
-RESFUSE_INLINE void add_rows(int64_t channels, int64_t begin, int64_t end, float* into, F f) {
+  Merge(double count, double other_count)
+      : share(other_count / (count + other_count)), cross(count * other_count / (count + other_count)) {}
+
+  RESFUSE_INLINE void operator()(double& mean, double& m2, double other_mean, double other_m2) const {
+    const double delta = other_mean - mean;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * cross;
+  }
+};
+
+// Sums over the rows [begin, end) of a tile, R rows at a time: f(offset of the element, channel, lanes, terms) gives the
+// N terms of an element, `sums` holds N vectors.  More rows save loads and stores of the sums, which lie in the L1 cache;
+// but every row of every tensor is a stream, and beyond about four streams the hardware prefetches no longer.
+template <int64_t N, int64_t R, class F>
+RESFUSE_INLINE void add_rows(int64_t channels, int64_t begin, int64_t end, float* sums, F f) {
   const auto add = [&](int64_t row, auto rows) __attribute__((always_inline)) {
     each_block(channels, [&](int64_t c, auto lanes) {
       f32x16 terms[decltype(rows)::value][N];
       for (int64_t r = 0; r < decltype(rows)::value; ++r) f((row + r) * channels + c, c, lanes, terms[r]);
       for (int64_t n = 0; n < N; ++n) {
-        float* sum = into + n * channels + c;
-        if constexpr (decltype(rows)::value == 4)
-          store(sum, load(sum, lanes) + ((terms[0][n] + terms[1][n]) + (terms[2][n] + terms[3][n])), lanes);
-        else
-          store(sum, load(sum, lanes) + terms[0][n], lanes);
+        f32x16 sum = terms[0][n];
+        for (int64_t r = 1; r < decltype(rows)::value; ++r) sum += terms[r][n];
+        store(sums + n * channels + c, load(sums + n * channels + c, lanes) + sum, lanes);
       }
     });
   };
   int64_t row = begin;
-  for (; row + 4 <= end; row += 4) add(row, std::integral_constant<int64_t, 4>{});
+  for (; row + R <= end; row += R) add(row, std::integral_constant<int64_t, R>{});
   for (; row < end; ++row) add(row, std::integral_constant<int64_t, 1>{});
 }
 
-// (mean, m2) of `count` values from the sums of their deviations from a centre that is near the mean, and the squares.
-RESFUSE_INLINE void from_deviations(double count, double centre, double sum, double squares, double& mean, double& m2) {
-  mean = centre + sum / count;
-  m2 = squares - sum * (sum / count);
-}
-
+// One pass.  A tile's deviations are taken from the mean of what the chunk has seen before it (the first tile's from its
+// own first estimate), so that their squares do not cancel: with f the fraction of the values seen, the centre is off by
+// at most sigma / sqrt(f (1 - f)).
 template <class T>
 void statistics_rows(const Activation& shape, const T* input, double* mean, double* m2) {
   const Tiling tiling(shape);
@@ -83,33 +84,35 @@ void statistics_rows(const Activation& shape, const T* input, double* mean, doub
       double *chunk_mean = partial.data() + 2 * chunk * channels, *chunk_m2 = chunk_mean + channels;
       double seen = 0;
       each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
-        const double count = static_cast<double>(end - begin);
-        const float inverse = static_cast<float>(1.0 / count);
+        const double count = static_cast<double>(end - begin), inverse = 1.0 / count;
+        const Merge merge(seen, count);
         std::fill(buffer.begin(), buffer.end(), 0.0f);
-        add_rows<1>(channels, begin, end, centre,
-                    [&](int64_t i, int64_t, auto lanes, f32x16* terms) { terms[0] = load(input + i, lanes); });
-        for (int64_t c = 0; c < channels; ++c) centre[c] *= inverse;
-        add_rows<2>(channels, begin, end, sums, [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
+        if (seen == 0) {
+          add_rows<1, 4>(channels, begin, end, centre,
+                         [&](int64_t i, int64_t, auto lanes, f32x16* terms) { terms[0] = load(input + i, lanes); });
+          for (int64_t c = 0; c < channels; ++c) centre[c] *= static_cast<float>(inverse);
+        } else {
+          for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<float>(chunk_mean[c]);
+        }
+        add_rows<2, 4>(channels, begin, end, sums, [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
           terms[0] = load(input + i, lanes) - load(centre + c, lanes);
           terms[1] = terms[0] * terms[0];
         });
         for (int64_t c = 0; c < channels; ++c) {
-          double merged = seen, tile_mean, tile_m2;
-          from_deviations(count, centre[c], sums[c], sums[channels + c], tile_mean, tile_m2);
-          merge(merged, chunk_mean[c], chunk_m2[c], count, tile_mean, tile_m2);
+          const double deviation = sums[c] * inverse;
+          merge(chunk_mean[c], chunk_m2[c], centre[c] + deviation, sums[channels + c] - sums[c] * deviation);
         }
         seen += count;
       });
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double count = 0;
-    mean[c] = m2[c] = 0;
-    for (int64_t chunk = 0; chunk < tiling.chunks; ++chunk) {
-      const double* from = partial.data() + 2 * chunk * channels + c;
-      merge(count, mean[c], m2[c], static_cast<double>(tiling.chunk_end(chunk) - tiling.chunk_begin(chunk)), from[0],
-            from[channels]);
-    }
+  std::fill(mean, mean + channels, 0.0);
+  std::fill(m2, m2 + channels, 0.0);
+  for (int64_t chunk = 0; chunk < tiling.chunks; ++chunk) {
+    const double *chunk_mean = partial.data() + 2 * chunk * channels, *chunk_m2 = chunk_mean + channels;
+    const Merge merge(static_cast<double>(tiling.chunk_begin(chunk)),
+                      static_cast<double>(tiling.chunk_end(chunk) - tiling.chunk_begin(chunk)));
+    for (int64_t c = 0; c < channels; ++c) merge(mean[c], m2[c], chunk_mean[c], chunk_m2[c]);
   }
 }
 
@@ -166,9 +169,9 @@ void statistics_planes(const Activation& shape, const T* input, double* mean, do
           deviations += deviation;
           return deviation * deviation;
         });
-        double tile_mean, tile_m2;
-        from_deviations(tile, centre, total(deviations), squares, tile_mean, tile_m2);
-        merge(count, mean[channel], m2[channel], tile, tile_mean, tile_m2);
+        const double deviation = total(deviations), correction = deviation / tile;
+        Merge(count, tile)(mean[channel], m2[channel], centre + correction, squares - deviation * correction);
+        count += tile;
       });
     }
   });
@@ -306,7 +309,7 @@ void backward_reduce_rows(const BnBackwardReduce& args) {
       double* sums = partial.data() + 2 * chunk * channels;
       each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
         std::fill(buffer.begin(), buffer.end(), 0.0f);
-        add_rows<2>(channels, begin, end, buffer.data(), [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
+        add_rows<2, 1>(channels, begin, end, buffer.data(), [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
           terms[0] = grad(i, lanes);
           terms[1] = terms[0] * (load(input + i, lanes) - load(args.mean + c, lanes));
         });
