@@ -196,8 +196,7 @@ bool snapshot_matches(Tensor conv_weight, Tensor running_mean, Tensor running_va
 
 int64_t snapshot_size(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
                       OptionalTensor bias, OptionalTensor conv_bias) {
-  return resfuse::cpu::snapshot_size(
-      snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias));
+  return resfuse::cpu::snapshot_size(snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias));
 }
 
 std::string instruction_set() { return resfuse::cpu::instruction_set(); }

@@ -63,8 +63,8 @@ struct BnEvalForward {
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, then BnApply.
 struct BnTrainForward {
   BnApply apply;
-  float *mean, *invstd;                 // the same memory as apply.mean and apply.invstd
-  float *running_mean, *running_var;    // or null
+  float *mean, *invstd;               // the same memory as apply.mean and apply.invstd
+  float *running_mean, *running_var;  // or null
   double momentum, eps;
 };
 

@@ -34,6 +34,14 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=memory_format_of(tensor))
 
 
+def like_strides(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor itself, or a copy of it, with the strides that `torch.empty_like(like)` has."""
+    if tensor.stride() == like.stride():
+        return tensor
+    result = torch.empty_like(like, dtype=tensor.dtype)
+    return tensor if tensor.stride() == result.stride() else result.copy_(tensor)
+
+
 def conv_output_shape(
     input_shape: torch.Size,
     weight_shape: torch.Size,

@@ -1,11 +1,12 @@
-// Batch norm + residual + ReLU, forward and backward, for NHWC ("rows" of C channels) and NCHW ("planes" of one channel).
+// Batch norm + residual + ReLU, forward and backward, for NHWC ("rows" of C channels) and NCHW ("planes" of one
+// channel).
 //
 // Traffic in training: forward reads the input twice (statistics, apply) and the residual once, writes the output once.
 // Backward reads grad_output, input and output (the mask) twice and writes grad_input; with a residual the first pass
 // writes g = masked grad_output, which is the residual's gradient, and the second reads g in place of two tensors.
 //
-// Every sum runs over tiles of at most 32 rows that fit the L2 cache, in float; tiles are merged in double.  The partition
-// into tiles and chunks depends on the shape alone, so results do not depend on the number of threads.
+// Every sum runs over tiles of at most 32 rows that fit the L2 cache, in float; tiles are merged in double.  The
+// partition into tiles and chunks depends on the shape alone, so results do not depend on the number of threads.
 
 constexpr int64_t kTileBytes = 128 * 1024;
 constexpr int64_t kMaxChunks = 64;
@@ -48,9 +49,9 @@ struct Merge {
   }
 };
 
-// Sums over the rows [begin, end) of a tile, R rows at a time: f(offset of the element, channel, lanes, terms) gives the
-// N terms of an element, `sums` holds N vectors.  More rows save loads and stores of the sums, which lie in the L1 cache;
-// but every row of every tensor is a stream, and beyond about four streams the hardware prefetches no longer.
+// Sums over the rows [begin, end) of a tile, R rows at a time: f(offset of the element, channel, lanes, terms) gives
+// the N terms of an element, `sums` holds N vectors.  More rows save loads and stores of the sums, which lie in the L1
+// cache; but every row of every tensor is a stream, and beyond about four streams the hardware prefetches no longer.
 template <int64_t N, int64_t R, class F>
 RESFUSE_INLINE void add_rows(int64_t channels, int64_t begin, int64_t end, float* sums, F f) {
   const auto add = [&](int64_t row, auto rows) __attribute__((always_inline)) {
@@ -69,9 +70,9 @@ RESFUSE_INLINE void add_rows(int64_t channels, int64_t begin, int64_t end, float
   for (; row < end; ++row) add(row, std::integral_constant<int64_t, 1>{});
 }
 
-// One pass.  A tile's deviations are taken from the mean of what the chunk has seen before it (the first tile's from its
-// own first estimate), so that their squares do not cancel: with f the fraction of the values seen, the centre is off by
-// at most sigma / sqrt(f (1 - f)).
+// One pass.  A tile's deviations are taken from the mean of what the chunk has seen before it (the first tile's from
+// its own first estimate), so that their squares do not cancel: with f the fraction of the values seen, the centre is
+// off by at most sigma / sqrt(f (1 - f)).
 template <class T>
 void statistics_rows(const Activation& shape, const T* input, double* mean, double* m2) {
   const Tiling tiling(shape);

@@ -18,7 +18,9 @@ struct Part {    // the last block of a row
   int64_t lanes;
 };
 
-RESFUSE_INLINE void copy_bytes(void* to, const void* from, Full, int64_t size) { __builtin_memcpy(to, from, kLanes * size); }
+RESFUSE_INLINE void copy_bytes(void* to, const void* from, Full, int64_t size) {
+  __builtin_memcpy(to, from, kLanes * size);
+}
 RESFUSE_INLINE void copy_bytes(void* to, const void* from, Part part, int64_t size) {
   __builtin_memcpy(to, from, part.lanes * size);
 }

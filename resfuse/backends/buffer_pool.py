@@ -1,8 +1,8 @@
 """Output buffers that survive from one call to the next.
 
-A large tensor from the C allocator is fresh memory each time: the kernel hands out pages one fault at a time, zeroed, at
-a few GB/s, which for the early layers of a ResNet costs more than the arithmetic (ResNet-50, batch 16, float32: 460 of
-680 ms in eager PyTorch were spent in the kernel).  CUDA's allocator in PyTorch keeps freed blocks for the same reason.
+A large tensor from the C allocator is fresh memory each time: the kernel hands out pages one fault at a time, zeroed,
+at a few GB/s, which for the early layers of a ResNet costs more than the arithmetic (ResNet-50, batch 16, float32: 460
+of 680 ms in eager PyTorch were spent in the kernel).  PyTorch's CUDA allocator keeps freed blocks for the same reason.
 Here a tensor of a megabyte or more lives in a block of huge pages that is used again once no tensor refers to it.
 
 The pool keeps at most RESFUSE_CPU_POOL_MB megabytes (default 1024) of blocks, in use or not; what is over that comes

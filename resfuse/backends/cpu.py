@@ -5,11 +5,13 @@ float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernel
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from resfuse import _extension
-from resfuse.backends import buffer_pool, reference
+from resfuse.backends import buffer_pool
 from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
 from resfuse.backends.registry import Problem
 from resfuse.layout import dense
@@ -123,11 +125,9 @@ def bn_act_forward(
     _run_bn_train_forward(
         input, residual, _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu, output, mean, invstd
     )  # fmt: skip
-    if running_mean is not None and running_var is not None:
-        if wide_mean is not running_mean:
-            running_mean.copy_(wide_mean)
-        if wide_var is not running_var:
-            running_var.copy_(wide_var)
+    for statistic, wide in ((running_mean, wide_mean), (running_var, wide_var)):
+        if statistic is not None and wide is not None and wide is not statistic:
+            statistic.copy_(wide)
     return output, mean, invstd
 
 
@@ -246,6 +246,10 @@ def bn_backward_apply(
     return grad_input
 
 
+@overload
+def _float(vector: Tensor) -> Tensor: ...
+@overload
+def _float(vector: Tensor | None) -> Tensor | None: ...
 def _float(vector: Tensor | None) -> Tensor | None:
     """Per-channel vectors enter the kernels in float32."""
     if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
@@ -253,6 +257,10 @@ def _float(vector: Tensor | None) -> Tensor | None:
     return vector.float().contiguous()
 
 
+@overload
+def _ordered_like(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
 def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """The tensor with the strides of `like`, by a copy where it has others."""
     if tensor is None or tensor.stride() == like.stride():

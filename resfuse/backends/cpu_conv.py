@@ -22,12 +22,11 @@ import weakref
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends import buffer_pool, reference
 from resfuse.backends.registry import Problem
-from resfuse.layout import conv_memory_format, conv_output_shape, memory_format_of
+from resfuse.layout import conv_memory_format, conv_output_shape
 
 Pair = tuple[int, int]
 _kernels = torch.ops.resfuse_cpu
@@ -93,12 +92,12 @@ def conv_bn_act_inference(
     shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
     if overwrite_residual and residual is not None and residual.is_contiguous(memory_format=torch.channels_last):
         # Once overwritten the residual is gone, so everything is looked at beforehand.
-        finite = packed.finite and _kernels.copy_finite.default(residual, None) and _kernels.copy_finite.default(input, None)
+        finite = packed.finite and _all_finite(residual) and _all_finite(input)
         output = _run(residual, input, packed, conv, relu and finite)
     else:
-        output, residual_finite = _accumulator(shape, input.dtype, residual)
+        accumulator, residual_finite = _accumulator(shape, input.dtype, residual)
         finite = packed.finite and residual_finite
-        output = _run(output, input, packed, conv, relu and finite)
+        output = _run(accumulator, input, packed, conv, relu and finite)
         if relu and finite and not _seen_finite(output, input, groups):
             finite = False
             output = _run(_accumulator(shape, input.dtype, residual)[0], input, packed, conv, False)
@@ -129,11 +128,10 @@ def conv_backward(
     groups: int,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    run = functools.partial(
-        reference.conv_backward, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )  # fmt: skip
+    run = functools.partial(reference.conv_backward, stride=stride, padding=padding, dilation=dilation, groups=groups)
     if input.dtype == torch.bfloat16 and needs_grad[1] and _unreliable_weight_gradient(input, stride):
-        grad_input, _, grad_bias = run(grad_output, input, conv_weight, needs_grad=(needs_grad[0], False, needs_grad[2]))
+        others = (needs_grad[0], False, needs_grad[2])
+        grad_input, _, grad_bias = run(grad_output, input, conv_weight, needs_grad=others)
         wide = run(grad_output.float(), input.float(), conv_weight.float(), needs_grad=(False, True, False))[1]
         assert wide is not None
         return grad_input, wide.to(conv_weight.dtype), grad_bias
@@ -155,8 +153,7 @@ def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | 
     output = _channels_last_empty(shape, dtype)
     if residual.stride() == output.stride():
         return output, _kernels.copy_finite.default(residual, output)
-    output.copy_(residual)
-    return output, _kernels.copy_finite.default(output, None)
+    return output.copy_(residual), _all_finite(output)
 
 
 def _channels_last_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -167,16 +164,19 @@ def _channels_last_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _run(
     output: Tensor | None, input: Tensor, packed: _Packed, conv: tuple[Pair, Pair, Pair, int], relu: bool
 ) -> Tensor:
+    operands = (input, packed.weight, packed.bias, *conv)
     if output is None:
-        unary = "relu" if relu else "none"
-        return _onednn._convolution_pointwise.default(input, packed.weight, packed.bias, *conv, unary, [], "")
-    unary = "relu" if relu else None
-    return _onednn._convolution_pointwise_.binary(output, input, packed.weight, packed.bias, *conv, "add", 1.0, unary, [], "")
+        return _onednn._convolution_pointwise.default(*operands, "relu" if relu else "none", [], "")
+    return _onednn._convolution_pointwise_.binary(output, *operands, "add", 1.0, "relu" if relu else None, [], "")
 
 
 def _seen_finite(output: Tensor, input: Tensor, groups: int) -> bool:
     """Whether no NaN can have reached the fused ReLU (see the module's docstring)."""
-    return (groups == 1 and _kernels.rows_live.default(output)) or _kernels.copy_finite.default(input, None)
+    return (groups == 1 and _kernels.rows_live.default(output)) or _all_finite(input)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return _kernels.copy_finite.default(tensor, None)
 
 
 def _pack(
@@ -223,9 +223,7 @@ def _pack(
             folded.contiguous(), *conv, [input.shape[0], conv_weight.shape[1] * groups, *input.shape[2:]]
         )
     source = weakref.ref(conv_weight, lambda _: _packed.pop(key, None))
-    entry = _Packed(
-        source, version, conv_weight.data_ptr(), snapshot, conv, eps, packed, shift.to(input.dtype), finite
-    )
+    entry = _Packed(source, version, conv_weight.data_ptr(), snapshot, conv, eps, packed, shift.to(input.dtype), finite)
     if version >= 0:
         _packed[key] = entry
     return entry

@@ -40,9 +40,8 @@ def _validated(name: str | None) -> str | None:
     return name
 
 
-_request: ContextVar[str | None] = ContextVar(
-    "resfuse_backend", default=_validated(os.environ.get("RESFUSE_BACKEND") or None)
-)
+_from_environment = _validated(os.environ.get("RESFUSE_BACKEND") or None)
+_request: ContextVar[str | None] = ContextVar("resfuse_backend", default=_from_environment)
 
 
 def backend(name: str) -> ModuleType:

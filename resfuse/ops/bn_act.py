@@ -160,9 +160,7 @@ class BNActFunction(torch.autograd.Function):
                 input, running_mean, running_var, weight, bias, residual, relu, momentum, eps
             )
         else:
-            output = torch.ops.resfuse.bn_act_eval(
-                input, running_mean, running_var, weight, bias, residual, relu, eps
-            )
+            output = torch.ops.resfuse.bn_act_eval(input, running_mean, running_var, weight, bias, residual, relu, eps)
         if not training:
             assert running_mean is not None and running_var is not None
             mean, invstd = reference.inference_statistics(running_mean, running_var, eps)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.backends import reference, registry
-from resfuse.layout import conv_memory_format, conv_output_shape
+from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
 from resfuse.ops.library import FunctionContext, backend_for, define
 
@@ -90,32 +92,21 @@ def _eval(input: Tensor, conv_weight: Tensor, running_mean: Tensor, running_var:
     )[0]  # fmt: skip
 
 
-def _conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    return conv_forward(input, conv_weight, conv_bias, tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
+def _conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *rest: Any) -> Tensor:
+    stride, padding, dilation, groups = rest
+    return conv_forward(input, conv_weight, conv_bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-def _conv_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    conv_weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    needs_grad: list[bool],
-) -> tuple[Tensor, ...]:
-    grads = conv_backward(
-        grad_output, input, conv_weight, tuple(stride), tuple(padding), tuple(dilation), groups, tuple(needs_grad)  # type: ignore[arg-type]
-    )  # fmt: skip
-    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
+def _conv_backward(grad_output: Tensor, input: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    stride, padding, dilation, groups, needs_grad = rest
+    conv = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    grads = conv_backward(grad_output, input, conv_weight, *conv, tuple(needs_grad))
+    # What the fake promises: gradients in the layout of what they are gradients of; empty ones where nobody needs them.
+    likes = (input, conv_weight, None)
+    return tuple(
+        input.new_empty(0) if grad is None else grad if like is None else like_strides(grad, like)
+        for grad, like in zip(grads, likes, strict=True)
+    )
 
 
 def _fake_output(input: Tensor, conv_weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
@@ -230,34 +221,21 @@ class ConvBNActFunction(torch.autograd.Function):
         input, conv_weight, conv_bias, weight, output, z, mean, invstd = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_conv = (needs[0], needs[1], needs[6])
-        needs_z_grad = any(needs_conv)
         needs_residual = needs[7] and ctx.relu  # without a ReLU the residual's gradient is grad_output itself
-        if torch.compiler.is_compiling():
-            if z is None:
-                z = (
-                    torch.ops.resfuse.conv_forward(input, conv_weight, conv_bias, *ctx.conv)
-                    if needs[4]
-                    else grad_output
-                )
-            grad_z, grad_weight, grad_bias, grad_residual = torch.ops.resfuse.bn_act_backward(
-                grad_output, z, output, weight, mean, invstd, ctx.training, needs_z_grad, needs_residual
-            )
-            if needs_z_grad:
-                grads = torch.ops.resfuse.conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv)
-        elif torch.is_grad_enabled():
+        grads: Any = (None, None, None)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, grad_output)
         else:
-            request = ctx.backend_request
+            run_conv_forward, run_bn_act_backward, run_conv_backward = _backward_verbs(ctx)
             if z is None:
-                # Where no one reads sum g xhat any tensor of the right shape will do for z.
-                z = conv_forward(input, conv_weight, conv_bias, *ctx.conv, request) if needs[4] else grad_output
-            grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
-                grad_output, z, output, weight, mean, invstd, ctx.training, needs_z_grad, needs_residual, request
+                # Where no one reads sum g xhat, any tensor of the right shape will do for z.
+                z = run_conv_forward(input, conv_weight, conv_bias, *ctx.conv) if needs[4] else grad_output
+            grad_z, grad_weight, grad_bias, grad_residual = run_bn_act_backward(
+                grad_output, z, output, weight, mean, invstd, ctx.training, any(needs_conv), needs_residual
             )
-            if needs_z_grad:
-                assert grad_z is not None
-                grads = conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv, request)
-        grad_input, grad_conv_weight, grad_conv_bias = grads if needs_z_grad else (None, None, None)
+            if any(needs_conv):
+                grads = run_conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv)
+        grad_input, grad_conv_weight, grad_conv_bias = grads
         return (
             grad_input if needs[0] else None,
             grad_conv_weight if needs[1] else None,
@@ -269,6 +247,19 @@ class ConvBNActFunction(torch.autograd.Function):
             (grad_residual if ctx.relu else grad_output) if needs[7] else None,
             *(None,) * 8,
         )
+
+
+def _backward_verbs(ctx: FunctionContext) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """conv_forward, bn_act_backward and conv_backward: registered while compiling, else on the forward's backend."""
+    if torch.compiler.is_compiling():
+        registered = torch.ops.resfuse
+        return registered.conv_forward, registered.bn_act_backward, registered.conv_backward
+    request = ctx.backend_request
+    return (
+        functools.partial(conv_forward, request=request),
+        functools.partial(bn_act.backward, request=request),
+        functools.partial(conv_backward, request=request),
+    )
 
 
 def _differentiable_backward(ctx: FunctionContext, grad_output: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,13 +33,15 @@ def backend_for(
     return registry.choose(problem, request or registry.requested_backend())
 
 
-class FunctionContext(torch.autograd.function.FunctionCtx):
-    """What `forward` leaves for `backward`; declared so that the type checker sees it."""
+class FunctionContext(Protocol):
+    """What PyTorch's context offers and what our `forward` leaves in it for `backward`."""
 
-    saved_tensors: tuple[torch.Tensor, ...]
+    saved_tensors: tuple[Any, ...]
     needs_input_grad: tuple[bool, ...]
     backend_request: str | None
     training: bool
     relu: bool
     eps: float
     conv: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
