@@ -16,16 +16,17 @@ COMPAT_TESTS ?= tests
 
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install -c requirements/constraints.txt
-NATIVE := $(shell find csrc -name '*.[ch]*' -o -name '*.cu' -o -name '*.inl')
+NATIVE := $(shell find csrc -name '*.[ch]*' -o -name '*.inl')
 FORMATTED := $(filter %.h %.cpp %.inl %.cu %.cuh,$(NATIVE))
 TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: help demo test build lint format pytest compat dist clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 	@echo "Also: build, lint, format, pytest, compat, dist, clean."
 
 demo: $(VENV)/.built
@@ -63,12 +64,13 @@ $(VENV)/.torch: $(VENV)/.created requirements/constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py resfuse/_build.py $(NATIVE)
-	$(PIP_INSTALL) --no-build-isolation -e '.[demo,bench,test,lint]'
+	@echo "Installing resfuse with what its demo and tests need, and compiling (a minute or two) ..."
+	$(PIP_INSTALL) -q --no-build-isolation -e '.[demo,bench,test,lint]'
 	@$(PY) -m resfuse._extension
 	@touch $@
 
 $(VENV)/.toolkit: $(VENV)/.torch
-	@if $(PY) resfuse/_build.py 2>&1 | grep 'no CUDA toolkit was found'; then \
+	@if $(PY) -I resfuse/_build.py 2>&1 | grep 'no CUDA toolkit was found'; then \
 	  if $(PIP_INSTALL) '$(TOOLKIT)'; then rm -f $(VENV)/.built; \
 	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
 	@touch $@
@@ -84,7 +86,7 @@ compat: $(VENV)/.built
 	  $$venv/bin/python -m pip install -q 'numpy<2.4' rich pytest hypothesis; \
 	  $$venv/bin/python -c 'import torch; print("== torch", torch.__version__)'; \
 	  $$venv/bin/python -m resfuse._extension; \
-	  PATH="$(abspath $(VENV))/bin:$$PATH" $$venv/bin/python -m pytest -q -m 'not slow' $(COMPAT_TESTS); \
+	  $$venv/bin/python -m pytest -q -m 'not slow' $(COMPAT_TESTS); \
 	done
 	@sha256sum resfuse/*.abi3.so
 

@@ -46,16 +46,23 @@ except build.BuildError as error:
     sys.exit(f"error: {error}")
 
 
+def write_record(package: Path) -> None:
+    """How this build was made: resfuse._extension explains with it what is missing, `resfuse info` prints it."""
+    (package / "_build_info.json").write_text(json.dumps(settings.as_info(), indent=2) + "\n")
+
+
 class BuildPy(build_py):
-    """Also ships the C++/CUDA sources (for resfuse.jit) and a record of how this build was made."""
+    """Also ships the C++/CUDA sources (for resfuse.jit) and the record."""
 
     def run(self) -> None:
-        super().run()
-        package = ROOT / "resfuse"
-        if not self.editable_mode:
-            package = Path(self.build_lib) / "resfuse"
-            shutil.copytree(ROOT / "csrc", package / "csrc", dirs_exist_ok=True)
-        (package / "_build_info.json").write_text(json.dumps(settings.as_info(), indent=2) + "\n")
+        package = ROOT / "resfuse" if self.editable_mode else Path(self.build_lib) / "resfuse"
+        if self.editable_mode:
+            super().run()
+        else:
+            shutil.rmtree(package, ignore_errors=True)  # what an earlier build left must not get into a wheel
+            super().run()
+            shutil.copytree(ROOT / "csrc", package / "csrc")
+        write_record(package)
 
 
 def extension(name: str) -> Extension:
@@ -81,8 +88,14 @@ def main() -> None:
         with build.build_environment(settings):
             from torch.utils.cpp_extension import BuildExtension
 
+            class BuildExt(BuildExtension):
+                def run(self) -> None:
+                    super().run()
+                    if self.inplace:
+                        write_record(ROOT / "resfuse")
+
             options["ext_modules"] = [extension(name) for name in settings.libraries]
-            options["cmdclass"] = {"build_py": BuildPy, "build_ext": BuildExtension}
+            options["cmdclass"] = {"build_py": BuildPy, "build_ext": BuildExt}
             options["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
             setup(**options)
     else:

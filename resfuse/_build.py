@@ -170,11 +170,19 @@ def inspect_toolkit(home: Path) -> Toolkit | str:
     nvcc = home / "bin" / "nvcc"
     if not nvcc.is_file():
         return f"{home} has no bin/nvcc"
-    missing = [name for name in ("cuda_runtime_api.h", "crt/host_config.h") if not (home / "include" / name).is_file()]
-    if not any(home.glob("lib*/libcudart.so*")):
-        missing.append("libcudart.so")
+    # conda keeps headers and libraries under targets/, Debian its libraries under lib/x86_64-linux-gnu/.
+    needed = {
+        "cuda_runtime_api.h": ("include", "targets/*/include"),
+        "crt/host_config.h": ("include", "targets/*/include"),
+        "libcudart.so*": ("lib*", "lib/*", "targets/*/lib"),
+    }
+    missing = [
+        name
+        for name, folders in needed.items()
+        if not any(True for folder in folders for _ in home.glob(f"{folder}/{name}"))
+    ]
     if missing:
-        return f"the CUDA toolkit at {home} is incomplete, it lacks {', '.join(missing)}"
+        return f"the CUDA toolkit at {home} is incomplete, it lacks {' and '.join(missing)}"
     try:
         answer = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
