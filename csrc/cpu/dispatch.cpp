@@ -1,4 +1,8 @@
-// Chooses the instruction set once, by what the processor says of itself.
+// Chooses the instruction set once: the widest that the processor has, or a narrower one that RESFUSE_CPU_ISA names (so
+// that one machine can test all of them).
+#include <cstdlib>
+#include <cstring>
+
 #include "kernels.h"
 
 namespace resfuse::cpu {
@@ -20,16 +24,23 @@ namespace {
 struct Choice {
   const char* name;
   const Kernels* kernels;
+  bool supported;
 };
 
 Choice choose() {
+  const Choice choices[] = {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return {"AVX-512", &avx512::kernels};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", &avx2::kernels};
+      {"avx512", &avx512::kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq")},
+      {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-  return {"baseline", &baseline::kernels};
+      {"baseline", &baseline::kernels, true},
+  };
+  const char* asked = std::getenv("RESFUSE_CPU_ISA");
+  for (const Choice& choice : choices)
+    if (choice.supported && (asked == nullptr || std::strcmp(asked, choice.name) == 0)) return choice;
+  return {"baseline", &baseline::kernels, true};
 }
 
 const Choice& chosen() {

@@ -24,7 +24,9 @@ from torch import Tensor
 SMALLEST = 1 << 20
 _HUGE_PAGE = 2 << 20
 
-_limit = int(os.environ.get("RESFUSE_CPU_POOL_MB", "1024")) << 20 if hasattr(mmap, "MADV_HUGEPAGE") else 0
+# Reference counts say whether a block is in use: that needs the interpreter's lock.
+_usable = hasattr(mmap, "MADV_HUGEPAGE") and getattr(sys, "_is_gil_enabled", lambda: True)()
+_limit = int(os.environ.get("RESFUSE_CPU_POOL_MB", "1024")) << 20 if _usable else 0
 _lock = threading.Lock()
 
 

@@ -5,6 +5,7 @@ float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernel
 
 from __future__ import annotations
 
+import os
 from typing import overload
 
 import torch
@@ -61,7 +62,13 @@ _run_bn_train_forward = _kernels.bn_train_forward.default
 _run_instruction_set = _kernels.instruction_set.default
 
 
+_INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+
+
 def unavailable_reason() -> str | None:
+    asked = os.environ.get("RESFUSE_CPU_ISA")
+    if asked is not None and asked not in _INSTRUCTION_SETS:
+        return f"RESFUSE_CPU_ISA: expected one of {', '.join(_INSTRUCTION_SETS)}, got {asked!r}"
     return _extension.load("_cpu")
 
 
@@ -79,7 +86,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def instruction_set() -> str:
-    """What the kernels were dispatched to on this processor: AVX-512, AVX2 or baseline."""
+    """What the kernels were dispatched to on this processor: avx512, avx2 or baseline."""
     return _run_instruction_set()
 
 
