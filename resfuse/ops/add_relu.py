@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import registry
-from resfuse.ops.library import FunctionContext, backend_for, define
+from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
 
 
 def forward(input: Tensor, residual: Tensor) -> Tensor:
     return backend_for("add_relu_forward", input).add_relu_forward(input, residual)
 
 
-def backward(grad_output: Tensor, output: Tensor, request: str | None = None) -> Tensor:
+def backward(grad_output: Tensor, output: Tensor, request: str | None = IN_FORCE) -> Tensor:
     return backend_for("add_relu_backward", output, request=request).add_relu_backward(grad_output, output)
 
 

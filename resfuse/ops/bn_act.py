@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference, registry
-from resfuse.ops.library import FunctionContext, backend_for, define
+from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
 
 
 def forward(
@@ -38,7 +38,7 @@ def backward(
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
-    request: str | None = None,
+    request: str | None = IN_FORCE,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     return backend_for("bn_act_backward", input, request=request).bn_act_backward(
         grad_output, input, output, weight, mean, invstd, training, needs_input_grad, needs_residual_grad

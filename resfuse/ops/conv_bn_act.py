@@ -12,7 +12,7 @@ from torch import Tensor
 from resfuse.backends import reference, registry
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
-from resfuse.ops.library import FunctionContext, backend_for, define
+from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
 
 Pair = tuple[int, int]
 
@@ -51,7 +51,7 @@ def conv_forward(
     padding: Pair,
     dilation: Pair,
     groups: int,
-    request: str | None = None,
+    request: str | None = IN_FORCE,
 ) -> Tensor:
     conv = (conv_weight.shape, stride, padding, dilation, groups)
     chosen = backend_for("conv_forward", input, conv, request)
@@ -67,7 +67,7 @@ def conv_backward(
     dilation: Pair,
     groups: int,
     needs_grad: tuple[bool, bool, bool],
-    request: str | None = None,
+    request: str | None = IN_FORCE,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     conv = (conv_weight.shape, stride, padding, dilation, groups)
     chosen = backend_for("conv_backward", input, conv, request)

@@ -22,15 +22,22 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     torch.library.register_fake(f"resfuse::{name}", fake, lib=_LIBRARY)
 
 
+IN_FORCE = "in force"
+
+
 def backend_for(
     verb: str,
     input: torch.Tensor,
     conv: tuple[torch.Size, tuple[int, int], tuple[int, int], tuple[int, int], int] | None = None,
-    request: str | None = None,
+    request: str | None = IN_FORCE,
 ) -> ModuleType:
-    """The backend that runs `verb` on a tensor like `input`; an explicit `request` overrides the one in force."""
+    """The backend that runs `verb` on a tensor like `input`.
+
+    `request` is a backend's name or None for automatic choice: what was in force at the forward that a backward belongs
+    to, or, by default, what is in force now.
+    """
     problem = Problem(verb, input.device, input.dtype, input.shape, conv)
-    return registry.choose(problem, request or registry.requested_backend())
+    return registry.choose(problem, registry.requested_backend() if request is IN_FORCE else request)
 
 
 class FunctionContext(Protocol):

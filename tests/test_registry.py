@@ -1,0 +1,113 @@
+"""Which backend runs what, and that it can say why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import resfuse
+from resfuse.backends import registry
+from resfuse.backends.registry import Problem
+
+needs_cpu = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
+CPU = torch.device("cpu")
+
+
+def problem(dtype: torch.dtype, device: torch.device = CPU, shape: tuple[int, ...] = (2, 8, 4, 4)) -> Problem:
+    return Problem("bn_act_forward", device, dtype, torch.Size(shape))
+
+
+def test_reference_is_always_there_and_last() -> None:
+    assert resfuse.available_backends()[-1] == "reference"
+    assert set(registry.unavailable_reasons()) == set(registry.PREFERENCE)
+
+
+@needs_cpu
+def test_automatic_choice_and_its_reasons() -> None:
+    name, rejected = registry.explain_choice(problem(torch.float32))
+    assert name == "cpu"
+    assert "cuda" in rejected
+    name, rejected = registry.explain_choice(problem(torch.float64))
+    assert name == "reference"
+    assert rejected["cpu"] == ["float32 and bfloat16 only, got torch.float64"]
+    name, rejected = registry.explain_choice(problem(torch.float32, shape=(0, 8, 4, 4)))
+    assert (name, rejected["cpu"]) == ("reference", ["an empty tensor"])
+
+
+@needs_cpu
+def test_explicit_request_that_cannot_be_met_raises_with_the_reason() -> None:
+    with resfuse.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: float32 and bfloat16 only.*float64"):
+        resfuse.add_relu(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+
+
+def test_unknown_and_unavailable_names() -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'tpu'"), resfuse.use_backend("tpu"):
+        pass
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="'cuda' is not available"), resfuse.use_backend("cuda"):
+            pass
+
+
+def test_nesting_and_restoring() -> None:
+    assert registry.requested_backend() is None
+    with resfuse.use_backend("reference"):
+        assert registry.requested_backend() == "reference"
+        with resfuse.use_backend(None):
+            assert registry.requested_backend() is None
+        assert registry.requested_backend() == "reference"
+    with pytest.raises(KeyError), resfuse.use_backend("reference"):
+        raise KeyError
+    assert registry.requested_backend() is None
+
+
+@needs_cpu
+def test_backward_runs_where_its_forward_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("cpu", "reference"):
+        module = registry.backend(name)
+        for verb in ("add_relu_forward", "add_relu_backward"):
+            original = getattr(module, verb)
+
+            def spy(*args: Tensor, _name: str = name, _verb: str = verb, _run=original) -> Tensor:  # type: ignore[no-untyped-def]
+                ran.append(f"{_name}.{_verb}")
+                return _run(*args)
+
+            monkeypatch.setattr(module, verb, spy)
+    input = torch.randn(2, 3, requires_grad=True)
+    with resfuse.use_backend("reference"):
+        output = resfuse.add_relu(input, input.detach())
+    output.sum().backward()
+    assert ran == ["reference.add_relu_forward", "reference.add_relu_backward"]
+    ran.clear()
+    output = resfuse.add_relu(input, input.detach())
+    with resfuse.use_backend("reference"):  # neither does a later request move it
+        output.sum().backward()
+    assert ran == ["cpu.add_relu_forward", "cpu.add_relu_backward"]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_environment_variable() -> None:
+    code = "from resfuse.backends import registry; print(registry.requested_backend())"
+    assert run(code, RESFUSE_BACKEND="reference").stdout.strip() == "reference"
+    assert run(code, RESFUSE_BACKEND="").stdout.strip() == "None"
+    wrong = run("import resfuse", RESFUSE_BACKEND="tpu")
+    assert wrong.returncode != 0
+    assert "got 'tpu'" in wrong.stderr
+
+
+def test_choices_are_made_once_per_problem() -> None:
+    registry._choose.cache_clear()
+    tensor = torch.ones(5, 7)
+    for _ in range(3):
+        resfuse.add_relu(tensor, tensor)
+    assert registry._choose.cache_info().misses == 1
