@@ -40,7 +40,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), equation 1 and figure 2.
     """
     _check_input("input", input)
-    if input.dtype != residual.dtype and torch.is_autocast_enabled(input.device.type):
+    if _promotes(input.dtype, residual) and _autocast_enabled(input):
         return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
     _check_residual(residual, input.shape, input)
     if _needs_grad(input, residual):
@@ -99,7 +99,7 @@ def bn_act(
     if training:
         _check_values_per_channel(input.shape)
     if residual is not None:
-        if residual.dtype != input.dtype and torch.is_autocast_enabled(input.device.type):
+        if _promotes(input.dtype, residual) and _autocast_enabled(input):
             # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
             options: dict[str, Any] = {"activation": "identity", "training": training, "momentum": momentum, "eps": eps}
             output = bn_act(input, running_mean, running_var, weight, bias, **options) + residual
@@ -178,7 +178,7 @@ def conv_bn_act(
     if isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list):
         geometry = _geometry  # the cache wants hashable arguments
     stride, padding, dilation, shape = geometry(input.shape, conv_weight.shape, stride, padding, dilation, groups)
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast_enabled(input)
     # What autocast makes of a convolution's operands: float64 is left alone, as F.conv2d leaves it.
     dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
     _check_convolution(input, conv_weight, conv_bias, autocast)
@@ -187,13 +187,10 @@ def conv_bn_act(
     if input.dtype != dtype:
         input = input.to(dtype)
     _check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
-    needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
-    if conv_weight.dtype != dtype and (needs_grad or training):
-        conv_weight = conv_weight.to(dtype)
     if conv_bias is not None and conv_bias.dtype != dtype:
         conv_bias = conv_bias.to(dtype)
     if residual is not None:
-        if residual.dtype != dtype and autocast:
+        if _promotes(dtype, residual) and autocast:
             options: dict[str, Any] = {
                 "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
                 "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
@@ -201,6 +198,9 @@ def conv_bn_act(
             output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options) + residual
             return torch.relu(output) if relu else output
         _check_residual(residual, shape, input)
+    needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
+    if conv_weight.dtype != dtype and (needs_grad or training):
+        conv_weight = conv_weight.to(dtype)  # otherwise the backend folds batch norm into the wider weight
     tensors = (input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual)
     conv = (stride, padding, dilation, groups)
     if needs_grad:
@@ -216,6 +216,15 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _autocast_enabled(input: Tensor) -> bool:
+    device = input.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises for the meta device
+
+
+def _promotes(dtype: torch.dtype, residual: Tensor) -> bool:
+    return isinstance(residual, Tensor) and residual.dtype != dtype
 
 
 def _check_activation(activation: str) -> bool:

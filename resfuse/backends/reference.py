@@ -55,7 +55,10 @@ def bn_act_forward(
     None: backward takes them from `inference_statistics`.
     """
     mean = invstd = None
-    if training:
+    if training and input.numel() == 0:  # eager returns at once and leaves the running statistics alone
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        mean = invstd = _widen(input.new_zeros(input.shape[1]))
+    elif training:
         output, mean, invstd = torch.native_batch_norm(
             input, weight, bias, running_mean, running_var, True, momentum, eps
         )

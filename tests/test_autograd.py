@@ -1,0 +1,224 @@
+"""Gradients: checked numerically in float64, to second order, for every subset of inputs, and as autograd expects."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import resfuse
+
+Function = Callable[..., Tensor]
+
+
+def float64(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def bn_case(
+    training: bool, activation: str, affine: bool, with_residual: bool
+) -> tuple[Function, Function, list[Tensor]]:
+    """A fused call and its eager equivalent as functions of the differentiable inputs."""
+    channels = 3
+    inputs = [float64(2, channels, 3, 2)]
+    inputs += [float64(channels, seed=1), float64(channels, seed=2)] if affine else []
+    inputs += [float64(2, channels, 3, 2, seed=3)] if with_residual else []
+
+    def unpack(rest: tuple[Tensor, ...]) -> dict[str, Any]:
+        options: dict[str, Any] = {"residual": rest[-1] if with_residual else None}
+        options |= {"weight": rest[0], "bias": rest[1]} if affine else {}
+        # New ones each time: training updates them, and a numerical derivative calls many times.
+        mean = torch.linspace(-1, 1, channels, dtype=torch.float64)
+        return options | {"running_mean": mean, "running_var": mean + 2, "training": training}
+
+    def fused(input: Tensor, *rest: Tensor) -> Tensor:
+        return resfuse.bn_act(input, **unpack(rest), activation=activation)
+
+    def eager(input: Tensor, *rest: Tensor) -> Tensor:
+        options = unpack(rest)
+        residual = options.pop("residual")
+        output = F.batch_norm(input, **options)
+        output = output if residual is None else output + residual
+        return torch.relu(output) if activation == "relu" else output
+
+    return fused, eager, inputs
+
+
+def conv_case(
+    training: bool, activation: str, conv_bias: bool, with_residual: bool
+) -> tuple[Function, Function, list[Tensor]]:
+    conv: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": 1, "groups": 2}
+    inputs = [float64(2, 4, 5, 4), float64(6, 2, 3, 2, seed=1), float64(6, seed=2), float64(6, seed=3)]
+    inputs += [float64(6, seed=4)] if conv_bias else []
+    shape = F.conv2d(inputs[0], inputs[1], **conv).shape
+    inputs += [float64(*shape, seed=5)] if with_residual else []
+
+    def running() -> dict[str, Any]:
+        mean = torch.linspace(-1, 1, 6, dtype=torch.float64)
+        return {"running_mean": mean, "running_var": mean + 2, "training": training}
+
+    def fused(input: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        return resfuse.conv_bn_act(
+            input, conv_weight, weight=weight, bias=bias, conv_bias=rest[0] if conv_bias else None,
+            residual=rest[-1] if with_residual else None, activation=activation, **conv, **running(),
+        )  # fmt: skip
+
+    def eager(input: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        z = F.conv2d(input, conv_weight, rest[0] if conv_bias else None, **conv)
+        output = F.batch_norm(z, weight=weight, bias=bias, **running())
+        output = output + rest[-1] if with_residual else output
+        return torch.relu(output) if activation == "relu" else output
+
+    return fused, eager, inputs
+
+
+FLAGS = list(itertools.product([True, False], ["relu", "identity"], [True, False], [True, False]))
+CASES = [("bn", *flags) for flags in FLAGS] + [("conv", *flags) for flags in FLAGS]
+
+
+def make(case: tuple[Any, ...]) -> tuple[Function, Function, list[Tensor]]:
+    return (bn_case if case[0] == "bn" else conv_case)(*case[1:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_gradcheck(case: tuple[Any, ...]) -> None:
+    fused, _, inputs = make(case)
+    assert gradcheck(fused, inputs)
+
+
+def test_gradcheck_add_relu() -> None:
+    inputs = [float64(2, 3, 4), float64(2, 3, 4, seed=1)]
+    assert gradcheck(resfuse.add_relu, inputs)
+    assert gradgradcheck(resfuse.add_relu, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_gradgradcheck(case: tuple[Any, ...]) -> None:
+    fused, _, inputs = make(case)
+    assert gradgradcheck(fused, inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_second_derivatives_equal_eager(case: tuple[Any, ...]) -> None:
+    fused, eager, inputs = make(case)
+
+    def second(function: Function) -> tuple[Tensor, ...]:
+        output = function(*inputs)
+        first = torch.autograd.grad(output.pow(2).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(3).sum() for grad in first), inputs, allow_unused=True)  # type: ignore[arg-type]
+
+    torch.testing.assert_close(second(fused), second(eager))
+
+
+def test_second_derivatives_on_the_backend_in_float32() -> None:
+    """create_graph=True leaves the kernels, which have no derivative of their own, for differentiable operations."""
+    input, weight = (float64(*shape).detach().float().requires_grad_() for shape in ((2, 4, 5, 4), (6, 2, 3, 2)))
+    running = (torch.zeros(6), torch.ones(6))
+    conv: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "groups": 2}
+
+    def second(output: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(output.pow(2).sum(), [input, weight], create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), [input, weight])  # type: ignore[arg-type]
+
+    fused = resfuse.conv_bn_act(input, weight, *running, training=True, **conv)
+    eager = torch.relu(F.batch_norm(F.conv2d(input, weight, **conv), *running, training=True))
+    torch.testing.assert_close(second(fused), second(eager), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_subset_of_gradients(training: bool) -> None:
+    """Unneeded gradients are not computed, needed ones do not depend on which others are."""
+    fused, _, inputs = conv_case(training, "relu", True, True)
+    full = torch.autograd.grad(fused(*inputs).sum(), inputs)
+    for subset in itertools.product([True, False], repeat=len(inputs)):
+        leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, subset, strict=True)]
+        output = fused(*leaves)
+        assert output.requires_grad is any(subset)
+        if any(subset):
+            output.sum().backward()
+        for leaf, needs, grad in zip(leaves, subset, full, strict=True):
+            assert (leaf.grad is not None) is needs
+            if needs:
+                torch.testing.assert_close(leaf.grad, grad)
+
+
+@pytest.fixture
+def layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    memory = {"memory_format": torch.channels_last}
+    return (
+        torch.randn(2, 8, 6, 5).to(**memory).requires_grad_(),
+        torch.randn(16, 8, 3, 3).to(**memory).requires_grad_(),
+        torch.zeros(16),
+        torch.ones(16),
+    )
+
+
+def test_two_forwards_before_one_backward(layer: tuple[Tensor, ...]) -> None:
+    input, weight, mean, var = layer
+    other = input.detach() * 3 + 1
+
+    def run(x: Tensor) -> Tensor:
+        return resfuse.conv_bn_act(x, weight, mean, var, training=True, padding=1)
+
+    (alone,) = torch.autograd.grad(run(input).square().sum(), weight)
+    first = run(input)
+    run(other)
+    (interleaved,) = torch.autograd.grad(first.square().sum(), weight)
+    torch.testing.assert_close(interleaved, alone)
+
+
+def test_statistics_of_an_eval_forward_survive_training(layer: tuple[Tensor, ...]) -> None:
+    """backward uses the running statistics of its forward, whatever has happened to them since."""
+    input, _, _, _ = layer
+    mean, var, scale = torch.zeros(8), torch.ones(8), torch.ones(8, requires_grad=True)
+    output = resfuse.bn_act(input, mean, var, scale)
+    expected = torch.autograd.grad(output.sum(), [input, scale], retain_graph=True)
+    resfuse.bn_act(input.detach() * 5, mean, var, training=True)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), [input, scale]), expected)
+
+
+def test_retain_graph_and_gradient_layouts(layer: tuple[Tensor, ...]) -> None:
+    input, weight, mean, var = layer
+    output = resfuse.conv_bn_act(input, weight, mean, var, training=True, padding=1)
+    dense = torch.randn_like(output)
+    expected = torch.autograd.grad(output, [input, weight], dense, retain_graph=True)
+    for grad in (dense.contiguous(), dense.transpose(2, 3).contiguous().transpose(2, 3)):
+        found = torch.autograd.grad(output, [input, weight], grad, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+    expanded = torch.autograd.grad(output.sum(), [input, weight], retain_graph=True)
+    ones = torch.autograd.grad(output, [input, weight], torch.ones_like(output))
+    torch.testing.assert_close(expanded, ones)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+def test_output_modified_in_place(activation: str, layer: tuple[Tensor, ...]) -> None:
+    """As in eager: an error if backward needs the output (the ReLU's mask), the right gradient if it does not."""
+    input = layer[0]
+    output = resfuse.bn_act(input, None, None, training=True, activation=activation)
+    output.mul_(2)
+    if activation == "relu":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.square().sum().backward()
+    else:
+        (grad,) = torch.autograd.grad(output.square().sum(), input)
+        eager = F.batch_norm(input, None, None, training=True).mul_(2)
+        torch.testing.assert_close(grad, torch.autograd.grad(eager.square().sum(), input)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_graph_without_need(layer: tuple[Tensor, ...]) -> None:
+    input, weight, mean, var = layer
+    with torch.no_grad():
+        assert not resfuse.conv_bn_act(input, weight, mean, var).requires_grad
+    frozen = resfuse.conv_bn_act(input.detach(), weight.detach(), mean, var)
+    assert frozen.grad_fn is None
