@@ -17,7 +17,6 @@ Two properties of oneDNN's primitives shape the code:
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import NamedTuple
 
@@ -104,43 +103,6 @@ def conv_bn_act_inference(
     if relu and not finite:
         output.relu_()
     return output.contiguous(memory_format=memory_format)
-
-
-def conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
-    return reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-
-
-def conv_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    conv_weight: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    run = functools.partial(reference.conv_backward, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    if input.dtype == torch.bfloat16 and needs_grad[1] and _unreliable_weight_gradient(input, stride):
-        others = (needs_grad[0], False, needs_grad[2])
-        grad_input, _, grad_bias = run(grad_output, input, conv_weight, needs_grad=others)
-        wide = run(grad_output.float(), input.float(), conv_weight.float(), needs_grad=(False, True, False))[1]
-        assert wide is not None
-        return grad_input, wide.to(conv_weight.dtype), grad_bias
-    return run(grad_output, input, conv_weight, needs_grad=needs_grad)
-
-
-def _unreliable_weight_gradient(input: Tensor, stride: Pair) -> bool:
-    """oneDNN's bfloat16 weight gradient returns uninitialised memory where the input is narrower than the stride."""
-    return input.shape[2] < stride[0] or input.shape[3] < stride[1]
 
 
 def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None) -> tuple[Tensor | None, bool]:

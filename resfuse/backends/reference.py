@@ -9,6 +9,8 @@ running statistics as in torch.nn.BatchNorm2d (running_var takes the unbiased va
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -149,10 +151,24 @@ def conv_backward(
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias) of conv2d; those not named in `needs_grad` are None."""
+    if needs_grad[1] and _unreliable_weight_gradient(input, stride):
+        run = functools.partial(conv_backward, stride=stride, padding=padding, dilation=dilation, groups=groups)
+        others = (needs_grad[0], False, needs_grad[2])
+        grad_input, _, grad_bias = run(grad_output, input, conv_weight, needs_grad=others)
+        wide = (grad_output.float(), input.float(), conv_weight.float())
+        _, grad_weight, _ = run(*wide, needs_grad=(False, True, False))
+        assert grad_weight is not None
+        return grad_input, grad_weight.to(conv_weight.dtype), grad_bias
     channels = [conv_weight.shape[0]]
     return torch.ops.aten.convolution_backward(
         grad_output, input, conv_weight, channels, stride, padding, dilation, False, [0, 0], groups, needs_grad
     )
+
+
+def _unreliable_weight_gradient(input: Tensor, stride: Pair) -> bool:
+    """oneDNN's bfloat16 weight gradient returns uninitialised memory where the input is narrower than the stride."""
+    narrow = input.shape[2] < stride[0] or input.shape[3] < stride[1]
+    return narrow and input.dtype == torch.bfloat16 and input.device.type == "cpu"
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:

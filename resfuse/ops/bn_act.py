@@ -104,12 +104,11 @@ def _fake_backward(
     needs_input_grad: bool,
     needs_residual_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    empty = input.new_empty(0)
     return (
-        torch.empty_like(input) if needs_input_grad else empty,
+        torch.empty_like(input) if needs_input_grad else input.new_empty(0),
         torch.empty_like(mean),
         torch.empty_like(mean),
-        torch.empty_like(input) if needs_residual_grad else empty,
+        torch.empty_like(input) if needs_residual_grad else input.new_empty(0),
     )
 
 

@@ -137,11 +137,10 @@ def _fake_conv_backward(
     grad_output: Tensor, input: Tensor, conv_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_input, needs_weight, needs_bias = rest[-1]
-    empty = input.new_empty(0)
     return (
-        torch.empty_like(input) if needs_input else empty,
-        torch.empty_like(conv_weight) if needs_weight else empty,
-        input.new_empty(conv_weight.shape[0]) if needs_bias else empty,
+        torch.empty_like(input) if needs_input else input.new_empty(0),
+        torch.empty_like(conv_weight) if needs_weight else input.new_empty(0),
+        input.new_empty(conv_weight.shape[0] if needs_bias else 0),
     )
 
 

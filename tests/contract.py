@@ -1,0 +1,353 @@
+"""What the numerics tests compare, and how: one call of an operator, its eager equivalent, and the error rule.
+
+The rule itself is `resfuse.contract`: E(fused) <= 1.5 E(eager) + floor, and the same for the worst element, for the
+output, every gradient and every running statistic, where the truth is eager in float64 on the same rounded inputs.
+Here stands what it is applied to, and three facts without which it would measure noise:
+
+* Where the ReLU's argument is zero up to rounding, the mask is decided by rounding, and one flipped element changes a
+  gradient by 100 %.  `grad_output` is zero there (`decided_by_rounding`), so the mask does not matter.
+* Some results are zero but for cancellation: the gradient of a convolution's bias under batch statistics is exactly
+  zero, that of the input nearly so with two values per channel.  Their relative error is noise divided by noise, so they
+  are held to `floor` times the size of the terms that cancel (`term_sizes`).
+* The error of eager, by which the fused one is judged, is one draw of rounding errors.  Of a result of n elements the
+  norm of that draw is uncertain by 1 / sqrt(n) of what the roundings of its terms add up to: a single number can be
+  right by luck.  So much, eps ||terms|| / sqrt(n), is added to the floor; for large results it is next to nothing.
+
+And eager itself can be garbage: bfloat16 weight gradients on the CPU are uninitialised memory where the input is
+narrower than the stride.  `eager_results` then takes the computation in float32, rounded to the dtype, in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resfuse
+from resfuse import contract
+
+RUNNING = ("running_mean", "running_var")
+Results = dict[str, Tensor]
+Functions = Mapping[str, Callable[..., Tensor]]
+
+# float64 has no wider truth: eager is its own reference, with an error of 0 by definition.  What remains is that the
+# formulas differ, a few roundings for sums of some thousand terms.
+FLOOR_FLOAT64 = 1e-13
+
+# ||result|| below this part of ||its terms|| counts as cancelled.  A result of n random terms keeps 1 / sqrt(n) of
+# them, and no sum of random terms in the tests has more than 2500.
+CANCELLED = 2e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of an operator: its name, its tensors and its options, all by the operator's own argument names."""
+
+    op: str
+    tensors: Mapping[str, Tensor | None]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def input(self) -> Tensor:
+        tensor = self.tensors["input"]
+        assert tensor is not None
+        return tensor
+
+    @property
+    def differentiable(self) -> list[str]:
+        """Names of the tensors that can have a gradient."""
+        return [name for name, tensor in self.tensors.items() if tensor is not None and name not in RUNNING]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Call:
+        """The call with every tensor replaced."""
+        tensors = {name: None if tensor is None else function(tensor) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
+    def replace(self, **tensors: Tensor | None) -> Call:
+        """The call with some tensors replaced."""
+        return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+
+    def truth(self) -> Call:
+        """The call in float64, on the values that the tensors have after rounding."""
+        return self.map(lambda tensor: tensor.detach().to("cpu", torch.float64))
+
+
+def eager_add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    return torch.relu(input + residual)
+
+
+def eager_bn_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    output = output if residual is None else output + residual
+    return torch.relu(output) if activation == "relu" else output
+
+
+def eager_conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    *,
+    conv_bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    **batch_norm: Any,
+) -> Tensor:
+    z = F.conv2d(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    return eager_bn_act(z, **batch_norm)
+
+
+FUSED: Functions = {
+    "add_relu": resfuse.add_relu,
+    "bn_act": resfuse.bn_act,
+    "conv_bn_act": resfuse.conv_bn_act,
+}
+EAGER: Functions = {
+    "add_relu": eager_add_relu,
+    "bn_act": eager_bn_act,
+    "conv_bn_act": eager_conv_bn_act,
+}
+
+
+def forward(functions: Functions, call: Call) -> Tensor:
+    """The output of a call by `FUSED` or `EAGER`."""
+    return functions[call.op](**call.tensors, **call.options)
+
+
+def results(
+    functions: Functions,
+    call: Call,
+    grad_output: Tensor,
+    needs_grad: Collection[str] | None = None,
+    run: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function(),
+) -> Results:
+    """Output, gradients and running statistics after one forward and backward.
+
+    Args:
+        functions: `FUSED` or `EAGER`.
+        call: left as it was: the running statistics are updated in copies.
+        grad_output: of the output's shape; moved to the output's device and dtype.
+        needs_grad: names of the tensors whose gradients are wanted; None for all that can have one.
+        run: runs the forward, for tests that do it in some context.
+    """
+    names = call.differentiable if needs_grad is None else [name for name in call.differentiable if name in needs_grad]
+    leaves: dict[str, Tensor | None] = {}
+    for name, tensor in call.tensors.items():
+        if tensor is not None:  # detach() keeps strides and offset, which clone() would normalise
+            tensor = tensor.clone() if name in RUNNING else tensor.detach().requires_grad_(name in names)
+        leaves[name] = tensor
+    output = run(lambda: functions[call.op](**leaves, **call.options))
+    found: Results = {"output": output.detach()}
+    if names:
+        grads = torch.autograd.grad(output, [leaves[name] for name in names], grad_output.to(output))
+        found |= {f"grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
+    found |= {name: tensor for name in RUNNING if (tensor := leaves.get(name)) is not None}
+    return found
+
+
+def eager_results(call: Call, grad_output: Tensor, needs_grad: Collection[str] | None = None) -> Results:
+    """`results` of eager; what is not finite there (see the module's docstring) is float32's, rounded once."""
+    found = results(EAGER, call, grad_output, needs_grad)
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        wide = results(EAGER, call.map(Tensor.float), grad_output.float(), needs_grad)
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                found[name] = wide[name].to(tensor.dtype)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anatomy:
+    """Intermediate values of a call in float64, and the sizes of the terms each is a sum of."""
+
+    z: Tensor
+    z_terms: Tensor
+    mean: Tensor
+    invstd: Tensor
+    preactivation: Tensor
+
+
+def _per_channel(vector: Tensor) -> Tensor:
+    return vector.view(1, -1, 1, 1)
+
+
+def _convolution(call: Call) -> dict[str, Any]:
+    return {name: call.options[name] for name in ("stride", "padding", "dilation", "groups") if name in call.options}
+
+
+def _squared_convolution(truth: Call) -> Tensor:
+    """The sum of the squares of the convolution's terms: what independent roundings of the weights add up to."""
+    weight = truth.tensors["conv_weight"]
+    assert weight is not None
+    return F.conv2d(truth.input.square(), weight.square(), **_convolution(truth))
+
+
+def _anatomy(truth: Call) -> _Anatomy:
+    tensors, options = truth.tensors, truth.options
+    z, z_terms = truth.input, truth.input.abs()
+    if truth.op == "conv_bn_act":
+        weight, bias = tensors["conv_weight"], tensors.get("conv_bias")
+        assert weight is not None
+        conv = _convolution(truth)
+        z = F.conv2d(truth.input, weight, bias, **conv)
+        z_terms = F.conv2d(truth.input.abs(), weight.abs(), None if bias is None else bias.abs(), **conv)
+    if options.get("training", False):
+        mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+    else:
+        mean, variance = (tensors[name] for name in RUNNING)  # type: ignore[assignment]
+    invstd = (variance + options.get("eps", 1e-5)).rsqrt()
+    linear = dataclasses.replace(truth, options={**options, "activation": "identity"})
+    running = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items() if name in RUNNING}
+    return _Anatomy(z, z_terms, mean, invstd, forward(EAGER, linear.replace(**running)))
+
+
+def decided_by_rounding(call: Call) -> Tensor:
+    """Where the ReLU's argument lies within a few roundings of zero, so that its sign is anyone's."""
+    truth = call.truth()
+    dtype = call.input.dtype
+    eps, eps_inside = torch.finfo(dtype).eps, torch.finfo(accumulation_dtype(dtype)).eps
+    residual = truth.tensors.get("residual")
+    residual_size = torch.zeros(()) if residual is None else residual.abs()
+    if truth.op == "add_relu":
+        assert residual is not None
+        return (truth.input + residual).abs() <= 4 * eps * (truth.input.abs() + residual_size)
+    parts = _anatomy(truth)
+    weight = truth.tensors.get("weight")
+    scale = parts.invstd.abs() if weight is None else (parts.invstd * weight).abs()
+    # Rounded to the dtype: the convolution's output, batch norm's output, and their sum with the residual.  Computed
+    # in float32 or wider, so smaller: the sum over the kernel, the mean, and the difference of z and the mean.
+    rounded = parts.preactivation.abs() + residual_size
+    if truth.op == "conv_bn_act":
+        z_weight_rounded = _squared_convolution(truth).sqrt()
+        rounded = rounded + (parts.z.abs() + z_weight_rounded) * _per_channel(scale)
+    inside = (parts.z_terms + _per_channel(parts.mean.abs())) * _per_channel(scale)
+    return parts.preactivation.abs() <= 4 * (eps * rounded + eps_inside * inside)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are computed in: float32 for the half precisions."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def term_sizes(call: Call, grad_output: Tensor) -> Results:
+    """For each result the sum of the sizes of its terms, in float64: the scale of rounding errors under cancellation."""
+    truth, grad = call.truth(), grad_output.detach().to("cpu", torch.float64)
+    tensors, options = truth.tensors, truth.options
+    if truth.op == "add_relu":
+        return {}
+    parts = _anatomy(truth)
+    training, momentum = options.get("training", False), options.get("momentum", 0.1)
+    weight, mean, invstd = tensors.get("weight"), _per_channel(parts.mean), _per_channel(parts.invstd)
+    g = grad.abs()
+    if options.get("activation", "relu") == "relu":
+        g = g * (parts.preactivation > 0)
+    xhat = ((parts.z - mean) * invstd).abs()
+    grad_z = g
+    if training:
+        grad_z = g + g.mean((0, 2, 3), keepdim=True) + xhat * (g * xhat).mean((0, 2, 3), keepdim=True)
+    grad_z = grad_z * invstd * (1 if weight is None else _per_channel(weight.abs()))
+    sizes = {"grad_weight": (g * xhat).sum((0, 2, 3)), "grad_bias": g.sum((0, 2, 3)), "grad_input": grad_z}
+    residual = tensors.get("residual")
+    bias = tensors.get("bias")
+    output = (parts.z_terms + mean.abs()) * invstd * (1 if weight is None else _per_channel(weight.abs()))
+    if bias is not None:
+        output = output + _per_channel(bias.abs())
+    if residual is not None:
+        output = output + residual.abs()
+    sizes["output"] = output
+    if training:
+        for name, new in zip(RUNNING, (parts.z.abs().mean((0, 2, 3)), parts.invstd.pow(-2)), strict=True):
+            old = tensors.get(name)
+            sizes[name] = momentum * new if old is None else momentum * new + (1 - momentum) * old.abs()
+    if truth.op == "conv_bn_act":
+        absolute = truth.map(Tensor.abs)
+        leaves = {name: absolute.tensors[name] for name in ("input", "conv_weight", "conv_bias") if name in tensors}
+        leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None}
+        z = F.conv2d(leaves["input"], leaves["conv_weight"], leaves.get("conv_bias"), **_convolution(truth))
+        grads = torch.autograd.grad(z, list(leaves.values()), grad_z)
+        sizes |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return sizes
+
+
+def assert_within_contract(
+    fused: Results,
+    eager: Results | Sequence[Results],
+    reference: Results,
+    dtype: torch.dtype,
+    terms: Results | None = None,
+    *,
+    floor: float | None = None,
+) -> None:
+    """Hold every fused result against the contract, and report all that break it.
+
+    Args:
+        fused, reference: the same quantities, computed and true (in float64).
+        eager: eager's, or several of them where its accuracy depends on the memory format.
+        dtype: what the fused and the eager computation ran in.
+        terms: `term_sizes`, for quantities that may cancel.
+        floor: the contract's floor, that of `dtype` if None.
+    """
+    eagers = [eager] if isinstance(eager, dict) else list(eager)
+    assert fused.keys() == reference.keys()
+    broken = []
+    for name, tensor in fused.items():
+        truth, size = reference[name], (terms or {}).get(name)
+        assert tensor.dtype == eagers[0][name].dtype, f"{name}: {tensor.dtype}, but eager's is {eagers[0][name].dtype}"
+        allowed = floor or (FLOOR_FLOAT64 if dtype == torch.float64 else contract.FLOORS[dtype])
+        scale = None
+        if size is not None and size.any():
+            if truth.norm() < CANCELLED * size.norm():
+                scale = size.norm().item()
+            else:
+                terms_per_result = (size.norm() / truth.norm()).item()
+                allowed += torch.finfo(dtype).eps * terms_per_result / size.count_nonzero().item() ** 0.5
+        measured = [found[name] for found in eagers]
+        deviation = contract.measure(name, tensor, measured, truth, dtype, floor=allowed, scale=scale)
+        if deviation.violated:
+            broken.append(str(deviation))
+    assert not broken, "\n".join(broken)
+
+
+def random_grad_output(call: Call, generator: torch.Generator) -> Tensor:
+    """A gradient in the dtype of the input and the layout of the output, zero where the mask is decided by rounding."""
+    output = forward(EAGER, call.map(torch.clone))
+    grad = torch.empty_like(output, dtype=torch.float32, device="cpu").normal_(generator=generator)
+    if call.op == "add_relu" or call.options.get("activation", "relu") == "relu":
+        grad = grad.masked_fill(decided_by_rounding(call), 0)
+    return grad.to(device=output.device, dtype=call.input.dtype)
+
+
+def check(call: Call, seed: int = 0, needs_grad: Collection[str] | None = None) -> Results:
+    """Hold one call, forward and backward, against the contract, on the backend in force; returns its results."""
+    grad_output = random_grad_output(call, torch.Generator().manual_seed(seed))
+    fused = results(FUSED, call, grad_output, needs_grad)
+    eager = [eager_results(call, grad_output, needs_grad)]
+    if call.op == "conv_bn_act":
+        eager.append(eager_results(call.map(_channels_last), grad_output, needs_grad))
+    reference = results(EAGER, call.truth(), grad_output.double(), needs_grad)
+    dtype, device = call.input.dtype, call.input.device
+    floor = FLOOR_FLOAT64
+    if dtype != torch.float64:
+        floor = contract.floor_of(dtype, device, convolution=call.op == "conv_bn_act")
+    assert_within_contract(fused, eager, reference, dtype, term_sizes(call, grad_output), floor=floor)
+    return fused
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

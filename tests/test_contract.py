@@ -1,0 +1,101 @@
+"""The contract's arithmetic: what it passes, what it must not let pass."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from resfuse import contract
+
+REFERENCE = torch.linspace(-1, 1, 101, dtype=torch.float64)
+
+
+def measure(fused: torch.Tensor, eager: torch.Tensor | list[torch.Tensor] = REFERENCE, **options: float):
+    return contract.measure("output", fused, eager, REFERENCE, torch.float32, **options)
+
+
+def test_relative_error() -> None:
+    assert contract.relative_error(REFERENCE, REFERENCE) == 0
+    assert contract.relative_error(REFERENCE * 1.5, REFERENCE) == pytest.approx(0.5)
+    assert contract.relative_error(REFERENCE * 1.5, REFERENCE, scale=2.0) == pytest.approx(0.25 * REFERENCE.norm())
+    assert math.isnan(contract.relative_error(REFERENCE * math.nan, REFERENCE))
+
+
+@pytest.mark.parametrize(("factor", "violated"), [(1.4, False), (1.6, True)])
+def test_bound_of_the_norm(factor: float, violated: bool) -> None:
+    eager = REFERENCE * (1 + 1e-4)
+    assert measure(REFERENCE * (1 + factor * 1e-4), eager).violated is violated
+
+
+def test_floor() -> None:
+    assert not measure(REFERENCE * (1 + 0.9e-7)).violated
+    assert measure(REFERENCE * (1 + 2e-7)).violated
+    assert not measure(REFERENCE * (1 + 2e-7), floor=1e-6).violated
+
+
+def test_bound_of_the_worst_element() -> None:
+    spread = REFERENCE + 1e-4 * torch.tensor([1.0, -1.0]).repeat(51)[:101]
+    one = REFERENCE.clone()
+    one[7] += 5e-4
+    deviation = measure(one, spread)
+    assert deviation.fused < deviation.limit
+    assert deviation.violated
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite_is_a_violation(value: float) -> None:
+    fused = REFERENCE.clone()
+    fused[0] = value
+    assert measure(fused).violated
+    assert measure(fused, fused).violated  # whatever eager does
+
+
+def test_garbage_of_eager_excuses_nothing() -> None:
+    assert measure(REFERENCE * 1.01, REFERENCE * 1e30).violated
+    assert measure(REFERENCE * 1.01, REFERENCE * math.nan).violated
+    assert not measure(REFERENCE * (1 + 1e-7), REFERENCE * math.nan).violated
+
+
+def test_least_accurate_eager_counts() -> None:
+    eager = [REFERENCE, REFERENCE * (1 + 1e-4)]
+    assert not measure(REFERENCE * (1 + 1e-4), eager).violated
+    assert measure(REFERENCE * (1 + 1e-4), eager[0]).violated
+
+
+def test_zero_but_for_cancellation() -> None:
+    zero = torch.zeros(8, dtype=torch.float64)
+    noise = torch.full((8,), 1e-6, dtype=torch.float64)
+    assert contract.measure("bias", noise, zero, zero, torch.float32).violated
+    assert not contract.measure("bias", noise, zero, zero, torch.float32, scale=1e3).violated
+
+
+def test_empty() -> None:
+    empty = torch.empty(0, dtype=torch.float64)
+    assert contract.measure("output", empty, empty, empty, torch.float32).used == 0
+
+
+def test_check_raises_and_names_the_quantity() -> None:
+    with pytest.raises(contract.ContractError, match=r"output: E\(fused\) 1.00e-02"):
+        contract.check("output", REFERENCE * 1.01, REFERENCE, REFERENCE, torch.float32)
+    with pytest.raises(contract.ContractError, match="shape"):
+        contract.check("output", REFERENCE[:5], REFERENCE, REFERENCE, torch.float32)
+
+
+def test_floors() -> None:
+    assert contract.floor_of(torch.bfloat16) == 1e-3
+    assert contract.floor_of(torch.float32, "cpu", convolution=True) == 1e-7
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        assert contract.floor_of(torch.float32, "cuda", convolution=True) == contract.TF32_FLOOR
+        torch.backends.cudnn.allow_tf32 = False
+        assert contract.floor_of(torch.float32, "cuda", convolution=True) == 1e-7
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_decided_by_rounding() -> None:
+    mask = contract.decided_by_rounding(torch.tensor([1.0, 0.0, 1e-8, -1e-8, -0.1]), torch.float32)
+    assert mask.tolist() == [False, True, True, True, False]
