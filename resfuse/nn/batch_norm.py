@@ -1,0 +1,74 @@
+"""Which modules count as a batch norm, and what a fused call reads from one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class BatchNormKind(NamedTuple):
+    """How a class of batch norm modules behaves."""
+
+    frozen: bool = False
+    """Its affine parameters and statistics are buffers that never change (torchvision's FrozenBatchNorm2d)."""
+    activated: bool = False
+    """It applies an activation of its own, the child `act` (after the child `drop`, where there is one)."""
+
+
+_KINDS: dict[type[nn.Module], BatchNormKind] = {nn.BatchNorm2d: BatchNormKind()}
+
+# Classes of libraries that may not be imported here, by module and qualified name.
+_FOREIGN = {
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): BatchNormKind(frozen=True),
+    ("timm.layers.norm_act", "BatchNormAct2d"): BatchNormKind(activated=True),
+    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): BatchNormKind(frozen=True, activated=True),
+}
+
+State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
+
+
+def register_kind(cls: type[nn.Module], kind: BatchNormKind) -> None:
+    """Declare that instances of exactly this class are batch norms of that kind."""
+    _KINDS[cls] = kind
+
+
+def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
+    """The kind of a batch norm; None for every other module, subclasses and SyncBatchNorm among them."""
+    cls = type(module)
+    kind = _KINDS.get(cls)
+    return _FOREIGN.get((cls.__module__, cls.__qualname__)) if kind is None else kind
+
+
+def read_state(bn: nn.Module, frozen: bool) -> State:
+    """(running_mean, running_var, weight, bias, training, momentum, eps) for a functional call, as the module is now.
+
+    What `torch.nn.BatchNorm2d.forward` passes to `F.batch_norm`; the batch that is about to run is not yet in
+    `num_batches_tracked` (see `count_batch`).
+
+    Raises:
+        KeyError: a parameter or buffer was replaced by something else, which only the module itself can use.
+    """
+    buffers = bn._buffers
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if frozen:
+        return mean, var, buffers["weight"], buffers["bias"], False, 0.0, bn.eps  # type: ignore[return-value]
+    weight, bias = bn._parameters["weight"], bn._parameters["bias"]
+    momentum = bn.momentum
+    if not bn.training:
+        batch_statistics = mean is None and var is None
+        return mean, var, weight, bias, batch_statistics, momentum or 0.0, bn.eps  # type: ignore[return-value]
+    if not bn.track_running_stats:
+        return None, None, weight, bias, True, momentum or 0.0, bn.eps  # type: ignore[return-value]
+    if momentum is None:  # the cumulative average
+        count = buffers["num_batches_tracked"]
+        momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
+    return mean, var, weight, bias, True, momentum, bn.eps  # type: ignore[return-value]
+
+
+def count_batch(bn: nn.Module, batches: int = 1) -> None:
+    """Add to `num_batches_tracked` of a batch norm that is not frozen, where `BatchNorm2d.forward` does."""
+    if bn.training and bn.track_running_stats:
+        count = bn._buffers["num_batches_tracked"]
+        if count is not None:
+            count.add_(batches)

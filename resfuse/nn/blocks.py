@@ -1,0 +1,244 @@
+"""BasicBlock and Bottleneck, torchvision's residual blocks, and the fused forward that `fuse_` gives to others' blocks.
+
+Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
+the residual where nobody else can get hold of that one: behind a projection, and, in a Sequential that hands the output
+of one block to the next (`resfuse.nn.sequential`), in every block after the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from resfuse.nn.batch_norm import batch_norm_kind
+from resfuse.nn.fused_call import activation_of, conv_bn_act, unobserved
+
+Modules = dict[str, Any]
+
+
+class Chain(NamedTuple):
+    """How a block is run as one of several, each of which takes what the one before returned."""
+
+    forward: Callable[[Any, Tensor], Tensor]
+    """Its forward for an input that nobody reads afterwards."""
+    bn: str
+    act: str
+    """Names of the last batch norm and activation."""
+    applies: Callable[[Any], bool] = lambda block: True
+    """Whether the block is, at the moment, one that can be chained."""
+
+
+# By the forward of a class, so that a subclass with another one does not count.
+CHAINS: dict[Callable[..., Tensor], Chain] = {}
+
+# The forwards that call the children one after the other and do nothing else.
+SEQUENTIAL_FORWARDS: set[Callable[..., Any]] = {nn.Sequential.forward}
+
+
+def basic_block_forward(block: nn.Module, input: Tensor, act1: str, act2: str, consume: bool = False) -> Tensor:
+    """A block with conv1, bn1, conv2, bn2 and downsample.
+
+    Args:
+        block: the module.
+        input: (N, C, H, W).
+        act1, act2: names of its activations.
+        consume: nobody reads the input afterwards.
+    """
+    modules: Modules = block._modules
+    output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
+    residual, overwrite = _shortcut(block, input, consume and _plain(modules["conv1"]))
+    return conv_bn_act(modules["conv2"], modules["bn2"], output, residual, modules[act2], overwrite)
+
+
+def bottleneck_forward(
+    block: nn.Module, input: Tensor, act1: str, act2: str, act3: str, consume: bool = False
+) -> Tensor:
+    """A block with conv1, bn1, conv2, bn2, conv3, bn3 and downsample; see `basic_block_forward`."""
+    modules: Modules = block._modules
+    output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
+    output = conv_bn_act(modules["conv2"], modules["bn2"], output, None, modules[act2])
+    residual, overwrite = _shortcut(block, input, consume and _plain(modules["conv1"]))
+    return conv_bn_act(modules["conv3"], modules["bn3"], output, residual, modules[act3], overwrite)
+
+
+def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, bool]:
+    """The residual, and whether it may be overwritten."""
+    downsample: Any = block.downsample
+    if downsample is None:
+        return input, consume
+    return downsample(input), _returns_new_tensor(downsample)
+
+
+def _returns_new_tensor(module: nn.Module) -> bool:
+    """Whether a module is a Sequential whose output is a batch norm's, and nobody but the caller gets hold of it."""
+    if type(module).forward not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
+        return False
+    return ends_unseen(next(reversed(module._modules.values())), None)
+
+
+def ends_unseen(bn: Any, act: nn.Module | None) -> bool:
+    """Whether nothing in a batch norm and activation keeps or shows what comes out of them, a new tensor."""
+    kind = batch_norm_kind(bn)
+    return kind is not None and not kind.activated and unobserved(bn) and activation_of(act) is not None
+
+
+def _plain(conv: nn.Module) -> bool:
+    """Whether a convolution neither keeps nor shows its input."""
+    return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
+
+
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """3x3 convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
+
+
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
+    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """The two-convolution residual block of ResNet-18 and -34, fused.
+
+    Arguments, children and state_dict keys are those of torchvision's `BasicBlock`, so it can be handed to
+    `torchvision.models.ResNet(block=...)` and load its checkpoints.
+
+    Shapes: input (N, inplanes, H, W), output (N, planes, ceil(H / stride), ceil(W / stride)).
+
+    Equivalent to::
+
+        output = relu(bn1(conv1(input)))
+        output = bn2(conv2(output))
+        output += input if downsample is None else downsample(input)
+        output = relu(output)
+
+    Args:
+        inplanes, planes: channels of the input and of the output.
+        stride: of the first convolution.
+        downsample: what brings the input to the output's shape, where they differ.
+        groups, base_width, dilation: 1, 64 and 1; they are here because `ResNet` passes them.
+        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
+
+    Raises:
+        ValueError: `groups` or `base_width` have another value.
+        NotImplementedError: `dilation` is more than 1.
+
+    Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), figure 5, left.
+    """
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        check_basic_block(groups, base_width, dilation)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return basic_block_forward(self, x, "relu", "relu")
+
+    def zero_init_last(self) -> None:
+        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
+        zero_weight(self.bn2)
+
+
+class Bottleneck(nn.Module):
+    """The three-convolution residual block of ResNet-50 and deeper, ResNeXt and Wide-ResNet, fused.
+
+    Arguments, children and state_dict keys are those of torchvision's `Bottleneck`, so it can be handed to
+    `torchvision.models.ResNet(block=...)` and load its checkpoints.  The stride is on the 3x3 convolution (v1.5).
+
+    Shapes: input (N, inplanes, H, W), output (N, 4 planes, ceil(H / stride), ceil(W / stride)).
+
+    Equivalent to::
+
+        output = relu(bn1(conv1(input)))
+        output = relu(bn2(conv2(output)))
+        output = bn3(conv3(output))
+        output += input if downsample is None else downsample(input)
+        output = relu(output)
+
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the output's channels.
+        stride: of the 3x3 convolution.
+        downsample: what brings the input to the output's shape, where they differ.
+        groups, base_width: the 3x3 convolution has `int(planes * base_width / 64) * groups` channels, in `groups`.
+        dilation: of the 3x3 convolution.
+        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
+
+    Source: He et al. 2016 (arXiv:1512.03385), figure 5, right; Xie et al. 2017 (arXiv:1611.05431) for `groups`;
+    Goyal et al. 2017 (arXiv:1706.02677) for the stride's place.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bottleneck_forward(self, x, "relu", "relu", "relu")
+
+    def zero_init_last(self) -> None:
+        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
+        zero_weight(self.bn3)
+
+
+CHAINS[BasicBlock.forward] = Chain(lambda block, x: basic_block_forward(block, x, "relu", "relu", True), "bn2", "relu")
+CHAINS[Bottleneck.forward] = Chain(
+    lambda block, x: bottleneck_forward(block, x, "relu", "relu", "relu", True), "bn3", "relu"
+)
+
+
+def check_basic_block(groups: int, base_width: int, dilation: int) -> None:
+    """Raise what torchvision's BasicBlock raises for what it does not support."""
+    if groups != 1 or base_width != 64:
+        raise ValueError(f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}")
+    if dilation > 1:
+        raise NotImplementedError(f"BasicBlock: expected dilation=1, got {dilation}")
+
+
+def zero_weight(norm: nn.Module) -> None:
+    """Zero the affine weight of a normalisation layer that has one."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None:
+        nn.init.zeros_(weight)

@@ -1,0 +1,107 @@
+"""BNAct2d: a BatchNorm2d that applies the activation, and can add a residual, in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from resfuse.nn.batch_norm import BatchNormKind, register_kind
+from resfuse.nn.fused_call import activation_of, own_bn_act
+
+
+def make_activation(activation: str) -> nn.Module:
+    """The module for "relu" or "identity"."""
+    if activation not in ("relu", "identity"):
+        raise ValueError(f'activation: expected "relu" or "identity", got {activation!r}')
+    return nn.ReLU(inplace=True) if activation == "relu" else nn.Identity()
+
+
+class BNAct2d(nn.BatchNorm2d):
+    """Batch normalisation, an optional residual, and the activation, fused; see `resfuse.bn_act`.
+
+    Subclasses `torch.nn.BatchNorm2d`: the same arguments, attributes and state_dict keys, and whatever looks for
+    batch norms finds it.  `SyncBatchNorm.convert_sync_batchnorm` turns it into a SyncBatchNorm with the activation.
+
+    Shapes: input and residual (N, num_features, H, W); output the same, in the layout of input.
+
+    Equivalent to::
+
+        output = batch_norm(input)                     # torch.nn.BatchNorm2d(num_features, ...)
+        output = output if residual is None else output + residual
+        output = act(output)                           # torch.nn.ReLU() or torch.nn.Identity()
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for `torch.nn.BatchNorm2d`.
+        activation: "relu" or "identity".
+
+    Raises:
+        ValueError: `activation` is neither of the two; and what `resfuse.bn_act` raises when called.
+
+    Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), and the documentation of `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.act = make_activation(activation)
+        # convert_sync_batchnorm passes children on to the module it makes, so the activation is one, and marked.
+        self.act._resfuse_activation = True  # type: ignore[assignment]
+        _follow_sync_conversion()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _follow_sync_conversion()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        activation = activation_of(self.act)
+        output = own_bn_act(self, input, residual, activation or "identity")
+        if output is None:
+            output = super().forward(input)
+            if residual is not None:
+                output += residual
+        elif activation is not None:
+            return output
+        return self.act(output)
+
+
+class SyncBNAct2d(nn.SyncBatchNorm):
+    """What `SyncBatchNorm.convert_sync_batchnorm` makes of a `BNAct2d`: the same with synchronised statistics."""
+
+    act: nn.Module
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        output = super().forward(input)
+        if residual is not None:
+            output += residual
+        return self.act(output)
+
+
+register_kind(BNAct2d, BatchNormKind(activated=True))
+
+_following = False
+
+
+def _follow_sync_conversion() -> None:
+    """From the first BNAct2d on, have PyTorch report registered children (once per process)."""
+    global _following
+    if not _following:
+        _following = True
+        register_module_module_registration_hook(_on_registration)
+
+
+def _on_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    if type(module) is nn.SyncBatchNorm and name == "act" and hasattr(child, "_resfuse_activation"):
+        module.__class__ = SyncBNAct2d

@@ -1,0 +1,297 @@
+"""Calls several modules as one: `conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
+
+Everything that is fused in this package runs through here.  The modules stay the owners of all state: their parameters,
+buffers and settings are read at each call, so nothing can go stale.  And wherever calling the operator instead of the
+modules could be noticed, the modules are called: hooks on one of them (or global ones), a class that is not exactly
+`Conv2d`, `BatchNorm2d` or one known to do the same (so subclasses, SyncBatchNorm, and modules with parametrizations,
+whose class is a subclass), a replaced `forward`, tensors or parameters of a special type, and the transformations that
+want to see PyTorch's own operators: torch.fx, torch.jit.trace, ONNX export, torch.func and forward-mode AD.
+
+The checks cost about a microsecond; `tests/test_nn.py` holds them against the explanations of `reasons_against`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _torch_module
+from torch.nn.parameter import Parameter
+
+from resfuse import functional
+from resfuse.layout import conv_output_shape
+from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind, count_batch, read_state
+
+_PLAIN_TENSORS = (Tensor, Parameter)
+
+# The registries are dictionaries that PyTorch changes in place.
+_global_forward_hooks = _torch_module._global_forward_hooks
+_global_forward_pre_hooks = _torch_module._global_forward_pre_hooks
+_global_backward_hooks = _torch_module._global_backward_hooks
+_global_backward_pre_hooks = _torch_module._global_backward_pre_hooks
+
+
+def conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: nn.Module | None = None,
+    overwrite_residual: bool = False,
+) -> Tensor:
+    """`act(bn(conv(input)) [+ residual])`, fused where that cannot be noticed.
+
+    Equivalent to::
+
+        output = bn(conv(input))
+        if residual is not None:
+            output += residual
+        return output if act is None else act(output)
+
+    Args:
+        conv, bn, act: the modules; `act=None` stands for no activation.
+        input: (N, C, H, W).
+        residual: what is added before the activation: broadcasts to, and is rounded to the dtype of, bn's output.
+        overwrite_residual: nobody reads the residual afterwards, so that inference may put the output in its place.
+    """
+    activation = activation_of(act)
+    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual)
+    if output is None:
+        return _add_and_activate(bn(conv(input)), residual, act)
+    return output if activation is not None else act(output)  # type: ignore[misc]
+
+
+def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
+    """`act(bn(input) [+ residual])`, fused where that cannot be noticed; see `conv_bn_act`."""
+    activation = activation_of(act)
+    kind, output = batch_norm_kind(bn), None
+    if kind is not None and unobserved(bn):
+        inner = _inner_activation(bn, kind, residual)
+        if inner is not None:
+            output = own_bn_act(bn, input, residual, _either(inner, activation), kind.frozen)
+    if output is None:
+        return _add_and_activate(bn(input), residual, act)
+    return output if activation is not None else act(output)  # type: ignore[misc]
+
+
+def own_bn_act(
+    bn: nn.Module, input: Tensor, residual: Tensor | None, activation: str, frozen: bool = False
+) -> Tensor | None:
+    """The operator with a batch norm's state; None where it cannot be used.
+
+    It looks neither at hooks on `bn` nor at an activation that `bn` itself applies, and so serves inside its `forward`.
+    """
+    if not _fusible_now(input, residual) or (residual is not None and residual.shape != input.shape):
+        return None
+    try:
+        mean, var, weight, bias, training, momentum, eps = read_state(bn, frozen)
+    except KeyError:
+        return None
+    if frozen and (weight is None or weight.dtype is not input.dtype):
+        return None
+    if not frozen:
+        count_batch(bn)
+    return functional.bn_act(
+        input, mean, var, weight, bias,
+        residual=residual, activation=activation, training=training, momentum=momentum, eps=eps,
+    )  # fmt: skip
+
+
+def _own_conv_bn_act(
+    conv: nn.Module,
+    bn: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    overwrite_residual: bool,
+) -> Tensor | None:
+    """The operator with the state of both modules; None where it cannot stand for them."""
+    kind = batch_norm_kind(bn)
+    if (
+        kind is None
+        or type(conv) is not nn.Conv2d
+        or conv.padding_mode != "zeros"
+        or "_conv_forward" in conv.__dict__
+        or not unobserved(conv)
+        or not unobserved(bn)
+        or not _fusible_now(input, residual)
+    ):
+        return None
+    inner = _inner_activation(bn, kind, residual)
+    padding: Any = _symmetric_padding(conv) if isinstance(conv.padding, str) else conv.padding
+    if inner is None or padding is None:
+        return None
+    try:
+        conv_weight, conv_bias = conv._parameters["weight"], conv._parameters["bias"]
+        mean, var, weight, bias, training, momentum, eps = read_state(bn, kind.frozen)
+    except KeyError:
+        return None
+    if conv_weight is None or (type(conv_weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
+        return None
+    if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, weight):
+        return None
+    stride: Any = conv.stride
+    dilation: Any = conv.dilation
+    if not kind.frozen:
+        count_batch(bn)  # before the call, as in BatchNorm2d: recomputation may end inside of it (checkpoint)
+    try:
+        return functional.conv_bn_act(
+            input, conv_weight, mean, var, weight, bias,
+            conv_bias=conv_bias, residual=residual, activation=_either(inner, activation),
+            stride=stride, padding=padding, dilation=dilation, groups=conv.groups,
+            training=training, momentum=momentum, eps=eps, overwrite_residual=overwrite_residual,
+        )  # fmt: skip
+    except ValueError:
+        # Raised before anything is computed.  A residual that broadcasts is right for the modules; the rest is wrong.
+        if not kind.frozen:
+            count_batch(bn, -1)
+        if residual is None or residual.shape == conv_output_shape(
+            input.shape, conv_weight.shape, stride, padding, dilation
+        ):
+            raise
+        return None
+
+
+def activation_of(act: nn.Module | None) -> str | None:
+    """What an operator can do in the module's place, "relu" or "identity"; None where the module has to be called."""
+    if act is None:
+        return "identity"
+    cls = type(act)
+    if (cls is nn.ReLU or cls is nn.Identity) and unobserved(act):
+        return "relu" if cls is nn.ReLU else "identity"
+    return None
+
+
+def unobserved(module: nn.Module) -> bool:
+    """Whether no hook or replaced `forward` on the module itself would notice that it is not called."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks for the calls of all modules."""
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    )
+
+
+def reasons_against(conv: nn.Module | None, bn: nn.Module, residual: bool = False) -> list[str]:
+    """Why `conv_bn_act` (or, with `conv=None`, `bn_act`) would call these modules rather than the operator."""
+    reasons = [] if conv is None else _convolution_reasons(conv)
+    kind = batch_norm_kind(bn)
+    if kind is None:
+        reasons.append(f"{_class_name(bn)} is not exactly BatchNorm2d")
+    elif kind.activated and _inner_activation(bn, kind, None) is None:
+        reasons.append(f"{_class_name(bn)} has an activation other than ReLU, a drop layer, or hooks on them")
+    elif kind.activated and residual and _inner_activation(bn, kind, True) is None:
+        reasons.append(f"{_class_name(bn)} applies its activation before the residual is added")
+    elif not _tensors_in_place(bn, kind):
+        reasons.append(f"a parameter or buffer of {_class_name(bn)} was replaced")
+    return reasons + observed_reasons(bn)
+
+
+def observed_reasons(module: nn.Module) -> list[str]:
+    """What on a module would notice that it is not called: hooks, or a `forward` set on the instance."""
+    if unobserved(module):
+        return []
+    if "forward" in module.__dict__:
+        return [f"the forward of {_class_name(module)} was replaced on the instance"]
+    return [f"{_class_name(module)} has hooks"]
+
+
+def _convolution_reasons(conv: nn.Module) -> list[str]:
+    if type(conv) is not nn.Conv2d:
+        if nn.utils.parametrize.is_parametrized(conv):
+            return [f"{_class_name(conv)} has a parametrization"]
+        return [f"{_class_name(conv)} is not exactly Conv2d"]
+    reasons = []
+    if conv.padding_mode != "zeros":
+        reasons.append(f"padding_mode={conv.padding_mode!r}")
+    elif isinstance(conv.padding, str) and _symmetric_padding(conv) is None:
+        reasons.append(f"padding={conv.padding!r} is asymmetric")
+    if "_conv_forward" in conv.__dict__:
+        reasons.append("the _conv_forward of Conv2d was replaced on the instance")
+    if not {"weight", "bias"} <= conv._parameters.keys() or type(conv._parameters["weight"]) not in _PLAIN_TENSORS:
+        reasons.append("the weight of Conv2d is not a plain parameter")
+    return reasons + observed_reasons(conv)
+
+
+def _tensors_in_place(bn: nn.Module, kind: BatchNormKind) -> bool:
+    try:
+        read_state(bn, kind.frozen)
+    except KeyError:
+        return False
+    return True
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _add_and_activate(output: Tensor, residual: Tensor | None, act: nn.Module | None) -> Tensor:
+    if residual is not None:
+        output += residual  # in place, as in torchvision: the dtype is that of the output
+    return output if act is None else act(output)
+
+
+def _fusible_now(input: Tensor, residual: Tensor | None) -> bool:
+    """Whether the inputs and what PyTorch is doing at the moment allow for an operator in the modules' place."""
+    if global_hooks():
+        return False
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return False
+    elif (
+        type(input) not in _PLAIN_TENSORS
+        or input.is_meta
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    if input.dim() != 4:
+        return False
+    if residual is None:
+        return True
+    # A residual of another dtype is rounded to that of the output, in place.  Under autocast, which chooses that dtype,
+    # only a convolution's input in the lower precision tells what it will be.
+    dtype = input.dtype
+    return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
+
+
+def _either(inner: str, outer: str | None) -> str:
+    """A batch norm's own activation and the one after it as one, ReLU where one of them is."""
+    return "relu" if inner == "relu" or outer == "relu" else "identity"
+
+
+def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str | None:
+    """The activation that a batch norm applies itself; None where it has to be called."""
+    if not kind.activated:
+        return "identity"
+    modules = bn._modules
+    drop = modules.get("drop")
+    if drop is not None and activation_of(drop) != "identity":
+        return None
+    activation = activation_of(modules.get("act"))
+    return None if activation == "relu" and residual is not None else activation
+
+
+def _same_dtype_without_autocast(*tensors: Any) -> bool:
+    """Whether a frozen batch norm, which is pointwise arithmetic with type promotion, keeps the convolution's dtype."""
+    dtype = tensors[0].dtype
+    return all(tensor.dtype is dtype for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
+
+
+def _symmetric_padding(conv: nn.Conv2d) -> Any:
+    """`padding="same"` or `"valid"` as a pair of numbers, None where the two sides get different ones."""
+    if conv.padding == "valid":
+        return 0, 0
+    vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return None if vertical % 2 or horizontal % 2 else (vertical // 2, horizontal // 2)

@@ -1,0 +1,73 @@
+"""A list of modules that are called one after the other, as in nn.Sequential, with fused calls wherever possible.
+
+One call stands for each run of Conv2d-BatchNorm2d(-ReLU) or BatchNorm2d-ReLU.  And a residual block that follows upon
+another one is told that nobody else reads its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.nn.batch_norm import batch_norm_kind
+from resfuse.nn.blocks import CHAINS, Chain, ends_unseen
+from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, unobserved
+
+
+class Run(NamedTuple):
+    """Consecutive modules that one fused call can stand for."""
+
+    stop: int
+    """Index of the first module after the run."""
+    conv: nn.Module | None
+    bn: nn.Module
+    act: nn.Module | None
+
+
+def run_at(modules: list[nn.Module], index: int) -> Run | None:
+    """The run that begins at an index, by the classes of the modules alone."""
+    conv: nn.Module | None = modules[index]
+    if type(conv) is nn.Conv2d:
+        index += 1
+    else:
+        conv = None
+    if index == len(modules) or batch_norm_kind(modules[index]) is None:
+        return None
+    bn = modules[index]
+    index += 1
+    if index < len(modules) and type(modules[index]) is nn.ReLU:
+        return Run(index + 1, conv, bn, modules[index])
+    return None if conv is None else Run(index, conv, bn, None)
+
+
+def sequential_forward(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
+    """What `nn.Sequential.forward` computes, with one fused call for each run."""
+    modules, index = list(modules), 0
+    unseen = False  # whether the input comes from a block, and nobody else can get hold of it
+    while index < len(modules):
+        module, run = modules[index], run_at(modules, index)
+        if run is not None:
+            index, conv, bn, act = run
+            input = bn_act(bn, input, None, act) if conv is None else conv_bn_act(conv, bn, input, None, act)
+            unseen = False
+            continue
+        chain = _chain(module)
+        if chain is None or not unseen or type(input) is not Tensor:
+            input = module(input)
+        else:
+            input = chain.forward(module, input)
+        unseen = chain is not None and ends_unseen(module._modules[chain.bn], module._modules[chain.act])
+        index += 1
+    return input
+
+
+def _chain(module: nn.Module) -> Chain | None:
+    """How a block can be run in a chain; None for other modules, and where it has to be called as a module."""
+    cls: Any = type(module)
+    chain = CHAINS.get(cls.forward)
+    if chain is None or torch.compiler.is_compiling() or not unobserved(module) or global_hooks():
+        return None
+    return chain if module._compiled_call_impl is None and chain.applies(module) else None

@@ -1,0 +1,6 @@
+"""`fuse_` makes an existing model run fused, in place, and `unfuse_` makes it what it was."""
+
+from resfuse.surgery.fuse import fuse_, unfuse_
+from resfuse.surgery.report import FusedModule, FuseReport, LeftModule
+
+__all__ = ["FuseReport", "FusedModule", "LeftModule", "fuse_", "unfuse_"]

@@ -1,0 +1,168 @@
+"""`fuse_` and `unfuse_`: plan first, then change, and undo everything if a change fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from resfuse.nn import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+from resfuse.surgery.fused import FORMER_STRIDES, fused_class, is_fused, is_fused_class
+from resfuse.surgery.optimizers import follow_strides
+from resfuse.surgery.patterns import Candidate, find_candidate, is_norm, opaque_reason
+from resfuse.surgery.report import FusedModule, FuseReport, LeftModule
+from resfuse.surgery.weights import restore_strides, to_channels_last
+
+Filter = Callable[[nn.Module, str], bool]
+
+_OWN = (BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck)
+
+
+def fuse_(
+    model: nn.Module,
+    *,
+    filter_fn: Filter | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> FuseReport:
+    """Make a model run its convolutions, batch norms, additions and ReLUs fused, in place.
+
+    Fused are, wherever they are in the model: torchvision's `BasicBlock`, `Bottleneck` (ResNet, ResNeXt, Wide-ResNet)
+    and the stem of its `ResNet`, also as the backbone of a detection or segmentation model; the same three of timm,
+    without attention, anti-aliasing, drop-block or drop-path; and in any `nn.Sequential` the runs of
+    Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.  A Sequential of such blocks lets each
+    of them, in inference, write its output over its input.
+
+    Nothing is replaced: a fused module only changes its class, to a subclass of its own with another forward.
+    Parameters, buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and
+    optimizers remain, and so do copying, pickling, `train()`, DDP and `torch.compile`.  What happens to a part later is
+    honoured, too: a hook, parametrization or SyncBatchNorm inside of a fused module makes it call that part again.
+
+    Equivalent to the model before, within rounding, in `train()` and `eval()`.
+
+    Args:
+        model: any module; itself one of the patterns above, or with some in it.
+        filter_fn: called with each module that could be fused and its name; False leaves it alone.
+        memory_format: `torch.channels_last` puts the weights of fused convolutions into that format, as
+            `model.to(memory_format=torch.channels_last)` does: the parameters stay the same objects, with other
+            strides.  The kernels compute in this format, and activations then follow it through the network, outputs
+            included (use `reshape` rather than `view` on them).  `torch.preserve_format` leaves the weights alone.
+
+    Returns:
+        What was fused, and what was left alone for which reason.
+
+    Raises:
+        ValueError: `memory_format` is neither of the two.
+        Exception: whatever `filter_fn` raises.  After an exception the model is exactly what it was.
+    """
+    if memory_format not in (torch.channels_last, torch.preserve_format):
+        raise ValueError(f"memory_format: expected torch.channels_last or torch.preserve_format, got {memory_format}")
+    plan, report = _plan(model, filter_fn)
+    changed: list[nn.Module] = []
+    try:
+        for module, candidate in plan:
+            changed.append(module)
+            if memory_format == torch.channels_last:
+                _change_strides(module, candidate)
+            module.__class__ = fused_class(candidate.mixin, type(module))
+    except BaseException:
+        for module in reversed(changed):
+            _restore(module)
+        raise
+    return report
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undo `fuse_`, in place: every module has its class again, and every weight the strides it had.
+
+    Args:
+        model: what `fuse_` was given, a part of it, or a copy.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: another library derived a class from that of a fused module, and gave it to the module (FSDP2 and
+            parametrizations do).  The model is unchanged.
+    """
+    modules = [module for module in model.modules() if is_fused(module)]
+    for module in modules:
+        if not is_fused_class(type(module)):
+            raise TypeError(
+                f"{type(module).__name__}: after fuse_ the module was given another class; that has to be undone first"
+            )
+    for module in modules:
+        _restore(module)
+    return model
+
+
+def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Module, Candidate]], FuseReport]:
+    """What is to be fused; the model is only looked at."""
+    plan: list[tuple[nn.Module, Candidate]] = []
+    report = FuseReport()
+    for name, module in _walk(model, "", set()):
+        opaque = opaque_reason(module)
+        if opaque is not None:
+            report.left.append(LeftModule(name, opaque))
+            continue
+        candidate = find_candidate(module)
+        if candidate is None:
+            reason = _unknown_reason(module)
+            if reason is not None:
+                report.left.append(LeftModule(name, reason))
+        elif candidate.reasons:
+            report.left.append(LeftModule(name, "; ".join(candidate.reasons)))
+        elif filter_fn is not None and not filter_fn(module, name):
+            report.left.append(LeftModule(name, "filter_fn"))
+        else:
+            plan.append((module, candidate))
+            report.fused.append(FusedModule(name, candidate.kind, tuple(str(step) for step in candidate.steps)))
+            for step, reason in candidate.left_steps:
+                report.left.append(LeftModule(f"{name}.{step.conv or step.bn}".lstrip("."), reason))
+    return plan, report
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, without what is inside of a module that is opaque."""
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    if opaque_reason(module) is None:
+        for key, child in module.named_children():
+            yield from _walk(child, f"{name}.{key}" if name else key, seen)
+
+
+def _unknown_reason(module: nn.Module) -> str | None:
+    """For a module of no pattern: whether batch norms of its own are worth a line in the report."""
+    if isinstance(module, _OWN):
+        return "already fused"
+    if isinstance(module, nn.Sequential) or is_norm(module) or not any(is_norm(child) for child in module.children()):
+        return None
+    return f"has batch norms, but {type(module).__name__} is no pattern that resfuse knows"
+
+
+def _change_strides(module: nn.Module, candidate: Candidate) -> None:
+    former: dict[str, tuple[int, ...]] = {}
+    module.__dict__[FORMER_STRIDES] = former
+    for step in candidate.steps:
+        if step.conv is not None:
+            strides = to_channels_last(module.get_submodule(step.conv))
+            if strides is not None:
+                former[step.conv] = strides
+    if former:
+        follow_strides()
+    else:
+        del module.__dict__[FORMER_STRIDES]
+
+
+def _restore(module: nn.Module) -> None:
+    """Give a module its class and its weights their strides again, as far as they were changed."""
+    if is_fused(module):
+        module.__class__ = type(module)._resfuse_original  # type: ignore[attr-defined]
+    for conv, strides in module.__dict__.pop(FORMER_STRIDES, {}).items():
+        try:
+            weight = module.get_submodule(conv)._parameters.get("weight")
+        except AttributeError:  # the convolution was removed since
+            continue
+        restore_strides(weight, strides)
