@@ -1,0 +1,51 @@
+"""What every test runs under, and the fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from resfuse.backends import buffer_pool
+
+# The same examples on every run: a failure belongs to the change that caused it.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fill with NaN, or with the largest integer."""
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is NaN: an output, or a part of one, that nobody writes can not pass for zeros."""
+
+    def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    owners: list[tuple[Any, tuple[str, ...]]] = [
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (Tensor, ("new_empty", "new_empty_strided")),
+        (buffer_pool, ("empty", "empty_like")),
+    ]
+    for owner, names in owners:
+        for name in names:
+            monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(3).new_empty(2).isnan().all()
+    assert buffer_pool.empty((1 << 19,), (1,), torch.float32).isnan().all()
+    yield
+    buffer_pool.clear()

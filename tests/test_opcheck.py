@@ -1,0 +1,134 @@
+"""Every operator in the `resfuse` namespace keeps its promises to the dispatcher: schema, fake, mutation, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import resfuse
+from tests.shapes import LAYOUTS
+
+LAYOUTS = ("nchw", "channels_last", "sliced", "transposed", "one_pixel")
+PLAIN = ("test_schema", "test_faketensor")  # the operators have no autograd formula of their own
+Arguments = tuple[Any, ...]
+
+
+@pytest.fixture(params=[name for name in resfuse.available_backends() if name != "cuda"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with resfuse.use_backend(request.param):
+        yield request.param
+
+
+def tensor(layout: str, channels: int = 8) -> Tensor:
+    if layout == "one_pixel":
+        return torch.randn(4, channels, 1, 1)
+    values = torch.randn(2, channels, 6, 5)
+    if layout == "transposed":  # dense, but neither NCHW nor NHWC
+        return values.transpose(2, 3).contiguous().transpose(2, 3)
+    return lay_out(values, layout)
+
+
+def vectors(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """running_mean, running_var, weight, bias."""
+    mean, var, weight, bias = (torch.randn(channels, dtype=dtype) for _ in range(4))
+    return mean, var.abs() + 0.5, weight, bias
+
+
+def check(name: str, arguments: Arguments) -> None:
+    torch.library.opcheck(getattr(torch.ops.resfuse, name).default, arguments, test_utils=PLAIN)
+
+
+def test_all_operators_are_here() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    registered = {schema.name.removeprefix("resfuse::") for schema in schemas if schema.name.startswith("resfuse::")}
+    assert registered == {
+        "add_relu_forward", "add_relu_backward", "bn_act_train", "bn_act_eval", "bn_act_backward",
+        "conv_bn_act_train", "conv_bn_act_eval", "conv_forward", "conv_backward",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("other", LAYOUTS[:3])
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+def test_add_relu(layout: str, other: str) -> None:
+    check("add_relu_forward", (tensor(layout), tensor(other)))
+    check("add_relu_backward", (tensor(other), tensor(layout)))
+
+
+@pytest.mark.parametrize("residual", [None, "nchw", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_act(layout: str, residual: str | None) -> None:
+    input = tensor(layout)
+    added = None if residual is None else lay_out(torch.randn(input.shape), residual)
+    check("bn_act_train", (input, *vectors(8), added, True, 0.1, 1e-5))
+    check("bn_act_train", (input, None, None, None, None, added, False, 0.1, 1e-5))
+    check("bn_act_eval", (input, *vectors(8), added, True, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bn_act_dtypes(dtype: torch.dtype) -> None:
+    for parameters in (torch.float32, dtype):
+        input = tensor("channels_last").to(dtype)
+        check("bn_act_train", (input, *vectors(8, parameters), None, True, 0.1, 1e-5))
+        check("bn_act_eval", (input, *vectors(8, parameters), None, True, 1e-5))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("grad_layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_act_backward(layout: str, grad_layout: str, needs: tuple[bool, bool]) -> None:
+    input = tensor(layout)
+    grad_output = lay_out(torch.randn(input.shape), grad_layout)
+    mean, invstd, weight, _ = vectors(8)
+    output = torch.relu(torch.randn_like(input))
+    for training in (True, False):
+        check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, training, *needs))
+    if not needs[1]:
+        check("bn_act_backward", (grad_output, input, None, None, mean, invstd, True, *needs))
+
+
+CONVOLUTIONS = {
+    "3x3": ((8, 4, 3, 3), [1, 1], [1, 1], [1, 1], 2),
+    "1x1_stride2": ((12, 8, 1, 1), [2, 2], [0, 0], [1, 1], 1),
+    "depthwise": ((8, 1, 3, 3), [1, 1], [1, 1], [2, 2], 8),
+}
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+@pytest.mark.parametrize("weight_layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_conv_bn_act(conv: str, weight_layout: str, layout: str) -> None:
+    shape, *geometry = CONVOLUTIONS[conv]
+    input, weight = tensor(layout), lay_out(torch.randn(shape), weight_layout)
+    bias = torch.randn(shape[0])
+    z = torch.ops.resfuse.conv_forward(input, weight, bias, *geometry)
+    assert z.is_contiguous(memory_format=torch.channels_last) is (layout != "nchw" or weight_layout != "nchw")
+    check("conv_forward", (input, weight, bias, *geometry))
+    check("conv_bn_act_train", (input, weight, *vectors(shape[0]), bias, z, True, *geometry, 0.1, 1e-5))
+    check("conv_bn_act_train", (input, weight, None, None, None, None, None, None, False, *geometry, 0.1, 1e-5))
+    check("conv_bn_act_eval", (input, weight, *vectors(shape[0]), bias, z.contiguous(), True, *geometry, 1e-5))
+    check("conv_bn_act_eval", (input, weight, *vectors(shape[0]), None, None, True, *geometry, 1e-5))
+    for needs in ([True, True, True], [False, True, False], [True, False, True]):
+        for grad_output in (z, z.contiguous()):
+            check("conv_backward", (grad_output, input, weight, *geometry, needs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
+def test_functions_under_aot_autograd(training: bool) -> None:
+    """opcheck's last test, on what users call: forward and backward, traced with dynamic shapes, equal eager."""
+    mean, var, weight, bias = vectors(8)
+    for layout in ("nchw", "channels_last"):
+        input = tensor(layout).requires_grad_()
+        parameters = (weight.clone().requires_grad_(), bias.clone().requires_grad_())
+
+        def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return resfuse.bn_act(x, mean.clone(), var.clone(), w, b, residual=x, training=training)
+
+        expected = torch.autograd.grad(run(input, *parameters).square().sum(), [input, *parameters])
+        traced = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+        found = torch.autograd.grad(traced(input, *parameters).square().sum(), [input, *parameters])
+        torch.testing.assert_close(found, expected)
