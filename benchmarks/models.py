@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = _measure(contestants, args, conditions, progress)
         for table in report.model_tables(rows):
             report.show_table(console, table)
+        report.warn_if_restless(console, [row for row in rows if row.metric == "time"])
         records.update(path, rows)
     console.print(f"Wrote {path}", soft_wrap=True)
     return 1 if failed else 0

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for dtype in args.dtype:
         title = f"Host time per call, 1 thread, {dtype}"
         report.show_table(console, report.pair_table(title, [row for row in rows if row.dtype == dtype], "us", 1e6))
+    report.warn_if_restless(console, rows)
     path = args.output / "overhead.csv"
     records.update(path, rows)
     console.print(f"Wrote {path}", soft_wrap=True)

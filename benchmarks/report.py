@@ -14,6 +14,8 @@ from benchmarks.records import Conditions, Record
 
 FASTER, SLOWER = 1.02, 0.98
 """Ratios outside of these are coloured."""
+RESTLESS = 0.15
+"""A spread over which a measurement says more about the machine than about what was measured."""
 
 
 def new_table(title: str, columns: Sequence[str]) -> Table:
@@ -35,7 +37,23 @@ def number_text(value: float) -> str:
 
 def spread_text(values: Quantiles) -> str:
     """The distance from p20 to p80, as a part of the median."""
-    return f"{(values.p80 - values.p20) / values.p50:.0%}" if values.p50 else "-"
+    return f"{spread(values):.0%}"
+
+
+def spread(values: Quantiles) -> float:
+    """(p80 - p20) / p50."""
+    return (values.p80 - values.p20) / values.p50
+
+
+def warn_if_restless(console: Console, records: Iterable[Record]) -> None:
+    """Say so where times scatter too much for their ratios to mean something."""
+    restless = [record for record in records if spread(record.quantiles) > RESTLESS]
+    if restless:
+        console.print(
+            f"The spread is over {RESTLESS:.0%} in {len(restless)} of these rows: was something else running? Not all "
+            "providers suffer alike from that, so the ratios would be wrong too.",
+            style="yellow",
+        )
 
 
 def show_table(console: Console, table: Table) -> None:

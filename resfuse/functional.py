@@ -44,7 +44,7 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
     _check_residual(residual, input.shape, input)
     if _needs_grad(input, residual):
-        return _add_relu.AddReluFunction.apply(input, residual)
+        return _add_relu.AddReluFunction.apply(*_distinct(input, residual))
     if torch.compiler.is_compiling():
         return torch.ops.resfuse.add_relu_forward(input, residual)
     return _add_relu.forward(input, residual)
@@ -107,7 +107,7 @@ def bn_act(
         _check_residual(residual, input.shape, input)
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if _needs_grad(input, weight, bias, residual):
-        return _bn_act.BNActFunction.apply(*tensors, relu, training, momentum, eps)
+        return _bn_act.BNActFunction.apply(*_distinct(*tensors), relu, training, momentum, eps)
     if not torch.compiler.is_compiling():
         return _bn_act.forward(*tensors, relu, training, momentum, eps)[0]
     if training:
@@ -204,12 +204,26 @@ def conv_bn_act(
     tensors = (input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual)
     conv = (stride, padding, dilation, groups)
     if needs_grad:
-        return _conv_bn_act.ConvBNActFunction.apply(*tensors, relu, *conv, training, momentum, eps)
+        return _conv_bn_act.ConvBNActFunction.apply(*_distinct(*tensors), relu, *conv, training, momentum, eps)
     if not torch.compiler.is_compiling():
         return _conv_bn_act.forward(*tensors, relu, *conv, training, momentum, eps, overwrite_residual)[0]
     if training:
         return torch.ops.resfuse.conv_bn_act_train(*tensors, relu, *conv, momentum, eps)[0]
     return torch.ops.resfuse.conv_bn_act_eval(*tensors, relu, *conv, eps)
+
+
+def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """While compiling, a view in place of a tensor that has come before.
+
+    torch.compile (2.11) loses one of the two gradients of a tensor that an autograd.Function takes twice.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if tensor is not None and repeated else tensor)
+    return tuple(found)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -49,3 +49,15 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert buffer_pool.empty((1 << 19,), (1,), torch.float32).isnan().all()
     yield
     buffer_pool.clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small problems: threads that spin at each other's barriers take most of the time on a busy machine.
+
+    Nothing is lost: the kernels give the same bits with any number of threads, which test_determinism holds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

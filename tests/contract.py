@@ -7,8 +7,8 @@ Here stands what it is applied to, and three facts without which it would measur
 * Where the ReLU's argument is zero up to rounding, the mask is decided by rounding, and one flipped element changes a
   gradient by 100 %.  `grad_output` is zero there (`decided_by_rounding`), so the mask does not matter.
 * Some results are zero but for cancellation: the gradient of a convolution's bias under batch statistics is exactly
-  zero, that of the input nearly so with two values per channel.  Their relative error is noise divided by noise, so they
-  are held to `floor` times the size of the terms that cancel (`term_sizes`).
+  zero, that of the input nearly so with two values per channel.  Their relative error is noise divided by noise, so
+  they are held to `floor` times the size of the terms that cancel (`term_sizes`).
 * The error of eager, by which the fused one is judged, is one draw of rounding errors.  Of a result of n elements the
   norm of that draw is uncertain by 1 / sqrt(n) of what the roundings of its terms add up to: a single number can be
   right by luck.  So much, eps ||terms|| / sqrt(n), is added to the floor; for large results it is next to nothing.
@@ -220,8 +220,7 @@ def _anatomy(truth: Call) -> _Anatomy:
 def decided_by_rounding(call: Call) -> Tensor:
     """Where the ReLU's argument lies within a few roundings of zero, so that its sign is anyone's."""
     truth = call.truth()
-    dtype = call.input.dtype
-    eps, eps_inside = torch.finfo(dtype).eps, torch.finfo(accumulation_dtype(dtype)).eps
+    eps = torch.finfo(call.input.dtype).eps
     residual = truth.tensors.get("residual")
     residual_size = torch.zeros(()) if residual is None else residual.abs()
     if truth.op == "add_relu":
@@ -237,16 +236,19 @@ def decided_by_rounding(call: Call) -> Tensor:
         z_weight_rounded = _squared_convolution(truth).sqrt()
         rounded = rounded + (parts.z.abs() + z_weight_rounded) * _per_channel(scale)
     inside = (parts.z_terms + _per_channel(parts.mean.abs())) * _per_channel(scale)
-    return parts.preactivation.abs() <= 4 * (eps * rounded + eps_inside * inside)
+    return parts.preactivation.abs() <= 4 * (eps * rounded + _statistics_eps(call) * inside)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are computed in: float32 for the half precisions."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def _statistics_eps(call: Call) -> float:
+    """Of what batch statistics are kept in: float32, but PyTorch rounds them to a half precision that all else has."""
+    dtype = call.input.dtype
+    vectors = (call.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
+    wide = any(vector is not None and vector.dtype == torch.float32 for vector in vectors)
+    return torch.finfo(torch.float32 if wide else dtype).eps
 
 
 def term_sizes(call: Call, grad_output: Tensor) -> Results:
-    """For each result the sum of the sizes of its terms, in float64: the scale of rounding errors under cancellation."""
+    """For each result the sum of the sizes of its terms, in float64: the scale of errors where terms cancel."""
     truth, grad = call.truth(), grad_output.detach().to("cpu", torch.float64)
     tensors, options = truth.tensors, truth.options
     if truth.op == "add_relu":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -197,3 +198,10 @@ def counted_calls() -> Iterator[Calls]:
     names = ("conv_bn_act", "bn_act", "add_relu")
     with mock.patch.multiple(functional, **{name: counting(name) for name in names}):
         yield calls
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """For tests that call torch.compile, which does things that torch itself warns about."""
+    for message in (".*should not be instantiated", "`torch.jit.script_method` is deprecated"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")(test)
+    return test

@@ -138,7 +138,11 @@ class Values:
         return tensor.to(self.device, dtype or self.dtype)
 
     def batch_norm(self, channels: int, dtype: torch.dtype | None = None, *, affine: bool = True) -> dict[str, Any]:
-        """Statistics and parameters; among the weights are negative ones and, of five or more, zeros."""
+        """Statistics and parameters, in float32 or wider if `dtype` is None.
+
+        Among the weights are negative ones and, of five or more, zeros.
+        """
+        dtype = dtype or (torch.float64 if self.dtype == torch.float64 else torch.float32)
         mean, var, weight, bias = (self.normal(channels, dtype=dtype) for _ in range(4))
         weight[4::5] = 0
         tensors = {"running_mean": mean, "running_var": var.abs() + 0.5}

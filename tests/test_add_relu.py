@@ -13,7 +13,7 @@ import resfuse
 from tests import contract, shapes
 from tests.shapes import FAST_DTYPES, LAYOUTS, Values, add_relu_call, implementations
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 SHAPES: dict[str, tuple[int, ...]] = {
     **shapes.ACTIVATIONS,

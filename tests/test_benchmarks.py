@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("torchvision")
 
-from benchmarks import measure, ops, overhead, plot, records, saved_bytes
+from benchmarks import measure, ops, overhead, plot, records, report, saved_bytes
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.records import Record, Subject
 from benchmarks.worker import ProviderError, Worker
@@ -143,6 +144,13 @@ def test_ratios_need_a_base_of_the_same_run() -> None:
     rows[1] = record("resfuse", "float32", [2.0], date="2026-01-02")
     (panel,) = plot.panels(rows)
     assert panel.groups == {"resnet50\nbatch 1": {BASELINE: (1.0, 1.0, 1.0)}}
+
+
+def test_times_that_scatter_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    report.warn_if_restless(Console(), [record(BASELINE, "float32", [1.0, 1.01, 1.02])])
+    assert not capsys.readouterr().out
+    report.warn_if_restless(Console(), [record(BASELINE, "float32", [1.0, 1.5, 2.0])])
+    assert "in 1 of these rows" in capsys.readouterr().out
 
 
 def test_page_faults_are_counted() -> None:

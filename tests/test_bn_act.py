@@ -13,7 +13,7 @@ import resfuse
 from tests import contract, shapes
 from tests.shapes import ACTIVATIONS, FAST_DTYPES, LAYOUTS, Values, bn_act_call, implementations
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -80,9 +80,7 @@ def test_parameter_dtypes(wide: bool, backend: str, device: str, dtype: torch.dt
 @pytest.mark.parametrize(("backend", "device", "dtype"), implementations("bn_act"))
 @pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
 @pytest.mark.parametrize("mean", [64.0, -4096.0])
-def test_large_mean_and_tiny_variance(
-    mean: float, layout: str, backend: str, device: str, dtype: torch.dtype
-) -> None:
+def test_large_mean_and_tiny_variance(mean: float, layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
     """Deviations of a few units in the last place of the mean: sums of squares cancel completely."""
     scale = 8 * abs(mean) * torch.finfo(dtype).eps
     call = bn_act_call(
@@ -111,19 +109,15 @@ def test_values_that_drift_through_the_batch(
 def test_constant_input(layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
     """A variance of exactly 0: invstd is eps^-1/2 and the output is the bias."""
     call = bn_act_call((2, 7, 6, 5), dtype, device, layout=layout, residual_layout=None, training=True)
-    call = call.replace(input=torch.full_like(call.input, 3))
     with resfuse.use_backend(backend):
-        output = contract.forward(contract.FUSED, call)
-    bias = call.tensors["bias"]
-    assert bias is not None
-    assert torch.equal(output, torch.relu(bias).view(1, -1, 1, 1).expand_as(output))
+        contract.check(call.replace(input=torch.full_like(call.input, 3)))
 
 
 @MODES
 @pytest.mark.parametrize(("backend", "device", "dtype"), implementations("bn_act", FAST_DTYPES))
 @pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["input", "residual", "weight", "bias", "running_mean"])
+@pytest.mark.parametrize("where", ["input", "residual", "bias", "running_mean"])
 def test_not_finite(
     where: str, value: float, layout: str, backend: str, device: str, dtype: torch.dtype, training: bool
 ) -> None:
@@ -178,7 +172,9 @@ def test_autocast(input_dtype: torch.dtype, residual_dtype: torch.dtype | None, 
             return contract.results(functions, call, grad_output)
 
     fused, eager = run(contract.FUSED), run(contract.EAGER)
-    reference = contract.results(contract.EAGER, call.truth(), Values(fused["output"].dtype, seed=1).normal(2, 12, 7, 5))
+    reference = contract.results(
+        contract.EAGER, call.truth(), Values(fused["output"].dtype, seed=1).normal(2, 12, 7, 5)
+    )
     narrow = torch.bfloat16 if torch.bfloat16 in (input_dtype, residual_dtype) else torch.float32
     contract.assert_within_contract(fused, eager, reference, narrow, floor=4e-3)  # and a few flipped masks
 

@@ -132,3 +132,116 @@ def test_every_operator_has_a_sample() -> None:
 @pytest.mark.parametrize(("name", "args"), samples(), ids=lambda value: value if isinstance(value, str) else "")
 def test_opcheck(name: str, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(getattr(torch.ops.resfuse, name).default, args)
+
+
+def cast(t: dict[str, Tensor], dtype: torch.dtype, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {k: v.detach().to(dtype).requires_grad_(v.requires_grad) if k in names else v for k, v in t.items()}
+
+
+def assert_same(compiled: Callable[..., Tensor], run: Callable[..., Tensor], ours: Any, eager: Any) -> None:
+    """Output, gradients and running statistics, bit for bit: the same kernels run."""
+    output, expected = compiled(ours), run(eager)
+    assert output.dtype == expected.dtype
+    assert torch.equal(output, expected)
+    output.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    for name in ours:
+        assert torch.equal(ours[name], eager[name]), name
+        if eager[name].grad is None:
+            assert ours[name].grad is None, name
+        else:
+            assert ours[name].grad.dtype == ours[name].dtype
+            assert torch.equal(ours[name].grad, eager[name].grad), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_bfloat16(parameters: torch.dtype, training: bool, op: str) -> None:
+    """Gradients come in the dtype of what they belong to, though the kernels' sums are float32."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: OPS[op](t, training), fullgraph=True, backend="aot_eager")
+
+    def make() -> dict[str, Tensor]:
+        t = cast(tensors("channels_last"), torch.bfloat16, ("input", "conv_weight", "residual"))
+        return cast(t, parameters, ("weight", "bias", "running_mean", "running_var"))
+
+    assert_same(compiled, lambda t: OPS[op](t, training), make(), make())
+
+
+@pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("input",), ("input", "conv_weight", "weight", "residual")])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_some_gradients(training: bool, frozen: tuple[str, ...], op: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: OPS[op](t, training), fullgraph=True, backend="aot_eager")
+
+    def make() -> dict[str, Tensor]:
+        return {k: v.detach() if k in frozen else v for k, v in tensors("channels_last").items()}
+
+    assert_same(compiled, lambda t: OPS[op](t, training), make(), make())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_autocast(training: bool) -> None:
+    torch._dynamo.reset()
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return conv_bn_act(t, training)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    ours, eager = tensors("channels_last"), tensors("channels_last")
+    assert_same(compiled, run, ours, eager)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context: Callable[[], Any], training: bool, op: str) -> None:
+    """The registered operators take the place of the Function; running statistics still change exactly once."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: OPS[op](t, training), fullgraph=True, backend="aot_eager")
+    ours, eager = tensors("channels_last"), tensors("channels_last")
+    with context():
+        output, expected = compiled(ours), OPS[op](eager, training)
+    torch.testing.assert_close(output, expected)
+    assert not output.requires_grad
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(ours[name], eager[name])
+        assert (ours[name] == tensors("channels_last")[name]).all() is not (training and op != "add_relu")
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    """One graph for all sizes but the channels."""
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(lambda t: conv_bn_act(t, True), fullgraph=True, backend=count, dynamic=True)
+    for shape in ((2, 8, 6, 5), (3, 8, 9, 7), (5, 8, 12, 12)):
+        t = tensors("channels_last", grad=False)
+        t |= {name: torch.randn(shape).to(memory_format=torch.channels_last) for name in ("input", "residual")}
+        expected = conv_bn_act({name: tensor.clone() for name, tensor in t.items()}, True)
+        torch.testing.assert_close(compiled(t), expected)
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("op", ["add_relu", "bn_act"])
+def test_one_tensor_in_two_places(op: str) -> None:
+    """torch 2.11 drops one of the two gradients of a tensor that an autograd.Function takes twice."""
+    torch._dynamo.reset()
+
+    def run(x: Tensor) -> Tensor:
+        if op == "add_relu":
+            return resfuse.add_relu(x, x)
+        return resfuse.bn_act(x, None, None, residual=x, training=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    input = torch.randn(2, 8, 6, 5, requires_grad=True)
+    expected = torch.autograd.grad(run(input).square().sum(), input)
+    assert torch.equal(torch.autograd.grad(compiled(input).square().sum(), input)[0], expected[0])

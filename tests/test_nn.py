@@ -22,14 +22,6 @@ import resfuse.nn as rnn
 from resfuse.nn import fused_call
 from tests import models
 
-
-def compiles(test: Callable[..., None]) -> Callable[..., None]:
-    """For tests that call torch.compile, which does things that torch itself warns about."""
-    for message in (".*should not be instantiated", "`torch.jit.script_method` is deprecated"):
-        test = pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")(test)
-    return test
-
-
 OWN_BLOCKS = {
     torchvision.models.resnet.BasicBlock: rnn.BasicBlock,
     torchvision.models.resnet.Bottleneck: rnn.Bottleneck,
@@ -688,7 +680,7 @@ def test_meta_and_fake_tensors() -> None:
         assert meta(models.block_input("bottleneck-stride").to("meta")).shape == shape
 
 
-@compiles
+@models.compiles
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["basic-stride", "bottleneck"])
 def test_compile_fullgraph(name: str, training: bool) -> None:
@@ -706,7 +698,22 @@ def test_compile_fullgraph(name: str, training: bool) -> None:
     assert all(count == int(training) for count in tracked)
 
 
-@compiles
+@models.compiles
+def test_compiled_torch_func() -> None:
+    """Inside of compiled torch.func transforms tensors do not say that they need a gradient."""
+    torch._dynamo.reset()
+    block, eager = own_block("basic").eval(), models.block("basic").eval()
+    input = models.block_input("basic")
+    parameters = {name: tensor.detach() for name, tensor in block.named_parameters()}
+
+    def gradient(model: nn.Module) -> Callable[..., dict[str, Tensor]]:
+        return torch.func.grad(lambda state: torch.func.functional_call(model, state, (input,)).square().mean())
+
+    compiled = torch.compile(gradient(block), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(parameters), gradient(eager)(parameters), rtol=1e-4, atol=1e-5)
+
+
+@models.compiles
 @pytest.mark.slow
 def test_compile_with_inductor_every_module() -> None:
     class All(nn.Module):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -26,7 +28,6 @@ import resfuse.nn as rnn
 from resfuse import functional, fuse_, unfuse_
 from resfuse.surgery import FuseReport, fuse
 from tests import models
-from tests.test_nn import compiles
 
 IMAGE = (4, 3, 32, 32)
 
@@ -300,11 +301,15 @@ def test_left_alone_with_a_reason(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_script_module_is_left_alone() -> None:
-    model = nn.Sequential(torch.jit.script(conv_bn_relu()), conv_bn_relu())
+    model = nn.Sequential(torch.jit.script(conv_bn_relu()), conv_bn_relu(), *conv_bn_relu())
     report = fuse_(model)
-    assert [module.name for module in report.fused] == ["1"]
+    assert [module.name for module in report.fused] == ["", "1"]
     assert [module.name for module in report.left] == ["0"]
     assert "ScriptModule" in report.left[0].reason
+    model(models.random_input((2, 8, 6, 6)))
+    block = BasicBlock(8, 8, downsample=torch.jit.script(models.projection(8, 8, 1))).eval()
+    assert len(fuse_(block).fused) == 1
+    block(models.random_input((2, 8, 6, 6)))
 
 
 def test_attention_leaves_the_blocks_and_takes_the_rest() -> None:
@@ -385,7 +390,7 @@ def test_shared_modules_are_handled_once() -> None:
     block = models.block("basic")
     model = nn.Sequential(block, block, nn.Sequential(block))
     report = fuse_(model)
-    assert [module.name for module in report.fused] == ["0"]
+    assert [module.name for module in report.fused] == ["", "0"]
     unfuse_(model)
     assert type(block) is BasicBlock
 
@@ -756,11 +761,10 @@ def test_detection_backbone(norm: Callable[[int], nn.Module]) -> None:
 
 
 def test_intermediate_layers_inside_of_a_run_are_seen() -> None:
-    layers = {"bn1": "normalised", "relu": "activated", "layer1": "last"}
-    for asked in ({"relu": "activated", "layer1": "last"}, layers, {"conv1": "first", "layer1": "last"}):
-        fused, eager, report = both(lambda asked=asked: IntermediateLayerGetter(models.small_resnet(), dict(asked)))
-        kinds = {module.kind for module in report.fused}
-        assert ("torchvision IntermediateLayerGetter" in kinds) == ("conv1" not in asked)
+    for asked, ops in (("relu", "conv1 + bn1 + relu"), ("bn1", "conv1 + bn1"), ("conv1", "bn1 + relu")):
+        layers = {asked: "asked", "layer1": "last"}
+        fused, eager, report = both(lambda layers=layers: IntermediateLayerGetter(models.small_resnet(), layers.copy()))
+        assert report.fused[0] == ("", "torchvision IntermediateLayerGetter", (ops,))
         with torch.no_grad():
             found, expected = (model(models.random_input(IMAGE)) for model in (fused, eager))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -876,7 +880,7 @@ def test_unfuse_refuses_a_class_derived_since() -> None:
     assert type(unfuse_(model)) is BasicBlock
 
 
-@compiles
+@models.compiles
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_fullgraph(training: bool) -> None:
     torch._dynamo.reset()
@@ -893,7 +897,7 @@ def test_compile_fullgraph(training: bool) -> None:
     assert fused.layer1[0].bn1.num_batches_tracked == int(training)
 
 
-@compiles
+@models.compiles
 @pytest.mark.slow
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
@@ -914,10 +918,72 @@ def test_export() -> None:
     torch.testing.assert_close(program.module()(input), eager.eval()(input), rtol=1e-4, atol=1e-4)
 
 
-def test_imports_no_vision_library(tmp_path: Any) -> None:
-    import subprocess
-    import sys
+def test_onnx_export_sees_pytorchs_operators() -> None:
+    block = models.block("basic").eval()
+    fuse_(block)
+    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):  # as inside of torch.onnx.export
+        program = torch.export.export(block, (models.block_input("basic"),), strict=False)
+    assert not [node for node in program.graph.nodes if "resfuse" in str(node.target)]
+    assert [node for node in program.graph.nodes if "conv2d" in str(node.target)]
 
+
+def test_meta_device() -> None:
+    model = models.small_resnet().to("meta")
+    assert len(fuse_(model).fused) == 8
+    assert model(torch.empty(IMAGE, device="meta")).shape == (4, 10)
+    unfuse_(model)
+    assert model.conv1.weight.is_contiguous()
+
+
+def test_in_and_after_inference_mode() -> None:
+    fused, eager = models.small_resnet(), models.small_resnet()
+    with torch.inference_mode():
+        fuse_(fused)
+        created = models.small_resnet()
+    models.assert_same(fused.double(), eager.double(), models.random_input(IMAGE))
+    fuse_(created)
+    input = models.random_input(IMAGE)
+    with torch.no_grad():
+        torch.testing.assert_close(created.eval()(input), models.small_resnet().eval()(input), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel() -> None:
+    fused, eager, report = both(models.small_resnet)
+    wrapped = nn.parallel.DistributedDataParallel(fused.double())
+    with models.counted_calls() as calls:
+        found = models.results(wrapped, models.random_input(IMAGE).double())
+    assert calls.conv_bn_act == report.fused_ops
+    expected = models.results(eager.double(), models.random_input(IMAGE).double())
+    for name, tensor in expected.items():
+        key = name.replace("grad of ", "grad of module.").replace("buffer ", "buffer module.")
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fully_sharded() -> None:
+    fused, eager, report = both(models.small_resnet, memory_format=torch.preserve_format)
+    for module in (fused.layer1[0], fused.layer2[0], fused):
+        torch.distributed.fsdp.fully_shard(module)
+    input = models.random_input(IMAGE)
+    with models.counted_calls() as calls:
+        output = fused(input)
+        output.sum().backward()
+    assert calls.conv_bn_act == report.fused_ops
+    torch.testing.assert_close(output, eager(input), rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="FSDP"):
+        unfuse_(fused)
+
+
+def test_imports_no_vision_library() -> None:
     code = (
         "import sys, torch, resfuse\n"
         "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))\n"

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import buffer_pool, reference
-from resfuse.backends.cpu_conv import conv_bn_act_inference, unsupported_convolution
+from resfuse.backends.cpu_conv import conv_bn_act_inference, conv_forward, unsupported_convolution
 from resfuse.backends.registry import Problem
 from resfuse.layout import dense
 
-# PyTorch's own convolutions are oneDNN's.
-conv_forward, conv_backward = reference.conv_forward, reference.conv_backward
+conv_backward = reference.conv_backward  # PyTorch's own convolutions are oneDNN's
 
 Pair = tuple[int, int]
 

@@ -42,6 +42,8 @@ def unsupported_convolution(problem: Problem) -> list[str]:
         return ["this build of torch has no oneDNN"]
     if problem.dtype == torch.bfloat16 and not _onednn._is_mkldnn_bf16_supported():
         return ["oneDNN has no bfloat16 convolution for this processor"]
+    if reference.unreliable_in_channels_last(problem.device, problem.shape, *problem.conv[:2]):  # type: ignore[index]
+        return ["oneDNN's channels_last convolution is wrong for this shape and stride"]
     return []
 
 
@@ -103,6 +105,27 @@ def conv_bn_act_inference(
     if relu and not finite:
         output.relu_()
     return output.contiguous(memory_format=memory_format)
+
+
+def conv_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """z = conv(input) + conv_bias; a large one is accumulated onto zeros from the pool."""
+    shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+    size = shape[0] * shape[1] * shape[2] * shape[3] * input.dtype.itemsize
+    if size < buffer_pool.SMALLEST or conv_memory_format(input, conv_weight) != torch.channels_last:
+        return reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    zeros = _channels_last_empty(shape, input.dtype).zero_()
+    bias = None if conv_bias is None else conv_bias.to(input.dtype)
+    operands = (input.contiguous(memory_format=torch.channels_last), conv_weight.to(input.dtype), bias)
+    conv = (padding, stride, dilation, groups)
+    return _onednn._convolution_pointwise_.binary(zeros, *operands, *conv, "add", 1.0, None, [], "")
 
 
 def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None) -> tuple[Tensor | None, bool]:

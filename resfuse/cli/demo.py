@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from rich.table import Table
 
 import resfuse
 from resfuse.backends import registry
-from resfuse.cli import digits, models, report, resnet50
+from resfuse.cli import digits, models, report, resnet50, timing
 from resfuse.cli.info import processor_name
 
 VERBS = ("conv_bn_act_forward", "bn_act_forward", "bn_act_backward", "conv_backward", "add_relu_forward")
@@ -25,7 +24,7 @@ VERBS = ("conv_bn_act_forward", "bn_act_forward", "bn_act_backward", "conv_backw
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("out"), help="directory for the plot and CSV (default out)")
-    parser.add_argument("--threads", type=int, help="threads for torch on the CPU (default: torch's own choice)")
+    parser.add_argument("--threads", type=int, help="threads on the CPU (default: all or one, whichever is faster)")
     parser.add_argument(
         "--quick", action="store_true", help="fewer epochs and rounds, smaller images; times mean little"
     )
@@ -42,48 +41,64 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         console.print(f"--threads: expected at least 1, got {args.threads}")
         return 1
-    with _threads(args.threads):
-        return _run(args.output, args.quick, console)
+    _run(args.output, args.threads, args.quick, console)
+    return 0
 
 
-def _run(folder: Path, quick: bool, console: Console) -> int:
+def _run(folder: Path, threads: int | None, quick: bool, console: Console) -> None:
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     device, reason = _choose_device()
     conditions = _conditions(device)
     _show_conditions(conditions, device, reason, console)
+    trainings, training_threads = _train(device, threads, quick, console)
+    timings, inference_threads = _infer(device, threads, quick, console)
+    used = {report.DIGITS: training_threads, resnet50.NAME: inference_threads}
+    report.write_csv(folder / "demo.csv", trainings, timings, used, conditions)
+    report.write_plot(folder / "demo.png", trainings, timings, used, conditions)
+    console.print(f"Wrote {folder / 'demo.png'} and {folder / 'demo.csv'} in {time.perf_counter() - started:.0f} s.")
+    console.print("Comparisons with torch.compile and other systems are in benchmarks/.")
 
+
+def _train(
+    device: torch.device, threads: int | None, quick: bool, console: Console
+) -> tuple[list[digits.Training], int]:
+    """Part 1; also says on how many threads it ran."""
     epochs, blocks = (3, 1) if quick else (8, 2)
     console.rule(f"[bold]1. Training[/]: ResNet-{6 * blocks + 2} on scikit-learn's handwritten digits", align="left")
-    trainings = digits.train(device, epochs, blocks, console)
-    console.print(_training_table(trainings))
+    threads = threads or _choose_threads(digits.training_step(device, blocks), device, console)
+    with timing.threads(threads):
+        trainings = digits.train(device, epochs, blocks, console)
+        console.print(_training_table(trainings))
+    return trainings, threads
 
+
+def _infer(device: torch.device, threads: int | None, quick: bool, console: Console) -> tuple[resnet50.Timings, int]:
+    """Part 2; also says on how many threads it ran."""
     size, rounds = (64, {1: 3, 16: 2}) if quick else (224, {1: 30, 16: 7})
     console.rule(f"[bold]2. Inference[/]: torchvision's {resnet50.NAME}, random weights", align="left")
     pictures = models.photographs(4, size).to(device)
     model = models.calibrated(resnet50.NAME, pictures)
-    versions, fused = models.versions(model)
-    console.print(fused)
-    outputs, exact = models.outputs(versions, pictures), models.exact_output(model, pictures)
-    console.print(resnet50.comparison_table(outputs, exact))
-    timings = resnet50.measure(versions, device, size, rounds, console)
-    console.print(resnet50.timing_table(timings, size))
-
-    report.write_csv(folder / "demo.csv", trainings, timings, conditions)
-    report.write_plot(folder / "demo.png", trainings, timings, conditions)
-    console.print(f"Wrote {folder / 'demo.png'} and {folder / 'demo.csv'} in {time.perf_counter() - started:.0f} s.")
-    console.print("Comparisons with torch.compile and other systems are in benchmarks/.")
-    return 0
+    threads = threads or _choose_threads(lambda: models.outputs({models.EAGER: model}, pictures), device, console)
+    with timing.threads(threads):
+        versions, fused = models.versions(model)
+        console.print(fused)
+        outputs, exact = models.outputs(versions, pictures), models.exact_output(model, pictures)
+        console.print(resnet50.comparison_table(outputs, exact))
+        timings = resnet50.measure(versions, device, size, rounds, console)
+        console.print(resnet50.timing_table(timings, size))
+    return timings, threads
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _choose_threads(step: Callable[[], object], device: torch.device, console: Console) -> int:
+    """All threads of torch or one, whichever is faster for eager PyTorch, and says so."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return torch.get_num_threads()
+    times = timing.time_thread_counts(step)
+    listed = ", ".join(f"{time.median * 1e3:.1f} ms on {count}" for count, time in times.items())
+    best = next(iter(times))
+    console.print(f"Threads: {best} (one step of eager: {listed}; --threads sets the number)")
+    return best
 
 
 def _choose_device() -> tuple[torch.device, str]:
@@ -107,7 +122,6 @@ def _conditions(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "resfuse": resfuse.__version__,
     }

@@ -66,7 +66,7 @@ def measure(
 def timing_table(timings: Timings, size: int) -> Table:
     """Medians and ratios."""
     table = Table(title=f"{NAME}: inference at {size}x{size}, float32", title_justify="left", title_style="bold")
-    table.box = box.SIMPLE_HEAD
+    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     rounds = ", ".join(f"{len(group[models.EAGER].seconds)} at batch {batch}" for batch, group in timings.items())
     table.caption, table.caption_justify = f"Medians; the versions took turns, rounds: {rounds}.", "left"
     table.add_column("batch", justify="right", no_wrap=True)
@@ -78,7 +78,7 @@ def timing_table(timings: Timings, size: int) -> Table:
             table.add_row(
                 str(batch) if name == models.EAGER else "",
                 name,
-                f"{timing.median * 1e3:.1f}",
+                f"{timing.median * 1e3:.1f}" if timing.median < 1 else f"{timing.median * 1e3:.0f}",
                 f"{timing.quantile(0.2) * 1e3:.0f}-{timing.quantile(0.8) * 1e3:.0f}",
                 f"{batch / timing.median:.1f}",
                 _ratio(group[models.EAGER], timing),

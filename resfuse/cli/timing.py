@@ -6,7 +6,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -60,6 +61,30 @@ def interleave(
                 seconds[name].append(elapsed)
             after_call()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_thread_counts(step: Callable[[], object], tries: int = 5) -> dict[int, Timing]:
+    """A step on as many threads as torch uses, and on one; the fastest first.
+
+    Threads wait for each other at the end of every operation, so where layers are small, or other processes keep a core
+    busy, one thread can be many times as fast as two.
+    """
+    found = {}
+    for count in sorted({1, torch.get_num_threads()}, reverse=True):
+        with threads(count):
+            found[count] = interleave({"step": step}, tries, torch.device("cpu"), warmup=2)["step"]
+    return dict(sorted(found.items(), key=lambda item: item[1].median))
 
 
 def synchronize(device: torch.device) -> None:

@@ -73,9 +73,14 @@ def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, b
 
 def _returns_new_tensor(module: nn.Module) -> bool:
     """Whether a module is a Sequential whose output is a batch norm's, and nobody but the caller gets hold of it."""
-    if type(module).forward not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
+    if class_forward(module) not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
         return False
     return ends_unseen(next(reversed(module._modules.values())), None)
+
+
+def class_forward(module: nn.Module) -> Any:
+    """The function that is the forward of a module's class, None where there is none (as in a ScriptModule)."""
+    return getattr(type(module), "forward", None)
 
 
 def ends_unseen(bn: Any, act: nn.Module | None) -> bool:

@@ -7,13 +7,13 @@ another one is told that nobody else reads its input.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resfuse.nn.batch_norm import batch_norm_kind
-from resfuse.nn.blocks import CHAINS, Chain, ends_unseen
+from resfuse.nn.blocks import CHAINS, Chain, class_forward, ends_unseen
 from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, unobserved
 
 
@@ -65,9 +65,10 @@ def sequential_forward(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
 
 
 def _chain(module: nn.Module) -> Chain | None:
-    """How a block can be run in a chain; None for other modules, and where it has to be called as a module."""
-    cls: Any = type(module)
-    chain = CHAINS.get(cls.forward)
-    if chain is None or torch.compiler.is_compiling() or not unobserved(module) or global_hooks():
+    """In inference, how a block can be run in a chain; None for other modules, and where it has to be called as one."""
+    chain = CHAINS.get(class_forward(module))
+    if chain is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if not unobserved(module) or global_hooks():
         return None
     return chain if module._compiled_call_impl is None and chain.applies(module) else None

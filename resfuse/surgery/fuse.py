@@ -30,8 +30,8 @@ def fuse_(
     Fused are, wherever they are in the model: torchvision's `BasicBlock`, `Bottleneck` (ResNet, ResNeXt, Wide-ResNet)
     and the stem of its `ResNet`, also as the backbone of a detection or segmentation model; the same three of timm,
     without attention, anti-aliasing, drop-block or drop-path; and in any `nn.Sequential` the runs of
-    Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.  A Sequential of such blocks lets each
-    of them, in inference, write its output over its input.
+    Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.  A Sequential of such blocks lets
+    each of them, in inference, write its output over its input.
 
     Nothing is replaced: a fused module only changes its class, to a subclass of its own with another forward.
     Parameters, buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and
@@ -46,7 +46,8 @@ def fuse_(
         memory_format: `torch.channels_last` puts the weights of fused convolutions into that format, as
             `model.to(memory_format=torch.channels_last)` does: the parameters stay the same objects, with other
             strides.  The kernels compute in this format, and activations then follow it through the network, outputs
-            included (use `reshape` rather than `view` on them).  `torch.preserve_format` leaves the weights alone.
+            included (use `reshape` rather than `view` on them).  `torch.preserve_format` leaves the weights alone, as
+            FSDP2 wants it, which takes contiguous parameters only.
 
     Returns:
         What was fused, and what was left alone for which reason.

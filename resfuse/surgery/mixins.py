@@ -16,6 +16,7 @@ from resfuse.nn.blocks import (
     Chain,
     basic_block_forward,
     bottleneck_forward,
+    class_forward,
 )
 from resfuse.nn.fused_call import activation_of, bn_act, conv_bn_act, global_hooks, unobserved
 from resfuse.nn.sequential import sequential_forward
@@ -129,7 +130,7 @@ def getter_segments(getter: Any) -> list[list[str]]:
 
 def is_plain_sequential(module: nn.Module) -> bool:
     """Whether a call of the module calls its children in order and does nothing else."""
-    return type(module).forward in SEQUENTIAL_FORWARDS
+    return class_forward(module) in SEQUENTIAL_FORWARDS
 
 
 def timm_block_extras(block: Any) -> list[str]:

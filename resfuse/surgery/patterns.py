@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from resfuse.nn import batch_norm, fused_call, sequential
-from resfuse.nn.blocks import CHAINS
+from resfuse.nn.blocks import CHAINS, class_forward
 from resfuse.surgery import mixins
 from resfuse.surgery.fused import Fused, is_fused, pickles_by_default
 
@@ -236,7 +236,7 @@ def _scan(parent: nn.Module, names: list[str]) -> tuple[list[Step], list[tuple[S
 
 def _is_block(module: nn.Module) -> bool:
     """Whether the module is, or can become, a block that gains from knowing that it follows another one."""
-    if type(module).forward in CHAINS:
+    if class_forward(module) in CHAINS:
         return True
     candidate = _known_module(module)
     return candidate is not None and not candidate.reasons and getattr(candidate.mixin, "forward", None) in CHAINS

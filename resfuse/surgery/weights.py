@@ -38,7 +38,8 @@ def _owns_memory(weight: Parameter) -> bool:
 
 def _set_memory(weight: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
     """What `Module.to(memory_format=...)` does: new memory for the same parameter and, so that they match, gradient."""
-    with torch.no_grad():
+    # What is made in inference mode can not be trained, and what was must stay of that kind: it has no version counter.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.data = convert(weight.data)
         grad = weight.grad
         if grad is not None and type(grad) is Tensor and grad.layout == torch.strided and grad.shape == weight.shape:

@@ -1,0 +1,142 @@
+"""The four verbs that synchronised batch norm is made of: each against float64, and together against the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from resfuse import contract as rule
+from resfuse.backends import reference, registry
+from tests import contract, shapes
+from tests.shapes import ACTIVATIONS, FAST_DTYPES, Values, bn_act_call, implementations
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+IMPLEMENTATIONS = pytest.mark.parametrize(("backend", "device", "dtype"), implementations("split", FAST_DTYPES))
+LAYOUT = pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
+
+
+def merge(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[int, Tensor, Tensor]:
+    """(count, mean, M2) of several sets, by Chan's formula: what the processes of a group do with each other's."""
+    count, mean, m2 = parts[0]
+    for other_count, other_mean, other_m2 in parts[1:]:
+        total, delta = count + other_count, other_mean - mean
+        mean = mean + delta * other_count / total
+        m2 = m2 + other_m2 + delta.square() * count * other_count / total
+        count = total
+    return count, mean, m2
+
+
+def invstd_of(count: int, m2: Tensor, eps: float = 1e-5) -> Tensor:
+    return (m2 / count + eps).rsqrt()
+
+
+@IMPLEMENTATIONS
+@LAYOUT
+@pytest.mark.parametrize("shape", ACTIVATIONS)
+def test_statistics(shape: str, layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    for mean_of_input in (0.5, 300.0):
+        call = bn_act_call(ACTIVATIONS[shape], dtype, device, layout=layout, mean=mean_of_input)
+        mean, m2 = registry.backend(backend).bn_statistics(call.input)
+        wide_mean, wide_m2 = reference.bn_statistics(call.truth().input)
+        assert mean.dtype == m2.dtype == torch.float32
+        # Sums in float32 whatever the input's dtype, and no cancellation: the floor of float32 holds, but M2 gains
+        # n (error of the mean)^2, and the mean is a float32: (eps / 2 mean)^2 against a variance of one.
+        rule.check("mean", mean, mean.cpu(), wide_mean, torch.float32, floor=2e-7)
+        rule.check("m2", m2, m2.cpu(), wide_m2, torch.float32, floor=1e-6)
+
+
+@IMPLEMENTATIONS
+@LAYOUT
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_parts_equal_the_whole(
+    affine: bool, activation: str, layout: str, backend: str, device: str, dtype: torch.dtype
+) -> None:
+    """Two processes with unequal shares of a batch compute what one computes with all of it."""
+    call = bn_act_call(
+        (5, 13, 6, 7), dtype, device, layout=layout, residual_layout=layout, affine=affine, activation=activation,
+        training=True,
+    )  # fmt: skip
+    run, relu = registry.backend(backend), activation == "relu"
+    input, residual, weight, bias = (call.tensors.get(name) for name in ("input", "residual", "weight", "bias"))
+    assert input is not None and residual is not None
+    grad_output = contract.random_grad_output(call, torch.Generator().manual_seed(1))
+
+    shares = [slice(0, 2), slice(2, 5)]
+    statistics = [(input[share].numel() // 13, *run.bn_statistics(input[share])) for share in shares]
+    count, mean, m2 = merge(statistics)
+    invstd = invstd_of(count, m2)
+    outputs = [run.bn_apply(input[share], mean, invstd, weight, bias, residual[share], relu) for share in shares]
+    masks = outputs if relu else [None, None]
+    sums = [
+        run.bn_backward_reduce(grad_output[share], input[share], mask, mean, invstd)
+        for share, mask in zip(shares, masks, strict=True)
+    ]
+    sum_g, sum_g_xhat = (torch.stack(part).sum(0) for part in list(zip(*sums, strict=True))[:2])
+    grads = [
+        run.bn_backward_apply(grad_output[share], input[share], mask, weight, mean, invstd, sum_g, sum_g_xhat, count)
+        for share, mask in zip(shares, masks, strict=True)
+    ]
+    found = {
+        "output": torch.cat(outputs),
+        "grad_input": torch.cat(grads),
+        "grad_residual": torch.cat([s[2] for s in sums]),
+    }
+    if affine:
+        found |= {"grad_weight": sum_g_xhat, "grad_bias": sum_g}
+
+    eager = contract.results(contract.EAGER, call, grad_output)
+    truth = contract.results(contract.EAGER, call.truth(), grad_output.double())
+    contract.assert_within_contract(
+        found,
+        {name: eager[name] for name in found},
+        {name: truth[name] for name in found},
+        dtype,
+        contract.term_sizes(call, grad_output),
+    )
+
+
+@IMPLEMENTATIONS
+@LAYOUT
+def test_backward_with_running_statistics(layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
+    """count None: the sums do not enter grad_input, whatever they hold."""
+    values = Values(dtype, device)
+    grad_output, input, output = (shapes.LAYOUTS[layout](values.normal(3, 10, 5, 4)) for _ in range(3))
+    output = torch.relu(output)
+    weight, mean = values.normal(10, dtype=torch.float32), values.normal(10, dtype=torch.float32)
+    invstd, poison = mean.abs() + 0.5, torch.full_like(mean, torch.nan)
+    found = registry.backend(backend).bn_backward_apply(
+        grad_output, input, output, weight, mean, invstd, poison, poison, None
+    )
+    g = grad_output.double() * (output > 0)
+    expected = (g * (weight.double() * invstd).view(1, -1, 1, 1)).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=0)  # two roundings
+
+
+@IMPLEMENTATIONS
+def test_mixed_layouts(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Each tensor in a layout of its own gives what all in one give."""
+    run, values = registry.backend(backend), Values(dtype, device)
+    input, residual, grad_output = (values.normal(3, 10, 5, 4) for _ in range(3))
+    weight, bias, mean = (values.normal(10, dtype=torch.float32) for _ in range(3))
+    invstd = mean.abs() + 0.5
+    sums = (mean, bias)
+    expected_output = run.bn_apply(input, mean, invstd, weight, bias, residual, True)
+    expected = (
+        run.bn_backward_reduce(grad_output, input, expected_output, mean, invstd),
+        run.bn_backward_apply(grad_output, input, expected_output, weight, mean, invstd, *sums, 60),
+    )
+    for first, second in (("nhwc", "nchw"), ("nhwc_slice_of_channels", "transposed"), ("nchw_misaligned", "nhwc")):
+        x, r, dy = shapes.LAYOUTS[first](input), shapes.LAYOUTS[second](residual), shapes.LAYOUTS[second](grad_output)
+        output = run.bn_apply(x, mean, invstd, weight, bias, r, True)
+        torch.testing.assert_close(output, expected_output)
+        other = shapes.LAYOUTS[second](output.contiguous())
+        found = (
+            run.bn_backward_reduce(dy, x, other, mean, invstd),
+            run.bn_backward_apply(dy, x, other, weight, mean, invstd, *sums, 60),
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1.6e-2, atol=1e-4)
