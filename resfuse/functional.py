@@ -227,6 +227,9 @@ def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        # Inside of a transform tensors do not show that they need a gradient: it would silently be zero.
+        raise RuntimeError("resfuse: torch.func transforms are not supported by the fused operators")
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)

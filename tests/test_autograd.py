@@ -222,3 +222,11 @@ def test_no_graph_without_need(layer: tuple[Tensor, ...]) -> None:
         assert not resfuse.conv_bn_act(input, weight, mean, var).requires_grad
     frozen = resfuse.conv_bn_act(input.detach(), weight.detach(), mean, var)
     assert frozen.grad_fn is None
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_torch_func_is_refused(transform: Any) -> None:
+    """Rather than a gradient that is silently zero."""
+    input = torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
+        transform(lambda x: resfuse.add_relu(x, x).sum())(input)

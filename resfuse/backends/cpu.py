@@ -185,7 +185,7 @@ def conv_bn_act_forward(
     eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not training:
+    if not training and not reference.unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
         assert running_mean is not None and running_var is not None
         output = conv_bn_act_inference(
             input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
@@ -194,9 +194,9 @@ def conv_bn_act_forward(
         return output, None, None, None
     z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
     output, mean, invstd = bn_act_forward(
-        z, running_mean, running_var, weight, bias, residual, relu, True, momentum, eps
+        z, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
     )
-    return output, z, mean, invstd
+    return output, z if training else None, mean, invstd
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:

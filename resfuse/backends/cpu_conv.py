@@ -42,8 +42,6 @@ def unsupported_convolution(problem: Problem) -> list[str]:
         return ["this build of torch has no oneDNN"]
     if problem.dtype == torch.bfloat16 and not _onednn._is_mkldnn_bf16_supported():
         return ["oneDNN has no bfloat16 convolution for this processor"]
-    if reference.unreliable_in_channels_last(problem.device, problem.shape, *problem.conv[:2]):  # type: ignore[index]
-        return ["oneDNN's channels_last convolution is wrong for this shape and stride"]
     return []
 
 
@@ -56,12 +54,16 @@ class _Packed(NamedTuple):
     snapshot: Tensor
     conv: tuple[Pair, Pair, Pair, int]
     eps: float
+    input_shape: torch.Size
     weight: Tensor
     bias: Tensor
     finite: bool
 
 
-_packed: dict[tuple[int, torch.dtype], _Packed] = {}
+# oneDNN chooses a weight's layout by the shape of the input; another layout is right too, but reordered at every call.
+# So a weight is packed for the first few shapes that come, and for later ones the last packing serves.
+_SHAPES_PER_WEIGHT = 4
+_packed: dict[tuple[int, torch.dtype], list[_Packed]] = {}
 
 
 def conv_bn_act_inference(
@@ -119,7 +121,11 @@ def conv_forward(
     """z = conv(input) + conv_bias; a large one is accumulated onto zeros from the pool."""
     shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
     size = shape[0] * shape[1] * shape[2] * shape[3] * input.dtype.itemsize
-    if size < buffer_pool.SMALLEST or conv_memory_format(input, conv_weight) != torch.channels_last:
+    if (
+        size < buffer_pool.SMALLEST
+        or conv_memory_format(input, conv_weight) != torch.channels_last
+        or reference.unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride)
+    ):
         return reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
     zeros = _channels_last_empty(shape, input.dtype).zero_()
     bias = None if conv_bias is None else conv_bias.to(input.dtype)
@@ -180,20 +186,27 @@ def _pack(
 ) -> _Packed:
     key = (id(conv_weight), input.dtype)
     conv = (padding, stride, dilation, groups)
-    entry = _packed.get(key)
     # Tensors made under inference_mode have no version counter: there is nothing to hold a packing against.
     version = -1 if conv_weight.is_inference() else conv_weight._version
     parameters = (conv_weight, running_mean, running_var, weight, bias, conv_bias)
-    if (
-        entry is not None
-        and entry.source() is conv_weight
-        and entry.version == version
-        and entry.address == conv_weight.data_ptr()
-        and entry.conv == conv
-        and entry.eps == eps
-        and _kernels.snapshot_matches.default(*parameters, entry.snapshot)
-    ):
-        return entry
+    entries = _packed.get(key, [])
+    if entries:
+        entry = entries[-1]
+        if (
+            entry.source() is not conv_weight
+            or entry.version != version
+            or entry.address != conv_weight.data_ptr()
+            or entry.conv != conv
+            or entry.eps != eps
+            or not _kernels.snapshot_matches.default(*parameters, entry.snapshot)
+        ):
+            entries = []  # all entries of a weight are of the same values
+        else:
+            for entry in entries:
+                if entry.input_shape == input.shape:
+                    return entry
+            if len(entries) == _SHAPES_PER_WEIGHT:
+                return entries[-1]
     with torch.no_grad():
         snapshot = torch.empty(_kernels.snapshot_size.default(*parameters), dtype=torch.uint8)
         _kernels.snapshot.default(*parameters, snapshot)
@@ -208,7 +221,8 @@ def _pack(
             folded.contiguous(), *conv, [input.shape[0], conv_weight.shape[1] * groups, *input.shape[2:]]
         )
     source = weakref.ref(conv_weight, lambda _: _packed.pop(key, None))
-    entry = _Packed(source, version, conv_weight.data_ptr(), snapshot, conv, eps, packed, shift.to(input.dtype), finite)
+    address, folded_bias = conv_weight.data_ptr(), shift.to(input.dtype)
+    entry = _Packed(source, version, address, snapshot, conv, eps, input.shape, packed, folded_bias, finite)
     if version >= 0:
-        _packed[key] = entry
+        _packed[key] = [*entries, entry]
     return entry

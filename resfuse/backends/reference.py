@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends.registry import Problem
-from resfuse.layout import conv_memory_format
+from resfuse.layout import conv_memory_format, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -139,7 +139,7 @@ def conv_forward(
     cast_bias = None if conv_bias is None else conv_bias.to(input.dtype)
     memory_format = conv_memory_format(input, conv_weight)
     if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
-        input, conv_weight = input.contiguous(), conv_weight.contiguous()
+        input, conv_weight = _nchw(input), _nchw(conv_weight)
     z = F.conv2d(input, conv_weight.to(input.dtype), cast_bias, stride, padding, dilation, groups)
     return z.contiguous(memory_format=memory_format)
 
@@ -164,7 +164,7 @@ def conv_backward(
         assert grad_weight is not None
         return grad_input, grad_weight.to(conv_weight.dtype), grad_bias
     if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
-        grad_output, input, conv_weight = grad_output.contiguous(), input.contiguous(), conv_weight.contiguous()
+        grad_output, input, conv_weight = _nchw(grad_output), _nchw(input), _nchw(conv_weight)
     channels = [conv_weight.shape[0]]
     grads = torch.ops.aten.convolution_backward(
         grad_output, input, conv_weight, channels, stride, padding, dilation, False, [0, 0], groups, needs_grad
@@ -187,6 +187,11 @@ def unreliable_in_channels_last(
         return False
     strided_1x1 = weight_shape[2:] == (1, 1) and input_shape[1] < 16
     return strided_1x1 or (weight_shape[1] == 1 and stride[0] != stride[1])
+
+
+def _nchw(tensor: Tensor) -> Tensor:
+    """With the strides of NCHW: those of a 1x1 weight can say NHWC although it counts as contiguous."""
+    return tensor.clone(memory_format=torch.contiguous_format) if is_channels_last(tensor) else tensor.contiguous()
 
 
 def _unreliable_weight_gradient(input: Tensor, stride: Pair) -> bool:
