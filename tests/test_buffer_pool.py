@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,10 +23,10 @@ MEGABYTE = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def empty_pool() -> Iterator[None]:
-    buffer_pool.clear()
-    yield
-    buffer_pool.clear()
+def fresh_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of its own: other tests may have left blocks in use."""
+    monkeypatch.setattr(buffer_pool, "_blocks", [])
+    monkeypatch.setattr(buffer_pool, "_total", 0)
 
 
 def allocate(megabytes: float = 1, dtype: torch.dtype = torch.float32) -> Tensor:
