@@ -22,12 +22,12 @@ TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test build lint format pytest compat dist clean
+.PHONY: help demo test bench build lint format pytest compat dist clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
-	@echo "Also: build, lint, format, pytest, compat, dist, clean."
+	@echo "Also: bench, build, lint, format, pytest, compat, dist, clean."
 
 demo: $(VENV)/.built
 	$(PY) -m resfuse demo
@@ -74,6 +74,14 @@ $(VENV)/.toolkit: $(VENV)/.torch
 	  if $(PIP_INSTALL) '$(TOOLKIT)'; then rm -f $(VENV)/.built; \
 	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
 	@touch $@
+
+# Wants a machine that does nothing else; benchmarks/README.md says how to read what it writes.
+bench: $(VENV)/.built
+	$(PY) -m benchmarks.models --mode inference --dtype float32 bfloat16
+	$(PY) -m benchmarks.models --mode train --model resnet50 --dtype float32 bfloat16
+	$(PY) -m benchmarks.overhead
+	$(PY) -m benchmarks.saved_bytes
+	$(PY) -m benchmarks.plot benchmarks/results/*.csv
 
 # The binaries built above, unchanged, under other releases of torch.
 compat: $(VENV)/.built
