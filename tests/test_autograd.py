@@ -14,6 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import resfuse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Function = Callable[..., Tensor]
 
 
@@ -99,7 +101,6 @@ def test_gradcheck_add_relu() -> None:
     assert gradgradcheck(resfuse.add_relu, inputs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_gradgradcheck(case: tuple[Any, ...]) -> None:
     fused, _, inputs = make(case)

@@ -12,6 +12,7 @@ from torch import Tensor
 import resfuse
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # torch.compile warns of its own internals
 ]

@@ -12,6 +12,8 @@ from torch import Tensor
 import resfuse
 from tests import shapes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUTS = ("nchw", "nhwc", "nhwc_slice_of_channels", "transposed", "one_pixel")
 PLAIN = ("test_schema", "test_faketensor")  # the operators have no autograd formula of their own
 Arguments = tuple[Any, ...]

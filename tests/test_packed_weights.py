@@ -13,7 +13,10 @@ from torch import Tensor, nn
 import resfuse
 from resfuse.backends import cpu_conv
 
-pytestmark = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
+pytestmark = [
+    pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Layer(nn.Module):
