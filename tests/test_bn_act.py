@@ -80,11 +80,14 @@ def test_parameter_dtypes(wide: bool, backend: str, device: str, dtype: torch.dt
 @pytest.mark.parametrize(("backend", "device", "dtype"), implementations("bn_act"))
 @pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
 @pytest.mark.parametrize("mean", [64.0, -4096.0])
-def test_large_mean_and_tiny_variance(mean: float, layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [(19, 13), (45, 41)], ids=["one_tile_per_chunk", "many_tiles"])
+def test_large_mean_and_tiny_variance(
+    size: tuple[int, int], mean: float, layout: str, backend: str, device: str, dtype: torch.dtype
+) -> None:
     """Deviations of a few units in the last place of the mean: sums of squares cancel completely."""
     scale = 8 * abs(mean) * torch.finfo(dtype).eps
     call = bn_act_call(
-        (4, 18, 19, 13), dtype, device, layout=layout, mean=mean, scale=scale, training=True, eps=scale**2
+        (4, 18, *size), dtype, device, layout=layout, mean=mean, scale=scale, training=True, eps=scale**2
     )
     with resfuse.use_backend(backend):
         contract.check(call)

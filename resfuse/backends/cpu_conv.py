@@ -31,9 +31,9 @@ Pair = tuple[int, int]
 _kernels = torch.ops.resfuse_cpu
 _onednn = torch.ops.mkldnn
 
-# glibc maps allocations of this size and more anew each time: page faults then cost more than accumulating onto a
-# pooled buffer of zeros.
-_ALWAYS_MAPPED = 32 << 20
+# glibc returns allocations of this size to the system and maps them anew: page faults then cost more than accumulating
+# onto a pooled buffer of zeros.
+_MAPPED_ANEW = 16 << 20
 
 
 def unsupported_convolution(problem: Problem) -> list[str]:
@@ -138,7 +138,7 @@ def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | 
     """The tensor the primitive adds its result to, if any, and whether all of its values are finite."""
     if residual is None:
         size = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
-        if size < _ALWAYS_MAPPED:
+        if size < _MAPPED_ANEW:
             return None, True
         return _channels_last_empty(shape, dtype).zero_(), True
     output = _channels_last_empty(shape, dtype)
