@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from resfuse.layout import conv_output_shape
 from resfuse.ops import add_relu as _add_relu
@@ -230,6 +231,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
         # Inside of a transform tensors do not show that they need a gradient: it would silently be zero.
         raise RuntimeError("resfuse: torch.func transforms are not supported by the fused operators")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True  # an autograd.Function without a jvp raises; the backends would drop the tangents silently
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -361,7 +364,7 @@ _cached_geometry = functools.lru_cache(maxsize=4096)(_geometry)
 
 
 def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
         raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
     return pair

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 import resfuse
 
@@ -223,6 +224,62 @@ def test_no_graph_without_need(layer: tuple[Tensor, ...]) -> None:
         assert not resfuse.conv_bn_act(input, weight, mean, var).requires_grad
     frozen = resfuse.conv_bn_act(input.detach(), weight.detach(), mean, var)
     assert frozen.grad_fn is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_inside_of_autocast(training: bool, layer: tuple[Tensor, ...]) -> None:
+    """A float32 forward has float32 gradients wherever backward is called, z that it computes again included."""
+    input, weight, mean, var = layer
+    scale = torch.ones(16, requires_grad=True)
+    output = resfuse.conv_bn_act(input, weight, mean, var, scale, training=training, padding=1)
+    expected = torch.autograd.grad(output.square().sum(), [input, weight, scale], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(output.square().sum(), [input, weight, scale])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_first_gradient_with_create_graph_in_bfloat16(training: bool) -> None:
+    """The differentiable form of backward is as accurate as the kernels: its statistics are float32 too."""
+    torch.manual_seed(0)
+    input = (torch.randn(8, 4, 9, 9) * 0.1 + 4).bfloat16().requires_grad_()
+    weight = torch.ones(4, requires_grad=True)
+    grad = torch.randn(8, 4, 9, 9).bfloat16()
+    output = resfuse.bn_act(input, torch.full((4,), 4.0), torch.full((4,), 0.01), weight, training=training)
+    expected = torch.autograd.grad(output, [input, weight], grad, retain_graph=True)
+    found = torch.autograd.grad(output, [input, weight], grad, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing(use_reentrant: bool, layer: tuple[Tensor, ...]) -> None:
+    input, weight, _, _ = layer
+
+    def run(x: Tensor) -> Tensor:
+        return resfuse.conv_bn_act(x, weight, torch.zeros(16), torch.ones(16), training=True, padding=1)
+
+    expected = torch.autograd.grad(run(input).square().sum(), [input, weight])
+    weight.grad = input.grad = None
+    checkpoint(run, input, use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close((input.grad, weight.grad), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by the first dual number of a process
+@pytest.mark.parametrize("op", ["add_relu", "bn_act", "conv_bn_act"])
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_forward_mode_is_refused(op: str, requires_grad: bool, layer: tuple[Tensor, ...]) -> None:
+    """Rather than a tangent that is silently lost."""
+    input, weight, mean, var = layer
+    input = input.detach().requires_grad_(requires_grad)
+    calls = {
+        "add_relu": lambda x: resfuse.add_relu(x, input),
+        "bn_act": lambda x: resfuse.bn_act(x, mean[:8], var[:8]),
+        "conv_bn_act": lambda x: resfuse.conv_bn_act(x, weight.detach(), mean, var),
+    }
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(input, torch.ones_like(input))
+        with pytest.raises(RuntimeError, match=r"forward AD|jvp"):
+            calls[op](dual)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
+from resfuse.backends import buffer_pool, cpu_conv
 from tests import contract, shapes
 from tests.shapes import CONVOLUTIONS, FAST_DTYPES, LAYOUTS, Values, conv_bn_act_call, implementations
 
@@ -48,6 +49,30 @@ def test_shapes(conv: str, backend: str, device: str, dtype: torch.dtype, traini
         )  # fmt: skip
         with resfuse.use_backend(backend):
             check(call)
+
+
+@MODES
+@pytest.mark.parametrize("dtype", FAST_DTYPES)
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large outputs of the cpu backend lie in pooled memory and are accumulated onto zeros: here small ones are."""
+    if not shapes.supports("cpu", "conv_bn_act", dtype, "cpu") or "cpu" not in resfuse.available_backends():
+        pytest.skip("the cpu backend does not run here")
+    monkeypatch.setattr(buffer_pool, "SMALLEST", 1)
+    monkeypatch.setattr(cpu_conv, "_MAPPED_ANEW", 1)
+    used = buffer_pool.allocated()
+    for layout, residual_layout in (("nhwc", "nhwc"), ("nhwc", None), ("nchw", "nhwc")):
+        call = conv_bn_act_call(
+            CONVOLUTIONS[conv], dtype, layout=layout, residual_layout=residual_layout, conv_bias=layout == "nchw",
+            training=training,
+        )  # fmt: skip
+        with resfuse.use_backend("cpu"):
+            check(call)
+    assert buffer_pool.allocated() > used or buffer_pool._limit == 0
+    call.input[0, 0, 0, 0] = math.nan
+    with resfuse.use_backend("cpu"), torch.no_grad():
+        fused = contract.forward(contract.FUSED, call.map(torch.clone))
+    assert torch.equal(fused.isnan(), contract.forward(contract.EAGER, call.map(torch.clone)).isnan())
 
 
 @MODES

@@ -140,7 +140,9 @@ def conv_forward(
     memory_format = conv_memory_format(input, conv_weight)
     if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
         input, conv_weight = _nchw(input), _nchw(conv_weight)
-    z = F.conv2d(input, conv_weight.to(input.dtype), cast_bias, stride, padding, dilation, groups)
+    # The dtype has been decided: a backward called inside of autocast computes z again as its forward did.
+    with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):  # which knows no meta device
+        z = F.conv2d(input, conv_weight.to(input.dtype), cast_bias, stride, padding, dilation, groups)
     return z.contiguous(memory_format=memory_format)
 
 

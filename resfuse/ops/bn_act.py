@@ -60,11 +60,12 @@ def differentiable_backward(
     The batch statistics are functions of the input and are therefore computed again here.
     """
     g = grad_output if output is None else torch.where(output.detach() <= 0, 0, grad_output)
+    count = None
     if training:
-        mean = input.mean((0, 2, 3))
-        invstd = (input.var((0, 2, 3), correction=0) + eps).rsqrt()
+        count = input.numel() // input.shape[1]
+        mean, m2 = reference.bn_statistics(input)
+        invstd = (m2 / count + eps).rsqrt()
     sum_g, sum_g_xhat, _ = reference.bn_backward_reduce(g, input, None, mean, invstd)
-    count = input.numel() // input.shape[1] if training else None
     grad_input = reference.bn_backward_apply(g, input, None, weight, mean, invstd, sum_g, sum_g_xhat, count)
     return grad_input, sum_g_xhat, sum_g, g
 
