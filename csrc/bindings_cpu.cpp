@@ -154,44 +154,59 @@ bool copy_finite(Tensor input, OptionalTensor output) {
       {input.data_ptr(), data(output, input, "output"), input.numel(), dtype_of(input, "input")});
 }
 
-// Whether the elements fill one block of memory that starts at data_ptr.
+// Whether the elements fill one block of the processor's memory that starts at data_ptr.
 bool fills_a_block(const Tensor& tensor) {
+  if (!tensor.is_cpu() || tensor.layout() != torch::headeronly::Layout::Strided) return false;
   int64_t last = 0;
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   return tensor.numel() > 0 && last + 1 == tensor.numel();
 }
 
-// A tensor that does not fill a block has no bytes here, so that the snapshot of it never matches.
 resfuse::SnapshotSource snapshot_source(const Tensor& conv_weight, const Tensor& running_mean,
                                         const Tensor& running_var, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const OptionalTensor& conv_bias) {
-  const auto bytes = [](const Tensor& tensor) {
-    if (!fills_a_block(tensor)) return resfuse::Bytes{};
-    return resfuse::Bytes{tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size())};
+  resfuse::SnapshotSource source{};
+  auto add = [&, i = 0](const Tensor* tensor) mutable {
+    if (tensor != nullptr) {
+      const int64_t size = tensor->element_size();
+      source.shapes[i] = tensor->numel() << 16 | tensor->dim() << 8 | size;
+      source.vectors[i] = {tensor->data_ptr(), tensor->numel() * size};
+    }
+    ++i;
   };
-  const auto optional = [&](const OptionalTensor& tensor) { return tensor ? bytes(*tensor) : resfuse::Bytes{}; };
-  return {{bytes(running_mean), bytes(running_var), optional(weight), optional(bias), optional(conv_bias)},
-          bytes(conv_weight),
-          static_cast<int64_t>(conv_weight.element_size())};
+  add(&running_mean);
+  add(&running_var);
+  for (const auto* tensor : {&weight, &bias, &conv_bias}) add(*tensor ? &**tensor : nullptr);
+  source.element_size = conv_weight.element_size();
+  source.weight = {conv_weight.data_ptr(), conv_weight.numel() * source.element_size};
+  return source;
 }
 
-void snapshot(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight, OptionalTensor bias,
-              OptionalTensor conv_bias, Tensor into) {
-  const auto source = snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias);
-  STD_TORCH_CHECK(into.numel() == resfuse::cpu::snapshot_size(source), "into: expected ",
-                  resfuse::cpu::snapshot_size(source), " bytes, got ", into.numel());
-  resfuse::cpu::snapshot(source, static_cast<uint8_t*>(into.data_ptr()));
-}
-
-bool snapshot_matches(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                      OptionalTensor bias, OptionalTensor conv_bias, Tensor taken) {
+bool fill_blocks(const Tensor& conv_weight, const Tensor& running_mean, const Tensor& running_var,
+                 const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& conv_bias) {
   for (const auto* tensor : {&conv_weight, &running_mean, &running_var})
     if (!fills_a_block(*tensor)) return false;
   for (const auto* tensor : {&weight, &bias, &conv_bias})
     if (*tensor && !fills_a_block(**tensor)) return false;
-  return resfuse::cpu::snapshot_matches(
-      snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias),
-      static_cast<const uint8_t*>(taken.data_ptr()), taken.numel());
+  return true;
+}
+
+bool snapshot(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight, OptionalTensor bias,
+              OptionalTensor conv_bias, Tensor into) {
+  if (!fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias)) return false;
+  const auto source = snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias);
+  STD_TORCH_CHECK(into.numel() == resfuse::cpu::snapshot_size(source), "into: expected ",
+                  resfuse::cpu::snapshot_size(source), " bytes, got ", into.numel());
+  resfuse::cpu::snapshot(source, static_cast<uint8_t*>(into.data_ptr()));
+  return true;
+}
+
+bool snapshot_matches(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
+                      OptionalTensor bias, OptionalTensor conv_bias, Tensor taken) {
+  return fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias) &&
+         resfuse::cpu::snapshot_matches(
+             snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias),
+             static_cast<const uint8_t*>(taken.data_ptr()), taken.numel());
 }
 
 int64_t snapshot_size(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
@@ -216,9 +231,9 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("copy_finite", TORCH_BOX(&copy_finite));
   m.impl("snapshot", TORCH_BOX(&snapshot));
   m.impl("snapshot_size", TORCH_BOX(&snapshot_size));
-  m.impl("snapshot_matches", TORCH_BOX(&snapshot_matches));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("snapshot_matches", TORCH_BOX(&snapshot_matches));  // false for tensors of another device
 }

@@ -113,9 +113,10 @@ struct Bytes {
   int64_t size;
 };
 
-// The tensors that a folded, packed convolution weight was made from.  A snapshot holds all bytes of the per-channel
-// vectors and of kSnapshotSamples elements of the weight, evenly spaced.
+// The tensors that a folded, packed convolution weight was made from.  A snapshot holds the shapes (as one number each)
+// and all bytes of the per-channel vectors, and kSnapshotSamples elements of the weight, evenly spaced.
 struct SnapshotSource {
+  int64_t shapes[5];
   Bytes vectors[5];
   Bytes weight;
   int64_t element_size;

@@ -173,6 +173,14 @@ def conv_bn_act(
     Source: conv2d and BatchNorm2d of the PyTorch documentation; Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
     """
     relu = _check_activation(activation)
+    if not training and _records_nothing():
+        # A call like one that has been checked before, on a backend that remembers it, needs no check.
+        output = _conv_bn_act.repeated(
+            input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
+            stride, padding, dilation, groups, eps, overwrite_residual,
+        )  # fmt: skip
+        if output is not None:
+            return output
     _check_input("input", input, 4)
     _check_input("conv_weight", conv_weight, 4)
     geometry = _geometry if torch.compiler.is_compiling() else _cached_geometry
@@ -236,6 +244,17 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _records_nothing() -> bool:
+    """Whether this is plain inference: no gradient, transformation, compiler or autocast is concerned with the call."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 def _autocast_enabled(input: Tensor) -> bool:

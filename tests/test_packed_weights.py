@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfuse
-from resfuse.backends import cpu_conv
+from resfuse import functional
+from resfuse.backends import cpu_conv, cpu_kernels, reference
 
 pytestmark = [
     pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built"),
@@ -33,12 +36,15 @@ class Layer(nn.Module):
         self.bn.running_var.uniform_(0.5, 2)
         self.eval()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
         conv, bn = self.conv, self.bn
+        call: dict[str, Any] = {
+            "conv_bias": conv.bias, "residual": residual, "padding": conv.padding, "stride": conv.stride,
+            "dilation": conv.dilation, "groups": conv.groups, "eps": bn.eps,
+        }  # fmt: skip
         return resfuse.conv_bn_act(
-            input, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, conv_bias=conv.bias,
-            residual=residual, padding=conv.padding, stride=conv.stride, groups=conv.groups, eps=bn.eps,
-        )  # fmt: skip
+            input, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, **call | options
+        )
 
     def eager(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         output = self.bn(self.conv(input))
@@ -59,6 +65,14 @@ def input() -> Tensor:
 def assert_equal_to_eager(layer: Layer, *inputs: Tensor) -> None:
     # Folding reorders the roundings of a few hundred products of order one.
     torch.testing.assert_close(layer(*inputs), layer.eager(*inputs), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@contextmanager
+def record_calls(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
+    calls, original = [], getattr(owner, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, lambda *args: (calls.append(args), original(*args))[1])
+        yield calls
 
 
 def optimizer_step(layer: Layer) -> None:
@@ -211,17 +225,35 @@ class TestNotFinite:
         assert layer(input).isnan().any()
         assert_equal_to_eager(layer, input)
 
-    def test_residual_to_be_overwritten(self, input: Tensor) -> None:
-        layer, residual = Layer(), torch.randn_like(input)
-        input[1, 5, 3, 4] = float("nan")
-        residual[0, 7, 2, 2] = float("nan")
-        expected, bn = layer.eager(input, residual), layer.bn
-        output = resfuse.conv_bn_act(
-            input, layer.conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, conv_bias=layer.conv.bias,
-            residual=residual, padding=1, overwrite_residual=True,
-        )  # fmt: skip
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("groups", [1, 4, 24])
+    @pytest.mark.parametrize("where", ["input", "residual", "both"])
+    def test_residual_to_be_overwritten(self, value: float, groups: int, where: str, input: Tensor) -> None:
+        layer, residual = Layer(groups=groups), torch.randn_like(input)
+        if where != "residual":
+            input[1, 5, 3, 4] = value
+        if where != "input":
+            residual[0, 7, 2, 2] = value
+        expected = layer.eager(input, residual)
+        output = layer(input, residual, overwrite_residual=True)
         assert output.data_ptr() == residual.data_ptr()
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+    @pytest.mark.parametrize("touch", [None, "in place", "inference mode"])
+    def test_residual_that_was_the_input_of_an_earlier_convolution(self, touch: str | None, input: Tensor) -> None:
+        """It is not looked at again, unless it may have changed since."""
+        first, last = Layer(), Layer()
+        first.bn.bias.fill_(9)  # every pixel has a positive channel
+        with torch.inference_mode() if touch == "inference mode" else torch.no_grad():
+            input = input.clone(memory_format=torch.channels_last)
+            inner = first(input)
+            if touch is not None:
+                input[0, 7, 2, 2] = float("nan")
+            expected = last.eager(inner, input)
+            with record_calls(cpu_kernels, "copy_finite") as looks:
+                output = last(inner, input, overwrite_residual=True)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert len(looks) == (0 if touch is None else 1)
 
     def test_pixels_without_a_positive_channel_are_legitimate(self, input: Tensor) -> None:
         layer = Layer()
@@ -235,3 +267,65 @@ def test_the_residual_is_left_alone(input: Tensor) -> None:
     before = residual.clone()
     Layer()(input, residual)
     assert torch.equal(residual, before)
+
+
+class TestRepeatedCalls:
+    """A call like an earlier one is not checked again; what differs from it is."""
+
+    def test_is_the_short_way(self, input: Tensor) -> None:
+        layer = Layer()
+        first = layer(input)
+        with record_calls(functional, "_check_batch_norm") as checks:
+            assert torch.equal(layer(input), first)
+            assert checks == []
+            layer(input[:1])
+            assert len(checks) == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"residual": torch.ones(2, 24, 7, 8)}, ValueError, r"residual: expected shape \(2, 24, 7, 9\)"),
+            ({"residual": torch.ones(2, 24, 7, 9).double()}, TypeError, r"residual: expected dtype torch.float32"),
+            ({"residual": torch.ones(2, 24, 7, 9, device="meta")}, ValueError, r"residual: expected device cpu"),
+            ({"residual": torch.ones(2, 24, 7, 9).to_sparse()}, ValueError, r"residual: expected a strided"),
+            ({"conv_bias": torch.zeros(23)}, ValueError, r"conv_bias: expected shape \(24,\), got \(23,\)"),
+            ({"conv_bias": torch.zeros(24, device="meta")}, ValueError, r"conv_bias: expected device cpu"),
+            ({"conv_bias": torch.zeros(48).bfloat16()}, ValueError, r"conv_bias: expected shape \(24,\), got \(48,\)"),
+            ({"stride": 0}, ValueError, r"stride: .*at least 1"),
+            ({"activation": "gelu"}, ValueError, r"activation: expected"),
+        ],
+        ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else None,
+    )
+    def test_bad_input(self, changes: dict[str, Any], error: type[Exception], message: str, input: Tensor) -> None:
+        layer = Layer()
+        assert layer.conv.bias is not None
+        layer.conv.bias.zero_()  # the same bytes as the bad ones
+        layer(input)
+        with pytest.raises(error, match=message):
+            layer(input, **{"residual": None} | changes)
+
+    def test_input_on_another_device(self, input: Tensor) -> None:
+        layer = Layer()
+        layer(input)
+        with pytest.raises(ValueError, match="conv_weight: expected device meta"):
+            layer(input.to("meta"))
+
+    def test_dtypes_that_only_autocast_allows(self, input: Tensor) -> None:
+        layer = Layer()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(input).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"conv_weight: expected dtype torch\.bfloat16"):
+            layer(input.bfloat16())
+
+    def test_another_backend_asked_for(self, input: Tensor) -> None:
+        layer = Layer()
+        layer(input)
+        with resfuse.use_backend("reference"), record_calls(reference, "conv_bn_act_forward") as calls:
+            layer(input)
+        assert len(calls) == 1
+
+    def test_gradients_are_recorded(self, input: Tensor) -> None:
+        layer = Layer()
+        layer(input)
+        with torch.enable_grad():
+            assert layer(input).requires_grad

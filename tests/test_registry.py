@@ -106,8 +106,8 @@ def test_environment_variable() -> None:
 
 
 def test_choices_are_made_once_per_problem() -> None:
-    registry._choose.cache_clear()
+    registry.choose.cache_clear()
     tensor = torch.ones(5, 7)
     for _ in range(3):
         resfuse.add_relu(tensor, tensor)
-    assert registry._choose.cache_info().misses == 1
+    assert registry.choose.cache_info().misses == 1

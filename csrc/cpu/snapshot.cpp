@@ -10,6 +10,7 @@ namespace {
 // f(pointer, bytes) for each piece of memory that belongs to the snapshot.
 template <class F>
 bool each_piece(const SnapshotSource& source, F f) {
+  if (!f(source.shapes, sizeof source.shapes)) return false;
   for (const Bytes& vector : source.vectors)
     if (vector.data != nullptr && !f(vector.data, vector.size)) return false;
   const int64_t elements = source.weight.size / source.element_size;

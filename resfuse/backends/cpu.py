@@ -12,55 +12,21 @@ import torch
 from torch import Tensor
 
 from resfuse import _extension
-from resfuse.backends import buffer_pool, reference
-from resfuse.backends.cpu_conv import conv_bn_act_inference, conv_forward, unsupported_convolution
+from resfuse.backends import buffer_pool, cpu_kernels, reference
+from resfuse.backends.cpu_conv import (
+    conv_bn_act_inference,
+    conv_bn_act_repeated,
+    conv_forward,
+    unsupported_convolution,
+)
 from resfuse.backends.registry import Problem
 from resfuse.layout import dense
+
+__all__ = ["conv_bn_act_repeated", "conv_forward"]
 
 conv_backward = reference.conv_backward  # PyTorch's own convolutions are oneDNN's
 
 Pair = tuple[int, int]
-
-_LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
-_PARAMETERS = (
-    "Tensor conv_weight, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? conv_bias"
-)
-for _schema in (
-    "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
-    "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
-    "bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2) -> ()",
-    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
-    "Tensor(a!) output) -> ()",
-    "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
-    "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
-    "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
-    "Tensor(e!) invstd) -> ()",
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
-    "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
-    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
-    "rows_live(Tensor values) -> bool",
-    "copy_finite(Tensor input, Tensor(a!)? output) -> bool",
-    f"snapshot_size({_PARAMETERS}) -> int",
-    f"snapshot({_PARAMETERS}, Tensor(a!) into) -> ()",
-    f"snapshot_matches({_PARAMETERS}, Tensor taken) -> bool",
-    "instruction_set() -> str",
-):
-    _LIBRARY.define(_schema)
-
-_kernels = torch.ops.resfuse_cpu
-# Looked up once: `torch.ops.a.b.default` takes half a microsecond.
-_run_add_relu_backward = _kernels.add_relu_backward.default
-_run_add_relu_forward = _kernels.add_relu_forward.default
-_run_bn_apply = _kernels.bn_apply.default
-_run_bn_backward_apply = _kernels.bn_backward_apply.default
-_run_bn_backward_reduce = _kernels.bn_backward_reduce.default
-_run_bn_eval_forward = _kernels.bn_eval_forward.default
-_run_bn_statistics = _kernels.bn_statistics.default
-_run_bn_train_forward = _kernels.bn_train_forward.default
-_run_instruction_set = _kernels.instruction_set.default
-
 
 _INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
@@ -87,22 +53,20 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def instruction_set() -> str:
     """What the kernels were dispatched to on this processor: avx512, avx2 or baseline."""
-    return _run_instruction_set()
+    return cpu_kernels.instruction_set()
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
-    if not (input.is_contiguous() and residual.is_contiguous()):
-        input = _dense_any_rank(input)
-        residual = _ordered_like(residual, input)
+    input = _dense_any_rank(input)
     output = buffer_pool.empty_like(input)
-    _run_add_relu_forward(input, residual, output)
+    cpu_kernels.add_relu_forward(input, _ordered_like(residual, input), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     output = _dense_any_rank(output)
     grad_input = buffer_pool.empty_like(output)
-    _run_add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
+    cpu_kernels.add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
 
@@ -122,14 +86,14 @@ def bn_act_forward(
     residual = _ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
     if not training:
-        _run_bn_eval_forward(
+        cpu_kernels.bn_eval_forward(
             input, residual, _float(running_mean), _float(running_var), _float(weight), _float(bias), eps, relu, output
         )
         return output, None, None
     channels = input.shape[1]
     mean, invstd = torch.empty(channels), torch.empty(channels)
     wide_mean, wide_var = _float(running_mean), _float(running_var)
-    _run_bn_train_forward(
+    cpu_kernels.bn_train_forward(
         input, residual, _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu, output, mean, invstd
     )  # fmt: skip
     for statistic, wide in ((running_mean, wide_mean), (running_var, wide_var)):
@@ -153,14 +117,14 @@ def bn_act_backward(
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     masked = buffer_pool.empty_like(input) if needs_residual_grad else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    _run_bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
+    cpu_kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
     grad_input = None
     if needs_input_grad:
         if masked is not None:
             grad_output, output = masked, None
         grad_input = buffer_pool.empty_like(input)
         count = input.numel() // input.shape[1] if training else 0
-        _run_bn_backward_apply(
+        cpu_kernels.bn_backward_apply(
             grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
         )
     return grad_input, sum_g_xhat, sum_g, masked
@@ -201,7 +165,7 @@ def conv_bn_act_forward(
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     mean, m2 = torch.empty(input.shape[1]), torch.empty(input.shape[1])
-    _run_bn_statistics(dense(input), mean, m2)
+    cpu_kernels.bn_statistics(dense(input), mean, m2)
     return mean, m2
 
 
@@ -216,7 +180,9 @@ def bn_apply(
 ) -> Tensor:
     input = dense(input)
     output = buffer_pool.empty_like(input)
-    _run_bn_apply(input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
+    cpu_kernels.bn_apply(
+        input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output
+    )
     return output
 
 
@@ -227,7 +193,7 @@ def bn_backward_reduce(
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     masked = grad_output if output is None else buffer_pool.empty_like(input)
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    _run_bn_backward_reduce(
+    cpu_kernels.bn_backward_reduce(
         grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
     )
     return sum_g, sum_g_xhat, masked
@@ -247,7 +213,7 @@ def bn_backward_apply(
     input = dense(input)
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     grad_input = buffer_pool.empty_like(input)
-    _run_bn_backward_apply(
+    cpu_kernels.bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
     )
     return grad_input
@@ -277,6 +243,8 @@ def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 def _dense_any_rank(tensor: Tensor) -> Tensor:
     """The tensor itself where its elements fill one block of memory, else such a copy."""
-    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor
     return torch.empty_like(tensor).copy_(tensor)

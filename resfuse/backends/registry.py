@@ -10,11 +10,11 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,19 +87,30 @@ def use_backend(name: str | None) -> Iterator[None]:
         _request.reset(token)
 
 
-def choose(problem: Problem, request: str | None) -> ModuleType:
-    """The backend for a problem.  `request` is a backend's name, or None for automatic choice."""
-    return _choose(problem, request)[0]
-
-
 def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
     """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
-    chosen, rejected = _choose(problem, request)
+    chosen, rejected = choose(problem, request)
     return chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
 
 
+@functools.cache
+def repeating_inference(request: str | None) -> Callable[..., torch.Tensor | None] | None:
+    """`conv_bn_act_repeated` of the first backend that has one: it answers calls like earlier, checked ones."""
+    for name in PREFERENCE if request is None else (request,):
+        repeated = getattr(backend(name), "conv_bn_act_repeated", None)
+        if repeated is not None and backend(name).unavailable_reason() is None:
+            return repeated
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
-def _choose(problem: Problem, request: str | None) -> tuple[ModuleType, dict[str, tuple[str, ...]]]:
+def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, dict[str, tuple[str, ...]]]:
+    """The backend for a problem, and the reasons against those that were preferred to it.
+
+    `fields` are those of a `Problem`; a plain tuple serves as well, and is made faster: this runs at every call.
+    `request` is a backend's name, or None for automatic choice.
+    """
+    problem = Problem(*fields)
     rejected: dict[str, tuple[str, ...]] = {}
     for name in PREFERENCE if request is None else (request,):
         reasons = _reasons_against(name, problem)

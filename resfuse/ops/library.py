@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 
 from resfuse.backends import registry
-from resfuse.backends.registry import Problem
 
 _LIBRARY = torch.library.Library("resfuse", "DEF")
 
@@ -36,8 +35,8 @@ def backend_for(
     `request` is a backend's name or None for automatic choice: what was in force at the forward that a backward belongs
     to, or, by default, what is in force now.
     """
-    problem = Problem(verb, input.device, input.dtype, input.shape, conv)
-    return registry.choose(problem, registry.requested_backend() if request is IN_FORCE else request)
+    problem = (verb, input.device, input.dtype, input.shape, conv)
+    return registry.choose(problem, registry.requested_backend() if request is IN_FORCE else request)[0]
 
 
 class FunctionContext(Protocol):

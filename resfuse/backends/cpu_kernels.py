@@ -1,0 +1,53 @@
+"""The kernels of csrc/cpu as operators: their schemas, whose implementations csrc/bindings_cpu.cpp registers.
+
+Every result is an argument, so that the caller decides where it lies.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
+_PARAMETERS = (
+    "Tensor conv_weight, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? conv_bias"
+)
+for _schema in (
+    "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
+    "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
+    "bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2) -> ()",
+    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
+    "Tensor(a!) output) -> ()",
+    "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
+    "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
+    "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
+    "Tensor(e!) invstd) -> ()",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
+    "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
+    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    "rows_live(Tensor values) -> bool",
+    "copy_finite(Tensor input, Tensor(a!)? output) -> bool",
+    f"snapshot_size({_PARAMETERS}) -> int",
+    f"snapshot({_PARAMETERS}, Tensor(a!) into) -> bool",
+    f"snapshot_matches({_PARAMETERS}, Tensor taken) -> bool",
+    "instruction_set() -> str",
+):
+    _LIBRARY.define(_schema)
+
+_kernels = torch.ops.resfuse_cpu
+# Looked up once: `torch.ops.a.b.default` takes half a microsecond.
+add_relu_backward = _kernels.add_relu_backward.default
+add_relu_forward = _kernels.add_relu_forward.default
+bn_apply = _kernels.bn_apply.default
+bn_backward_apply = _kernels.bn_backward_apply.default
+bn_backward_reduce = _kernels.bn_backward_reduce.default
+bn_eval_forward = _kernels.bn_eval_forward.default
+bn_statistics = _kernels.bn_statistics.default
+bn_train_forward = _kernels.bn_train_forward.default
+copy_finite = _kernels.copy_finite.default
+instruction_set = _kernels.instruction_set.default
+rows_live = _kernels.rows_live.default
+snapshot = _kernels.snapshot.default
+snapshot_matches = _kernels.snapshot_matches.default
+snapshot_size = _kernels.snapshot_size.default
