@@ -92,6 +92,9 @@ compat: $(VENV)/.built
 	  [ -x $$venv/bin/python ] || sh requirements/make_venv.sh "$(PYTHON)" $$venv; \
 	  $$venv/bin/python -m pip install -q $$upgrade $$torch; \
 	  $$venv/bin/python -m pip install -q 'numpy<2.4' rich pytest hypothesis; \
+	  if $$venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	    $$venv/bin/python -m pip install -q torchvision timm; \
+	  else echo "a CPU-only torch, which the registry's torchvision does not load in: its tests are skipped"; fi; \
 	  $$venv/bin/python -c 'import torch; print("== torch", torch.__version__)'; \
 	  $$venv/bin/python -m resfuse._extension; \
 	  $$venv/bin/python -m pytest -q -m 'not slow' $(COMPAT_TESTS); \

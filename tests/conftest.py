@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,14 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import buffer_pool
+
+# Of other people's models; `make compat` has torch releases that no torchvision can be had for.
+collect_ignore = [] if importlib.util.find_spec("torchvision") else ["test_nn.py", "test_surgery.py"]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"torchvision is not installed: {', '.join(collect_ignore)} are left out"] if collect_ignore else []
+
 
 # The same examples on every run: a failure belongs to the change that caused it.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
