@@ -29,9 +29,25 @@ def conv_memory_format(input: Tensor, conv_weight: Tensor) -> torch.memory_forma
 
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if its elements fill one block of memory in NCHW or NHWC order, else such a copy of it."""
-    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous(memory_format=memory_format_of(tensor))
+    return tensor if _is_dense(tensor) else tensor.contiguous(memory_format=memory_format_of(tensor))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_result(input: Tensor) -> Tensor:
+    """An uninitialised result of batch norm: with the strides of its `input`, or dense where that is not."""
+    if _is_dense(input):
+        return torch.empty_like(input)
+    return torch.empty_like(input, memory_format=memory_format_of(input))
+
+
+def as_result(tensor: Tensor, input: Tensor) -> Tensor:
+    """The tensor itself, or a copy of it, with the strides of `empty_result(input)`."""
+    if _is_dense(input):
+        return like_strides(tensor, input)
+    return tensor.contiguous(memory_format=memory_format_of(input))
 
 
 def like_strides(tensor: Tensor, like: Tensor) -> Tensor:

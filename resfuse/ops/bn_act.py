@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference, registry
+from resfuse.layout import as_result, empty_result
 from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
 
 
@@ -70,14 +71,28 @@ def differentiable_backward(
     return grad_input, sum_g_xhat, sum_g, g
 
 
+# A registered operator returns what its fake promises: the strides of `empty_result`, and tensors only, so that a
+# gradient nobody needs is an empty one.
+
+
 def _train(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any) -> Any:
     weight, bias, residual, relu, momentum, eps = rest
-    return forward(input, running_mean, running_var, weight, bias, residual, relu, True, momentum, eps)
+    output, *statistics = forward(input, running_mean, running_var, weight, bias, residual, relu, True, momentum, eps)
+    return as_result(output, input), *statistics
 
 
 def _eval(input: Tensor, running_mean: Tensor, running_var: Tensor, *rest: Any) -> Tensor:
     weight, bias, residual, relu, eps = rest
-    return forward(input, running_mean, running_var, weight, bias, residual, relu, False, 0.0, eps)[0]
+    output, *_ = forward(input, running_mean, running_var, weight, bias, residual, relu, False, 0.0, eps)
+    return as_result(output, input)
+
+
+def _backward(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    grad_input, grad_weight, grad_bias, grad_residual = backward(grad_output, input, *rest)
+    grad_input, grad_residual = (
+        input.new_empty(0) if grad is None else as_result(grad, input) for grad in (grad_input, grad_residual)
+    )
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 def _fake_statistics(input: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -86,12 +101,7 @@ def _fake_statistics(input: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake_train(input: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(input), *_fake_statistics(input, input.shape[1])
-
-
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    """A registered operator returns tensors only: a gradient nobody needs is an empty one."""
-    return tuple(args[1].new_empty(0) if grad is None else grad for grad in backward(*args))
+    return empty_result(input), *_fake_statistics(input, input.shape[1])
 
 
 def _fake_backward(
@@ -106,10 +116,10 @@ def _fake_backward(
     needs_residual_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        torch.empty_like(input) if needs_input_grad else input.new_empty(0),
+        empty_result(input) if needs_input_grad else input.new_empty(0),
         torch.empty_like(mean),
         torch.empty_like(mean),
-        torch.empty_like(input) if needs_residual_grad else input.new_empty(0),
+        empty_result(input) if needs_residual_grad else input.new_empty(0),
     )
 
 
@@ -123,7 +133,7 @@ define(
     "bn_act_eval(Tensor input, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, "
     "Tensor? residual, bool relu, float eps) -> Tensor",
     _eval,
-    lambda input, *_: torch.empty_like(input),
+    lambda input, *_: empty_result(input),
 )
 define(
     "bn_act_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
