@@ -1,0 +1,166 @@
+"""Which configurations a problem allows on a device, and a model of their time that ranks them until they are measured.
+
+The model knows what a tile reads, multiplies and writes, and how many tiles a multiprocessor has at a time.  It is
+meant to find the right order of candidates, not their times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from resfuse.backends.triton.problems import ConvConfig, ConvProblem
+
+if TYPE_CHECKING:
+    from resfuse.backends.triton.launch import DeviceProperties
+
+# (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64
+# rows per group of four warps.  DESIGN.md, section 6, has the registers; tests/test_triton_compile.py watches them.
+TENSOR_CORE_TILES = (
+    (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4),
+    (128, 16, 4), (128, 32, 4), (128, 64, 4),
+    (128, 128, 8), (256, 64, 8),
+)  # fmt: skip
+FMA_TILES = ((32, 16, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8))
+MAX_SPLIT_K = 256
+
+# Per multiprocessor, by compute capability: floating-point operations per ns of bf16 and of fp32 outside tensor cores.
+_FLOPS = {8: (2900.0, 180.0), 9: (7500.0, 500.0), 10: (15000.0, 500.0)}
+_L2_BYTES = 80.0  # per ns and multiprocessor
+_LOAD_LATENCY = 700.0  # ns, from global memory
+_TILE_OVERHEAD = 1000.0  # ns: addresses, the first loads and the epilogue's latency
+_SECOND_LAUNCH = 2500.0  # ns: the reduction over split_k
+_REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
+
+
+def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvConfig]:
+    """All configurations that heuristics, tables and `tune` may choose for a problem, in a fixed order."""
+    block_ks = _block_ks(problem)
+    found = []
+    for block_m, block_n, num_warps in TENSOR_CORE_TILES if problem.uses_tensor_cores else FMA_TILES:
+        if block_n > max(16, _power_of_two(_width(problem))):
+            continue
+        for block_k in block_ks:
+            for num_stages in (2, 3, 4):
+                tile = ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
+                if shared_memory(problem, tile) <= device.shared_memory:
+                    found += _variants(problem, tile, device)
+    return found
+
+
+def ranked(problem: ConvProblem, device: DeviceProperties) -> list[ConvConfig]:
+    """`every_config`, the one with the shortest modelled time first."""
+    return sorted(every_config(problem, device), key=lambda config: modelled_time(problem, config, device))
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(problem: ConvProblem, device: DeviceProperties) -> ConvConfig:
+    """The configuration to use where no table has a measured one."""
+    return min(every_config(problem, device), key=lambda config: modelled_time(problem, config, device))
+
+
+def shared_memory(problem: ConvProblem, config: ConvConfig) -> int:
+    """Bytes of shared memory, at most: the operands of every stage, or the accumulators in another layout."""
+    size = problem.dtype.itemsize
+    stages = config.num_stages * (config.block_m + config.block_n) * config.block_k * size
+    return max(stages, config.block_m * (config.block_n + 8) * 4) + 1024
+
+
+def tiles(problem: ConvProblem, config: ConvConfig) -> int:
+    """Output tiles of all groups; a tile of wgrad belongs to one filter tap."""
+    columns = _cdiv(_width(problem), config.block_n) * (problem.taps if problem.kind == "wgrad" else 1)
+    return _cdiv(problem.gemm_m, config.block_m) * columns * problem.groups
+
+
+def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
+    """Steps of a tile's main loop, before `split_k` divides them."""
+    if problem.kind == "wgrad":
+        return _cdiv(problem.gemm_k, config.block_k)
+    if problem.kind == "dgrad":  # a pixel of a strided convolution's input meets only the taps of its own phase
+        taps = _cdiv(problem.r, problem.stride[0]) * _cdiv(problem.s, problem.stride[1])
+        return taps * _cdiv(problem.group_out, config.block_k)
+    return problem.taps * _cdiv(problem.group_in, config.block_k)
+
+
+def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
+    """Programs that one multiprocessor holds at a time."""
+    threads = 32 * config.num_warps
+    registers = min(255, config.block_m * config.block_n // threads + 96)
+    limits = (
+        _REGISTERS // (registers * threads),
+        device.shared_memory // shared_memory(problem, config),
+        _WARPS // config.num_warps,
+    )
+    return max(1, min(limits))
+
+
+def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> float:
+    """Nanoseconds, of the multiprocessor that has the most to do."""
+    size = problem.dtype.itemsize
+    output = config.block_m * config.block_n
+    tile_count = tiles(problem, config)
+    programs = tile_count * config.split_k
+    per_multiprocessor = _cdiv(programs, device.num_sms)
+    rounds = _cdiv(per_multiprocessor, occupancy(problem, config, device))
+    steps = _cdiv(loop_steps(problem, config), config.split_k)
+    multiply = 2 * output * config.block_k / _flops(problem, device)
+    load = (config.block_m + config.block_n) * config.block_k * size / _L2_BYTES
+    throughput = per_multiprocessor * steps * max(multiply, load)
+    latency = rounds * steps * _LOAD_LATENCY / (config.num_stages - 1)
+    store = per_multiprocessor * output * (size if config.split_k == 1 else 4) / _L2_BYTES
+    overhead = rounds * _TILE_OVERHEAD * (0.7 if config.persistent else 1)
+    time = max(throughput, latency) + store + overhead
+    if config.split_k > 1:
+        time += _SECOND_LAUNCH + programs * output * 4 / (_L2_BYTES * device.num_sms)
+    return time
+
+
+def _variants(problem: ConvProblem, tile: ConvConfig, device: DeviceProperties) -> list[ConvConfig]:
+    """A tile alone, with its main loop split, and with persistent programs."""
+    found = [tile]
+    if problem.kind != "train":  # batch statistics need whole sums
+        steps = loop_steps(problem, tile)
+        split_k = 2
+        while split_k <= min(MAX_SPLIT_K, steps) and tiles(problem, tile) * split_k <= 8 * device.num_sms:
+            if (split_k - 1) * _cdiv(steps, split_k) < steps:  # every part has work
+                found.append(dataclasses.replace(tile, split_k=split_k))
+            split_k *= 2
+    resident = device.num_sms * occupancy(problem, tile, device)
+    if problem.kind == "forward" and tiles(problem, tile) > 2 * resident and loop_steps(problem, tile) <= 4:
+        found.append(dataclasses.replace(tile, persistent=True))
+    return found
+
+
+def _block_ks(problem: ConvProblem) -> tuple[int, ...]:
+    """Widths of a main loop's step: as much as 128 bytes per row, no more than the (padded) channels of one tap."""
+    if not problem.uses_tensor_cores:
+        return (16,)
+    extent = problem.gemm_k if problem.kind == "wgrad" else problem.gemm_k // problem.taps
+    widest = 32 if problem.dtype == torch.float32 else 64
+    block_k = min(widest, max(16, _power_of_two(extent)))
+    return (block_k, block_k // 2) if block_k == 64 else (block_k,)
+
+
+def _width(problem: ConvProblem) -> int:
+    """The channels that BLOCK_N tiles: those of one tap."""
+    return problem.group_in if problem.kind == "wgrad" else problem.gemm_n
+
+
+def _flops(problem: ConvProblem, device: DeviceProperties) -> float:
+    known = min(max(device.capability[0], min(_FLOPS)), max(_FLOPS))
+    bf16, fp32 = _FLOPS[known]
+    if problem.dtype != torch.float32:
+        return bf16
+    return bf16 / 2 if problem.precision == "tf32" else fp32
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << (value - 1).bit_length()
