@@ -10,6 +10,7 @@ import torch
 Kind = Literal["forward", "train", "dgrad", "wgrad"]
 Precision = Literal["ieee", "tf32"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
