@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,7 +107,7 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     per_multiprocessor = _cdiv(programs, device.num_sms)
     rounds = _cdiv(per_multiprocessor, occupancy(problem, config, device))
     steps = _cdiv(loop_steps(problem, config), config.split_k)
-    multiply = 2 * output * config.block_k / _flops(problem, device)
+    multiply = 2 * output * config.block_k / (_flops(problem, device) * _efficiency(problem, config))
     load = (config.block_m + config.block_n) * config.block_k * size / _L2_BYTES
     throughput = per_multiprocessor * steps * max(multiply, load)
     latency = rounds * steps * _LOAD_LATENCY / (config.num_stages - 1)
@@ -116,6 +117,14 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     if config.split_k > 1:
         time += _SECOND_LAUNCH + programs * output * 4 / (_L2_BYTES * device.num_sms)
     return time
+
+
+def _efficiency(problem: ConvProblem, config: ConvConfig) -> float:
+    """What a tile leaves of the peak: narrow ones read more of their operands per multiplication from shared memory."""
+    if problem.uses_tensor_cores:
+        return config.block_n / (config.block_n + 32)
+    side = math.sqrt(config.block_m * config.block_n / (32 * config.num_warps))  # of a thread's part, were it square
+    return side / (side + 2)
 
 
 def _variants(problem: ConvProblem, tile: ConvConfig, device: DeviceProperties) -> list[ConvConfig]:

@@ -152,7 +152,7 @@ def write(path: Path, table: Table) -> None:
 
 @functools.lru_cache
 def _tables(device: str) -> tuple[dict[ConvProblem, Entry], ...]:
-    """The tables there are for a device: none is as good as any, and a bad one costs a warning, never a training step."""
+    """The tables there are for a device.  A bad one costs a warning, never a training step."""
     found = []
     for path in (user_folder() / file_name(device), SHIPPED / file_name(device)):
         try:
