@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from resfuse.backends.triton.launch import DeviceProperties
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties
 
 # (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64
 # rows per group of four warps.  DESIGN.md, section 6, has the registers; tests/test_triton_compile.py watches them.
@@ -34,7 +31,6 @@ _L2_BYTES = 80.0  # per ns and multiprocessor
 _LOAD_LATENCY = 700.0  # ns, from global memory
 _TILE_OVERHEAD = 1000.0  # ns: addresses, the first loads and the epilogue's latency
 _SECOND_LAUNCH = 2500.0  # ns: the reduction over split_k
-_REGISTERS, _WARPS = 65536, 64  # of a multiprocessor
 
 
 def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvConfig]:
@@ -91,9 +87,9 @@ def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties
     threads = 32 * config.num_warps
     registers = min(255, config.block_m * config.block_n // threads + 96)
     limits = (
-        _REGISTERS // (registers * threads),
+        device.registers // (registers * threads),
         device.shared_memory // shared_memory(problem, config),
-        _WARPS // config.num_warps,
+        device.warps // config.num_warps,
     )
     return max(1, min(limits))
 
