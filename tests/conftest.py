@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from resfuse.backends import buffer_pool
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from resfuse.backends import buffer_pool  # noqa: E402
 
 # The same examples on every run: a failure belongs to the change that caused it.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)

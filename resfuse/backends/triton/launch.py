@@ -1,0 +1,242 @@
+"""How kernels are launched: devices, grid barriers, what is resident, and a path past Triton's own argument binding.
+
+Kernels are launched here and nowhere else, so that tests can count launches (`recorded`) and list, without a GPU, what
+would be compiled for one (`collected`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resfuse.backends.triton import INTERPRETED
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceProperties:
+    """What the choice of a configuration depends on."""
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+    shared_memory: int
+    """Bytes that one program can have."""
+
+    registers: int = 65536  # per multiprocessor, as the next one; the same from sm_80 to sm_100
+    warps: int = 64
+
+
+H100 = DeviceProperties("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448)
+A100 = DeviceProperties("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
+
+
+class KernelSpec(NamedTuple):
+    """A kernel with everything that Triton compiles it by, and how it is launched."""
+
+    kernel: Any
+    signature: dict[str, str]
+    """Parameter -> Triton's name of its type ("*bf16", "i32", "fp32"), or "constexpr"."""
+    constants: dict[str, Any]
+    """Values of the parameters that are "constexpr"; None for pointers that are absent, 1 for integers that are 1."""
+    aligned: tuple[str, ...]
+    """Pointers and integers that are multiples of 16."""
+    num_warps: int
+    num_stages: int
+    cooperative: bool
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    def compile(self, capability: int) -> Any:
+        """Triton's CompiledKernel for compute capability 80, 90, ...; needs no GPU, and TRITON_INTERPRET unset."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        index = {name: (i,) for i, name in enumerate(self.signature)}
+        source = ASTSource(
+            self.kernel,
+            self.signature,
+            {index[name]: value for name, value in self.constants.items()},
+            {index[name]: [["tt.divisibility", 16]] for name in self.aligned},
+        )
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "launch_cooperative_grid": self.cooperative,
+        }
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+_recorders: list[list[str]] = []
+_collectors: list[tuple[DeviceProperties, list[KernelSpec]]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of the kernels launched inside, in order."""
+    names: list[str] = []
+    _recorders.append(names)
+    try:
+        yield names
+    finally:
+        _recorders.remove(names)
+
+
+@contextmanager
+def collected(device: DeviceProperties) -> Iterator[list[KernelSpec]]:
+    """Inside, kernels are not run but listed, as they would run on the device; tensors may be on the meta device."""
+    specs: list[KernelSpec] = []
+    _collectors.append((device, specs))
+    try:
+        yield specs
+    finally:
+        _collectors.pop()
+
+
+def interpreted() -> bool:
+    """Whether kernels launched now are interpreted: cooperative ones run as two launches, loops should be short."""
+    return INTERPRETED and not _collectors
+
+
+def properties(device: torch.device) -> DeviceProperties:
+    """Those of a CUDA device; in the interpreter those of an H100."""
+    if _collectors:
+        return _collectors[-1][0]
+    return H100 if INTERPRETED else _cuda_properties(device)
+
+
+@functools.cache
+def _cuda_properties(device: torch.device) -> DeviceProperties:
+    found = torch.cuda.get_device_properties(device)
+    return DeviceProperties(
+        found.name, (found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin
+    )
+
+
+def resident_programs(
+    device: DeviceProperties, num_warps: int, registers: int | None = None, shared_memory: int = 0
+) -> int:
+    """How many programs are certain to be on the device at the same time: the most that a grid barrier may wait for.
+
+    Args:
+        device: where.
+        num_warps: of a program.
+        registers: that a thread has at most; None: whatever lets one program run.
+        shared_memory: that a program has at most, in bytes.
+    """
+    per_sm = 1
+    if registers is not None:
+        per_sm = min(device.registers // (32 * num_warps * -(-registers // 8) * 8), device.warps // num_warps)
+        if shared_memory:
+            per_sm = min(per_sm, device.shared_memory // (shared_memory + 1024))
+    return max(1, per_sm) * device.num_sms
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    cooperative: bool = False,
+    **constants: Any,
+) -> None:
+    """Launch a kernel on the device of its first argument, on the current stream.
+
+    Args:
+        kernel: a function under triton.jit whose tl.constexpr parameters come last.
+        grid: number of programs.
+        args: the other parameters, in order: tensors or None, integers, floats.
+        num_warps, num_stages: as Triton has them.
+        cooperative: the programs wait for each other; the grid has to be resident.
+        constants: the tl.constexpr parameters, by name.
+    """
+    for names in _recorders:
+        names.append(kernel.__name__)
+    if _collectors:
+        _collectors[-1][1].append(_spec(kernel, grid, args, constants, num_warps, num_stages, cooperative))
+        return
+    if INTERPRETED:
+        _interpret(kernel, grid, args, constants)
+        return
+    device = args[0].device
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_cooperative_grid": cooperative}
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*args, **constants, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, **options)
+
+
+def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    import numpy
+
+    with numpy.errstate(all="ignore"):  # infinities and NaN are data like any other
+        kernel[grid](*args, **constants)
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def _spec(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    cooperative: bool,
+) -> KernelSpec:
+    signature, compiled_in, aligned = {}, {}, []
+    for name, value in zip(kernel.arg_names, (*args, *constants.values()), strict=True):
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            compiled_in[name] = constants.get(name, value)
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            if value.is_meta or value.data_ptr() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
+        else:
+            signature[name] = "fp32"
+    names = kernel.arg_names[len(args) :]
+    assert list(constants) == names, f"{kernel.__name__}: constants {list(constants)} for parameters {names}"
+    return KernelSpec(
+        kernel, signature, compiled_in, tuple(aligned), num_warps, num_stages, cooperative, grid
+    )
+
+
+_barriers: dict[tuple[int, int], Tensor] = {}
+
+
+def barrier(device: torch.device) -> Tensor:
+    """The word that the programs of a cooperative launch on the current stream meet at (see barrier.py)."""
+    if _collectors or INTERPRETED:
+        return torch.zeros(1, dtype=torch.int32, device="meta" if _collectors else device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)  # a graph may be replayed beside anything else
+    stream = torch.cuda.current_stream(device).cuda_stream
+    key = (device.index, stream)
+    word = _barriers.get(key)
+    if word is None:
+        word = _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return word
