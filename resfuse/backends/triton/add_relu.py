@@ -19,8 +19,8 @@ def add_relu_forward_kernel(x_ptr, residual_ptr, y_ptr, size, BLOCK: tl.constexp
     """y = relu(x + residual), a block of elements per program; NaN stays NaN."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    x = tl.load(x_ptr + offsets, mask).to(tl.float32) + tl.load(residual_ptr + offsets, mask).to(tl.float32)
-    tl.store(y_ptr + offsets, tl.where(x <= 0, 0.0, x).to(y_ptr.dtype.element_ty), mask)
+    total = tl.load(x_ptr + offsets, mask).to(tl.float32) + tl.load(residual_ptr + offsets, mask).to(tl.float32)
+    tl.store(y_ptr + offsets, tl.where(total <= 0, 0.0, total).to(y_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def add_relu_backward_kernel(dy_ptr, y_ptr, dx_ptr, size, BLOCK: tl.constexpr):
     """dx = dy where not y <= 0, else 0, a block of elements per program."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    dy, y = tl.load(dy_ptr + offsets, mask), tl.load(y_ptr + offsets, mask)
+    dy, y = tl.load(dy_ptr + offsets, mask).to(tl.float32), tl.load(y_ptr + offsets, mask).to(tl.float32)
     tl.store(dx_ptr + offsets, tl.where(y <= 0, 0.0, dy).to(dx_ptr.dtype.element_ty), mask)
 
 

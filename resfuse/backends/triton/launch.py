@@ -17,6 +17,11 @@ from torch import Tensor
 
 from resfuse.backends.triton import INTERPRETED
 
+if INTERPRETED:
+    from resfuse.backends.triton import interpreter
+
+    interpreter.correct()
+
 
 @dataclasses.dataclass(frozen=True)
 class DeviceProperties:
