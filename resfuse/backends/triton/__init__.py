@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 def __getattr__(name: str) -> Any:
     """The verbs, which need Triton."""
-    if name.startswith("_"):
-        raise AttributeError(name)
+    if name not in VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module("resfuse.backends.triton.verbs"), name)
     globals()[name] = value
     return value
