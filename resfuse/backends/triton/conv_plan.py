@@ -1,0 +1,130 @@
+"""How a forward convolution is cut into tiles and launched: pure functions of its shape and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from resfuse.backends.triton.heuristics import shared_memory
+from resfuse.backends.triton.problems import ConvConfig, ConvProblem
+
+if TYPE_CHECKING:
+    from resfuse.backends.triton.launch import DeviceProperties
+
+# Channels of one tap that a step of the main loop should at least find: of fewer, neighbours are packed.
+_TENSOR_CORE_RUN, _FMA_RUN = 32, 16
+_MAX_REGISTERS = 255
+_SMALLEST_BLOCK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """What makes up a step of the main loop where one tap of one group has few channels."""
+
+    groups: int = 1
+    """Neighbouring groups that are multiplied as one, with a block-diagonal weight (ResNeXt, depthwise)."""
+    row: bool = False
+    """The taps of a filter row, which NHWC memory has side by side (the 7x7 stem on 3 channels)."""
+
+
+@functools.lru_cache(maxsize=4096)
+def packing(problem: ConvProblem) -> Packing:
+    """Pack the filter row of an ungrouped convolution, or groups, up to the width that fills a step."""
+    run = _TENSOR_CORE_RUN if problem.uses_tensor_cores else _FMA_RUN
+    if problem.groups == 1:
+        return Packing(row=problem.group_in < 16 and problem.s > 1 and problem.dilation[1] == 1)
+    widest = max(problem.group_in, problem.group_out)
+    return Packing(groups=min(_power_of_two_below(max(1, run // widest)), _power_of_two_above(problem.groups)))
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_problem(problem: ConvProblem) -> ConvProblem:
+    """The convolution whose taps and groups are those of the packed one: what `conv_config` is asked about."""
+    packed = packing(problem)
+    if packed.row:
+        return dataclasses.replace(
+            problem, w=problem.ow, c=problem.s * problem.c, s=1,
+            stride=(problem.stride[0], 1), padding=(problem.padding[0], 0),
+        )  # fmt: skip
+    if packed.groups > 1:
+        groups = _cdiv(problem.groups, packed.groups)
+        wide = groups * packed.groups
+        return dataclasses.replace(problem, c=wide * problem.group_in, k=wide * problem.group_out, groups=groups)
+    return problem
+
+
+def fitted(problem: ConvProblem, config: ConvConfig, *, shrink: bool) -> ConvConfig:
+    """The configuration with no more split_k than a run has steps, and, to `shrink`, no blocks beyond the problem.
+
+    `problem` is a `tile_problem`.  The kernel splits the channels of every tap, not the taps.
+    """
+    if shrink:
+        config = dataclasses.replace(
+            config,
+            block_m=min(config.block_m, _block(problem.gemm_m)),
+            block_n=min(config.block_n, _block(problem.group_out)),
+            block_k=min(config.block_k, _block(problem.group_in)),
+        )
+    steps = _cdiv(problem.group_in, config.block_k)
+    return config if config.split_k <= steps else dataclasses.replace(config, split_k=_power_of_two_below(steps))
+
+
+def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
+    """(tiles of M, tiles of N) of a `tile_problem`."""
+    return _cdiv(problem.gemm_m, config.block_m), problem.groups * _cdiv(problem.group_out, config.block_n)
+
+
+def resident(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
+    """Programs that are certain to run at the same time, whatever number of registers the compiler takes."""
+    from resfuse.backends.triton.launch import resident_programs
+
+    return resident_programs(device, config.num_warps, _MAX_REGISTERS, shared_memory(problem, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """The form of the training forward pass."""
+
+    launches: int
+    """1: cooperative, with a grid barrier between the statistics and their use; 2: a launch for each."""
+    programs_m: int
+    """Programs per tile of N.  Each has every programs_m-th tile of M and merges their statistics as it goes."""
+    in_registers: bool
+    """One launch with one tile per program: its sums wait for the statistics in registers."""
+
+
+def train_plan(
+    problem: ConvProblem, config: ConvConfig, device: DeviceProperties, launches: int | None = None
+) -> TrainPlan:
+    """One launch where a program per tile of N is resident, with as many programs as are; else two.
+
+    Raises:
+        ValueError: one launch is asked for and its grid can not be resident.
+    """
+    tiles_m, tiles_n = tile_grid(problem, config)
+    programs = resident(problem, config, device)
+    if launches is None:
+        launches = 1 if tiles_n <= programs else 2
+    elif launches == 1 and tiles_n > programs:
+        raise ValueError(f"one launch needs {tiles_n} resident programs; {device.name} is certain of {programs}")
+    elif launches not in (1, 2):
+        raise ValueError(f"launches must be 1 or 2, got {launches}")
+    programs_m = min(tiles_m, max(1, programs // tiles_n))
+    return TrainPlan(launches, programs_m, launches == 1 and programs_m == tiles_m)
+
+
+def _block(extent: int) -> int:
+    return max(_SMALLEST_BLOCK, _power_of_two_above(extent))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two_above(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def _power_of_two_below(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
