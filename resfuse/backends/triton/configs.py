@@ -11,7 +11,17 @@ from resfuse.backends.triton.heuristics import every_config, heuristic_config, r
 from resfuse.backends.triton.launch import DeviceProperties
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
 
-__all__ = ["ConvConfig", "ConvProblem", "Kind", "Precision", "conv_config", "every_config", "forced", "ranked"]
+__all__ = [
+    "ConvConfig",
+    "ConvProblem",
+    "Kind",
+    "Precision",
+    "conv_config",
+    "every_config",
+    "forced",
+    "heuristic_config",
+    "ranked",
+]
 
 _forced: dict[str, ConvConfig] = {}
 

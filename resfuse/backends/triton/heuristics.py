@@ -30,7 +30,7 @@ _FLOPS = {8: (2900.0, 180.0), 9: (7500.0, 500.0), 10: (15000.0, 500.0)}
 _L2_BYTES = 80.0  # per ns and multiprocessor
 _LOAD_LATENCY = 700.0  # ns, from global memory
 _TILE_OVERHEAD = 1000.0  # ns: addresses, the first loads and the epilogue's latency
-_SECOND_LAUNCH = 2500.0  # ns: the reduction over split_k
+_MEETING = 2000.0  # ns, of the programs that share a tile
 
 
 def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvConfig]:
@@ -49,8 +49,15 @@ def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvCon
 
 
 def ranked(problem: ConvProblem, device: DeviceProperties) -> list[ConvConfig]:
-    """`every_config`, the one with the shortest modelled time first."""
-    return sorted(every_config(problem, device), key=lambda config: modelled_time(problem, config, device))
+    """`every_config`, fastest first by the model: the best variant of every tile, then the second-best ones."""
+    of_tile: dict[tuple[int, int, int], list[tuple[float, ConvConfig]]] = {}
+    for config in every_config(problem, device):
+        variants = of_tile.setdefault((config.block_m, config.block_n, config.block_k), [])
+        variants.append((modelled_time(problem, config, device), config))
+    for variants in of_tile.values():
+        variants.sort(key=lambda variant: variant[0])
+    places = [(place, *variant) for variants in of_tile.values() for place, variant in enumerate(variants)]
+    return [config for _, _, config in sorted(places, key=lambda item: item[:2])]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -72,14 +79,25 @@ def tiles(problem: ConvProblem, config: ConvConfig) -> int:
     return _cdiv(problem.gemm_m, config.block_m) * columns * problem.groups
 
 
-def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
-    """Steps of a tile's main loop, before `split_k` divides them."""
+def loop_taps(problem: ConvProblem) -> int:
+    """Filter taps that the main loop of a tile goes through."""
     if problem.kind == "wgrad":
-        return _cdiv(problem.gemm_k, config.block_k)
+        return 1
     if problem.kind == "dgrad":  # a pixel of a strided convolution's input meets only the taps of its own phase
-        taps = _cdiv(problem.r, problem.stride[0]) * _cdiv(problem.s, problem.stride[1])
-        return taps * _cdiv(problem.group_out, config.block_k)
-    return problem.taps * _cdiv(problem.group_in, config.block_k)
+        return _cdiv(problem.r, problem.stride[0]) * _cdiv(problem.s, problem.stride[1])
+    return problem.taps
+
+
+def split_steps(problem: ConvProblem, config: ConvConfig) -> int:
+    """Steps of the main loop that `split_k` programs share: forward convolutions split the channels of every tap."""
+    steps = _cdiv(_step_extent(problem), config.block_k)
+    return steps if problem.kind in ("forward", "train") else loop_taps(problem) * steps
+
+
+def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
+    """Steps of the main loop of one program."""
+    steps = _cdiv(split_steps(problem, config), config.split_k)
+    return loop_taps(problem) * steps if problem.kind in ("forward", "train") else steps
 
 
 def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
@@ -102,7 +120,7 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     programs = tile_count * config.split_k
     per_multiprocessor = _cdiv(programs, device.num_sms)
     rounds = _cdiv(per_multiprocessor, occupancy(problem, config, device))
-    steps = _cdiv(loop_steps(problem, config), config.split_k)
+    steps = loop_steps(problem, config)
     multiply = 2 * output * config.block_k / (_flops(problem, device) * _efficiency(problem, config))
     load = (config.block_m + config.block_n) * config.block_k * size / _L2_BYTES
     throughput = per_multiprocessor * steps * max(multiply, load)
@@ -111,7 +129,7 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     overhead = rounds * _TILE_OVERHEAD * (0.7 if config.persistent else 1)
     time = max(throughput, latency) + store + overhead
     if config.split_k > 1:
-        time += _SECOND_LAUNCH + programs * output * 4 / (_L2_BYTES * device.num_sms)
+        time += _MEETING + programs * output * 4 / (_L2_BYTES * device.num_sms)
     return time
 
 
@@ -126,8 +144,8 @@ def _efficiency(problem: ConvProblem, config: ConvConfig) -> float:
 def _variants(problem: ConvProblem, tile: ConvConfig, device: DeviceProperties) -> list[ConvConfig]:
     """A tile alone, with its main loop split, and with persistent programs."""
     found = [tile]
+    steps = split_steps(problem, tile)
     if problem.kind != "train":  # batch statistics need whole sums
-        steps = loop_steps(problem, tile)
         split_k = 2
         while split_k <= min(MAX_SPLIT_K, steps) and tiles(problem, tile) * split_k <= 8 * device.num_sms:
             if (split_k - 1) * _cdiv(steps, split_k) < steps:  # every part has work
@@ -143,10 +161,14 @@ def _block_ks(problem: ConvProblem) -> tuple[int, ...]:
     """Widths of a main loop's step: as much as 128 bytes per row, no more than the (padded) channels of one tap."""
     if not problem.uses_tensor_cores:
         return (16,)
-    extent = problem.gemm_k if problem.kind == "wgrad" else problem.gemm_k // problem.taps
     widest = 32 if problem.dtype == torch.float32 else 64
-    block_k = min(widest, max(16, _power_of_two(extent)))
+    block_k = min(widest, max(16, _power_of_two(_step_extent(problem))))
     return (block_k, block_k // 2) if block_k == 64 else (block_k,)
+
+
+def _step_extent(problem: ConvProblem) -> int:
+    """What the steps of a tap cover: channels, or the pixels that wgrad sums over."""
+    return problem.gemm_k if problem.kind == "wgrad" else problem.gemm_k // problem.taps
 
 
 def _width(problem: ConvProblem) -> int:

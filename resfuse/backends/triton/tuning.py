@@ -79,7 +79,7 @@ def lookup(problem: ConvProblem, device: DeviceProperties) -> ConvConfig | None:
         return None
     allowed = set(every_config(problem, device))
     for table in tables:
-        if (entry := table.get(_canonical(problem))) is not None and entry.config in allowed:
+        if (entry := table.get(canonical(problem))) is not None and entry.config in allowed:
             return entry.config
     nearest, config = FARTHEST, None
     for table in tables:
@@ -163,12 +163,12 @@ def _tables(device: str) -> tuple[dict[ConvProblem, Entry], ...]:
         if table.device != device:
             logger.warning("%s is not used: it is of %s, not of %s", path, table.device, device)
             continue
-        found.append({_canonical(problem): entry for problem, entry in table.entries.items()})
+        found.append({canonical(problem): entry for problem, entry in table.entries.items()})
     return tuple(found)
 
 
-def _canonical(problem: ConvProblem) -> ConvProblem:
-    """Without the precision where it has no effect."""
+def canonical(problem: ConvProblem) -> ConvProblem:
+    """The problem as tables have it: without a precision where that has no effect."""
     return problem if problem.dtype == torch.float32 else dataclasses.replace(problem, precision="ieee")
 
 
