@@ -1,0 +1,84 @@
+"""The gradient dz of a convolution's output: given, or computed while it is loaded.
+
+Behind the convolution stand a batch norm, perhaps a residual, and perhaps a ReLU.  With z the convolution's output, y
+the block's, dy its gradient, n values per channel and xhat = (z - mean) invstd,
+
+    g = dy where y > 0 or y is NaN, else 0 (dy itself without a ReLU)
+    dz = weight invstd (g - sum_g / n - xhat sum_g_xhat / n)    with batch statistics
+    dz = weight invstd g                                        with running statistics
+
+rounded to the dtype, as it would be in memory.  Computed here it is neither written nor read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class BatchNormGrad(NamedTuple):
+    """What dz is computed from: activations in NHWC memory, the vectors over channels (all but `weight` float32)."""
+
+    dy: Tensor
+    z: Tensor
+    y: Tensor | None
+    """The source of the ReLU's mask; None without one."""
+    weight: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    sum_g: Tensor
+    sum_g_xhat: Tensor
+    count: int | None
+    """Values per channel that the sums are over; None: running statistics were used."""
+
+
+Grad = Tensor | BatchNormGrad
+
+
+def tensor_of(grad: Grad) -> Tensor:
+    """The tensor that has the shape and the dtype of dz."""
+    return grad.dy if isinstance(grad, BatchNormGrad) else grad
+
+
+def arguments(grad: Grad) -> tuple[Tensor | float | None, ...]:
+    """The kernels' parameters (dz or dy, z, y, weight, mean, invstd, sum_g, sum_g_xhat, count)."""
+    if not isinstance(grad, BatchNormGrad):
+        return grad, None, None, None, None, None, None, None, None
+    if grad.count is None:
+        return grad.dy, None, grad.y, grad.weight, None, grad.invstd, None, None, None
+    return *grad[:-1], float(grad.count)
+
+
+@triton.jit
+def grad_coefficients(weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, channels, mask):
+    """Vectors (scale, mean_g, mean, slope) of channels with dz = scale (g - mean_g - (z - mean) slope)."""
+    scale = tl.full(channels.shape, 1.0, tl.float32)
+    mean_g, mean, slope = scale, scale, scale  # not used where they are not loaded
+    if invstd_ptr is not None:
+        invstd = tl.load(invstd_ptr + channels, mask=mask, other=0.0)
+        scale = invstd
+        if weight_ptr is not None:
+            scale *= tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + channels, mask=mask, other=0.0)
+            mean_g = tl.load(sum_g_ptr + channels, mask=mask, other=0.0) / count
+            slope = invstd * (tl.load(sum_g_xhat_ptr + channels, mask=mask, other=0.0) / count)
+    return scale, mean_g, mean, slope
+
+
+@triton.jit
+def load_grad(dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr, offsets, mask, scale, mean_g, mean, slope):
+    """A tile of dz, zero outside of the mask; the coefficients are broadcast over it."""
+    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
+    if invstd_ptr is not None:
+        g = dz.to(tl.float32)
+        if y_ptr is not None:
+            g = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0) <= 0, 0.0, g)
+        if mean_ptr is not None:
+            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            g = g - mean_g - (z - mean) * slope
+        dz = tl.where(mask, scale * g, 0.0).to(dz_ptr.dtype.element_ty)
+    return dz
