@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -146,6 +147,21 @@ def resident_programs(
     return max(1, per_sm) * device.num_sms
 
 
+def phases(launches: int | None, resident: bool) -> tuple[int, ...]:
+    """The PHASEs that a cooperative kernel is launched with: (0,) in one launch, (1, 2) in two.
+
+    Args:
+        launches: 1 or 2 where that form is asked for, None for one launch wherever that works.
+        resident: whether all programs fit on the device at the same time.
+    """
+    if launches not in (None, 1, 2):
+        raise ValueError(f"launches: expected 1, 2 or None, got {launches}")
+    if launches == 1 and (interpreted() or not resident):
+        why = "the interpreter runs one program after another" if interpreted() else "the grid is not resident"
+        raise ValueError(f"launches: one launch is not possible, {why}")
+    return (1, 2) if launches == 2 or interpreted() or not resident else (0,)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -185,7 +201,8 @@ def launch(
 def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     import numpy
 
-    with numpy.errstate(all="ignore"):  # infinities and NaN are data like any other
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are data like any other
+        warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's way of making an int of a scalar
         kernel[grid](*args, **constants)
 
 

@@ -7,7 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from resfuse.backends.triton import add_relu
+from resfuse.backends.triton import add_relu, bn_act
+from resfuse.layout import dense
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
@@ -22,6 +23,124 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     grad_input = torch.empty_like(output)
     add_relu.backward(_ordered_like(grad_output, output), output, grad_input)
     return grad_input
+
+
+def bn_act_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    input = dense(input)
+    residual = _ordered_like(residual, input)
+    output = torch.empty_like(input)
+    weight, bias = _unstrided(weight), _unstrided(bias)
+    running = _unstrided(running_mean), _unstrided(running_var)
+    if not training:
+        assert running[0] is not None and running[1] is not None
+        bn_act.apply(input, residual, output, *running, weight, bias, eps, relu)
+        return output, None, None
+    mean, invstd = _statistics_like(input), _statistics_like(input)
+    bn_act.train_forward(input, residual, output, weight, bias, *running, mean, invstd, momentum, eps, relu)
+    for statistic, updated in zip((running_mean, running_var), running, strict=True):
+        if statistic is not None and updated is not None and updated is not statistic:
+            statistic.copy_(updated)
+    return output, mean, invstd
+
+
+def bn_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    needs_input_grad: bool,
+    needs_residual_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    input = dense(input)
+    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_input = torch.empty_like(input) if needs_input_grad else None
+    grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
+    sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
+    bn_act.backward(
+        grad_output, input, output, _unstrided(weight), mean, invstd, grad_input, grad_residual, sum_g, sum_g_xhat,
+        training,
+    )  # fmt: skip
+    if needs_residual_grad and output is None:
+        grad_residual = grad_output
+    return grad_input, sum_g_xhat, sum_g, grad_residual
+
+
+def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    mean, m2 = _statistics_like(input), _statistics_like(input)
+    bn_act.statistics(dense(input), mean, m2)
+    return mean, m2
+
+
+def bn_apply(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    input = dense(input)
+    output = torch.empty_like(input)
+    vectors = _unstrided(mean), _unstrided(invstd), _unstrided(weight), _unstrided(bias)
+    bn_act.apply(input, _ordered_like(residual, input), output, *vectors, None, relu)
+    return output
+
+
+def bn_backward_reduce(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, sum_g_xhat, sum_g, masked = bn_act_backward(
+        grad_output, input, output, None, _unstrided(mean), _unstrided(invstd), False, False, True
+    )
+    assert masked is not None
+    return sum_g, sum_g_xhat, masked
+
+
+def bn_backward_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_g_xhat: Tensor,
+    count: int | None,
+) -> Tensor:
+    input = dense(input)
+    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_input = torch.empty_like(input)
+    vectors = (_unstrided(vector) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
+    bn_act.backward_apply(grad_output, input, output, *vectors, grad_input, count)
+    return grad_input
+
+
+def _statistics_like(input: Tensor) -> Tensor:
+    return torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+
+
+@overload
+def _unstrided(vector: Tensor) -> Tensor: ...
+@overload
+def _unstrided(vector: Tensor | None) -> Tensor | None: ...
+def _unstrided(vector: Tensor | None) -> Tensor | None:
+    """Per-channel vectors enter the kernels with a stride of one."""
+    return vector if vector is None else vector.contiguous()
 
 
 @overload
