@@ -5,75 +5,48 @@ Also the convolution alone, by the same kernel.  conv_bn_act_train.py has the tr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.configs import ConvConfig, ConvProblem, Kind, conv_config
-from resfuse.backends.triton.conv_plan import fitted, packing, resident, tile_grid, tile_problem
+from resfuse.backends.triton.configs import conv_config
+from resfuse.backends.triton.conv_bn_act_train import train_forward
+from resfuse.backends.triton.conv_plan import (
+    Pair,
+    conv_problem,
+    fitted,
+    geometry_constants,
+    resident,
+    tile_grid,
+    tile_problem,
+)
 from resfuse.backends.triton.conv_tile import conv_tile, output_channels, output_pixels, tile_of
 from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_channel
 from resfuse.backends.triton.launch import interpreted, launch, properties
+from resfuse.backends.triton.welford import inverse_deviation
 
-Pair = tuple[int, int]
-_INT32_ELEMENTS = 2**31
+__all__ = ["conv_forward", "conv_problem", "eval_forward", "train_forward"]
 
 
 @triton.jit
 def conv_bn_act_kernel(
-    x_ptr,
-    w_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    weight_ptr,
-    bias_ptr,
-    conv_bias_ptr,
-    residual_ptr,
-    out_ptr,
-    partials_ptr,
-    arrivals_ptr,
-    eps,
-    tiles_m,
-    M,
-    H,
-    W,
-    OH,
-    OW,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PACK_GROUPS: tl.constexpr,
-    PACK_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    INDEX64: tl.constexpr,
-    TILES_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    x_ptr, w_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, residual_ptr, out_ptr,
+    partials_ptr, arrivals_ptr, eps, tiles_m, M, H, W, OH, OW,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INDEX64: tl.constexpr,
+    TILES_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, PERSISTENT: tl.constexpr,
     RELU: tl.constexpr,
-):
+):  # fmt: skip
     """out = act((conv(x, w) + conv_bias - mean) / sqrt(var + eps) weight + bias + residual); without mean, conv alone.
 
-    A program has a tile [BLOCK_M pixels, BLOCK_N channels], or, PERSISTENT, every num_programs-th of them.  With SPLIT_K
-    as many programs share a tile: each stores its part of the sums, and the last to arrive adds all parts in their order
-    and goes on; so the result does not depend on which one it was, and the counter is zero again.
+    A program has a tile [BLOCK_M pixels, BLOCK_N channels], or, PERSISTENT, every num_programs-th of them.  With
+    SPLIT_K as many programs share a tile: each stores its part of the sums, and the last to arrive adds all parts in
+    their order and goes on; so the result does not depend on which one it was, and the counter is zero again.
 
-    Reads x, w and the residual, writes out: itemsize (N H W C + K R S C / GROUPS + 2 M K) bytes of global memory at best.
+    Reads x, w and the residual, writes out: itemsize (N H W C + K R S C / GROUPS + 2 M K) bytes at best.
     """
     tiles = tiles_m * TILES_N * SPLIT_K
     rounds = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
@@ -86,7 +59,7 @@ def conv_bn_act_kernel(
         acc = conv_tile(
             x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
             C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
-            BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, WIDEN,
+            BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION,
         )  # fmt: skip
         last = True
         if SPLIT_K > 1:
@@ -108,7 +81,7 @@ def conv_bn_act_kernel(
                 acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)
             if running_mean_ptr is not None:
                 mean = per_channel(running_mean_ptr, channels, channel_mask, 0.0)
-                invstd = tl.rsqrt(per_channel(running_var_ptr, channels, channel_mask, 1.0) + eps)
+                invstd = inverse_deviation(per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
                 acc = normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
             activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
@@ -171,14 +144,13 @@ def _launch(
     if config.persistent:
         programs = min(programs, resident(tiled, config, device))
     partials = arrivals = None
-    size = max(x.numel(), out.numel() * config.split_k)
     if config.split_k > 1:
         partials = torch.empty(config.split_k * out.numel(), dtype=torch.float32, device=x.device)
         arrivals = arrival_counters(x.device, tiles_m * tiles_n)
     launch(
         conv_bn_act_kernel, (programs,), x, w, *vectors, residual, out, partials, arrivals, eps, tiles_m,
         problem.gemm_m, problem.h, problem.w, problem.oh, problem.ow,
-        **geometry_constants(problem, config, index64=size >= _INT32_ELEMENTS), TILES_N=tiles_n,
+        **geometry_constants(problem, config, largest=max(x.numel(), out.numel() * config.split_k)), TILES_N=tiles_n,
         GROUP_M=config.group_m, SPLIT_K=config.split_k, PERSISTENT=config.persistent, RELU=relu,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -189,35 +161,12 @@ _counters: dict[tuple[int | None, int], Tensor] = {}
 
 def arrival_counters(device: torch.device, size: int) -> Tensor:
     """`size` zeros of int32 that no launch on another stream uses; every launch leaves zeros behind."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a graph may be replayed beside anything else
+    if (
+        device.type != "cuda" or torch.cuda.is_current_stream_capturing()
+    ):  # a graph may be replayed beside anything else
         return torch.zeros(size, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     counters = _counters.get(key)
     if counters is None or counters.numel() < size:
         counters = _counters[key] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
     return counters
-
-
-def conv_problem(
-    kind: Kind, x: Tensor, w: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> ConvProblem:
-    precision = "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # torch's switch
-    n, c, h, width = x.shape
-    k, _, r, s = w.shape
-    return ConvProblem(kind, x.dtype, n, h, width, c, k, r, s, stride, padding, dilation, groups, precision)
-
-
-def geometry_constants(problem: ConvProblem, config: ConvConfig, *, index64: bool) -> dict[str, Any]:
-    """The compile-time parameters that the kernels for inference and training have in common, in their order."""
-    packed = packing(problem)
-    return {
-        "C": problem.c, "K": problem.k, "R": problem.r, "S": problem.s,
-        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
-        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
-        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
-        "GROUPS": problem.groups, "PACK_GROUPS": packed.groups, "PACK_ROW": packed.row,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": problem.precision,
-        "WIDEN": interpreted() and problem.dtype == torch.bfloat16,  # the interpreter's dot on bfloat16 is wrong
-        "INDEX64": index64,
-    }  # fmt: skip

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from resfuse.backends.triton.heuristics import shared_memory
-from resfuse.backends.triton.problems import ConvConfig, ConvProblem
+from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
 
 if TYPE_CHECKING:
     from resfuse.backends.triton.launch import DeviceProperties
@@ -16,6 +19,19 @@ if TYPE_CHECKING:
 _TENSOR_CORE_RUN, _FMA_RUN = 32, 16
 _MAX_REGISTERS = 255
 _SMALLEST_BLOCK = 16
+_INT32_ELEMENTS = 2**31
+
+Pair = tuple[int, int]
+
+
+def conv_problem(
+    kind: Kind, x: Tensor, w: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> ConvProblem:
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    precision: Precision = "tf32" if switch == "tf32" else "ieee"
+    n, c, h, width = x.shape
+    k, _, r, s = w.shape
+    return ConvProblem(kind, x.dtype, n, h, width, c, k, r, s, stride, padding, dilation, groups, precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +104,10 @@ class TrainPlan:
 
     launches: int
     """1: cooperative, with a grid barrier between the statistics and their use; 2: a launch for each."""
+    tiles_per_program: int
+    """Neighbouring tiles of M, whose statistics a program merges as it goes."""
     programs_m: int
-    """Programs per tile of N.  Each has every programs_m-th tile of M and merges their statistics as it goes."""
+    """Programs per tile of N; the last one may have fewer tiles."""
     in_registers: bool
     """One launch with one tile per program: its sums wait for the statistics in registers."""
 
@@ -110,8 +128,23 @@ def train_plan(
         raise ValueError(f"one launch needs {tiles_n} resident programs; {device.name} is certain of {programs}")
     elif launches not in (1, 2):
         raise ValueError(f"launches must be 1 or 2, got {launches}")
-    programs_m = min(tiles_m, max(1, programs // tiles_n))
-    return TrainPlan(launches, programs_m, launches == 1 and programs_m == tiles_m)
+    tiles_per_program = _cdiv(tiles_m, max(1, programs // tiles_n))
+    programs_m = _cdiv(tiles_m, tiles_per_program)
+    return TrainPlan(launches, tiles_per_program, programs_m, launches == 1 and tiles_per_program == 1)
+
+
+def geometry_constants(problem: ConvProblem, config: ConvConfig, *, largest: int) -> dict[str, Any]:
+    """The compile-time parameters that both kernels have, in their order; `largest`: elements of the largest tensor."""
+    packed = packing(problem)
+    return {
+        "C": problem.c, "K": problem.k, "R": problem.r, "S": problem.s,
+        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
+        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1],
+        "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
+        "GROUPS": problem.groups, "PACK_GROUPS": packed.groups, "PACK_ROW": packed.row,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "PRECISION": problem.precision, "INDEX64": largest >= _INT32_ELEMENTS,
+    }  # fmt: skip
 
 
 def _block(extent: int) -> int:

@@ -1,9 +1,10 @@
 """The main loop that every forward convolution shares: one tile of an implicit GEMM over NHWC memory.
 
-    z[m, n] = sum over (r, s, c) of x[image, oh stride_h - pad_h + r dil_h, ow stride_w - pad_w + s dil_w, c] w[n, r, s, c]
+    z[m, n] = sum over (r, s, c) of x[image, oh stride_h - pad_h + r dil_h, ow stride_w - pad_w + s dil_w, c]
+                                    w[n, r, s, c]
 
-with m = (image, oh, ow) a pixel of the output and n one of its channels.  A step of the loop takes BLOCK_K neighbours in
-memory out of a run of RUN elements, which is all that one filter tap reads of a pixel:
+with m = (image, oh, ow) a pixel of the output and n one of its channels.  A step of the loop takes BLOCK_K neighbours
+in memory out of a run of RUN elements, which is all that one filter tap reads of a pixel:
 
     ordinary         the channels of the group                                        RUN = C / GROUPS
     PACK_ROW         the taps of a filter row and their channels, as 7 x 3 of a stem  RUN = S C
@@ -18,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(tile of M, tile of N) of a program: GROUP_M tiles of M share a tile of N before the next, so that L2 keeps both."""
+    """(tile of M, tile of N): GROUP_M tiles of M share a tile of N before the next, so that both stay in L2."""
     if TILES_N == 1:
         return index, index * 0
     band = index // (GROUP_M * TILES_N)
@@ -29,9 +30,7 @@ def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def output_channels(
-    tile_n, K: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def output_channels(tile_n, K: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
     """(pack of groups, its channels' numbers, which of them exist) of a tile of N; no tile spans two packs."""
     WIDTH: tl.constexpr = K // GROUPS * PACK_GROUPS
     PER_PACK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -51,42 +50,16 @@ def output_pixels(tile_m, BLOCK_M: tl.constexpr, INDEX64: tl.constexpr):
 
 @triton.jit
 def conv_tile(
-    x_ptr,
-    w_ptr,
-    pixels,
-    pack,
-    channels,
-    channel_mask,
-    split,
-    M,
-    H,
-    W,
-    OH,
-    OW,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PACK_GROUPS: tl.constexpr,
-    PACK_ROW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
 
-    Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are nested,
-    not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
+    Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are
+    nested, not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
     """
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
@@ -144,7 +117,5 @@ def conv_tile(
                     b = tl.load(w_ptrs, mask=channel_mask[None, :], other=0.0)
                 else:
                     b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
-                if WIDEN:
-                    a, b = a.to(tl.float32), b.to(tl.float32)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

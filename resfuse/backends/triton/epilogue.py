@@ -24,9 +24,7 @@ def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
 
 
 @triton.jit
-def activate_and_store(
-    y, residual_ptr, out_ptr, pixels, channels, M, mask, K: tl.constexpr, RELU: tl.constexpr
-):
+def activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, mask, K: tl.constexpr, RELU: tl.constexpr):
     """out = act(y [+ residual]), rounded once; NaN stays NaN."""
     offsets = pixels[:, None] * K + channels[None, :]
     inside = (pixels < M)[:, None] & mask[None, :]
