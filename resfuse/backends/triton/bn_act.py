@@ -48,6 +48,7 @@ from resfuse.backends.triton.welford import (
 
 REDUCTION_TILE, ELEMENTWISE_TILE = 8192, 4096  # elements
 ELEMENTS_PER_THREAD = {REDUCTION_TILE: 16, ELEMENTWISE_TILE: 32}
+LOADS_AHEAD = tl.constexpr(32)  # bits: tiles of 2-byte elements are loaded in pairs, to have as much under way
 INTERPRETED_PROGRAMS = 6  # of a reduction: enough to merge something
 
 
@@ -121,7 +122,7 @@ def _part_statistics(
     """
     part, channel, first, count, _ = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
     mean, m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(count):
+    for i in tl.range(count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
         offset, offsets, mask = _tile(
             first + i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
         )
@@ -166,7 +167,7 @@ def bn_statistics_kernel(
     if PHASE != 1:
         part, channel, _, _, tiles = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
         if part == 0:
-            _, mean, m2 = _whole_statistics(
+            whole, mean, m2 = _whole_statistics(
                 workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, tiles,
                 BLOCK_M, BLOCK_N, BLOCK_PARTS,
             )  # fmt: skip
@@ -209,7 +210,7 @@ def bn_train_forward_kernel(
             update_running(running_mean_ptr, running_var_ptr, column, there, mean, m2, count, momentum)
         scale = invstd * _vector(weight_ptr, column, there, 1.0)
         bias = _vector(bias_ptr, column, there, 0.0)
-        for i in range(tile_count):
+        for i in tl.range(tile_count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
             offset, offsets, mask = _tile(
                 first + tile_count - 1 - i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
             )
