@@ -30,6 +30,8 @@ _FLOPS = {8: (2900.0, 180.0), 9: (7500.0, 500.0), 10: (15000.0, 500.0)}
 _L2_BYTES = 80.0  # per ns and multiprocessor
 _LOAD_LATENCY = 700.0  # ns, from global memory
 _TILE_OVERHEAD = 1000.0  # ns: addresses, the first loads and the epilogue's latency
+_SLACK = 1024  # bytes of shared memory, for sums over a tile
+_RAGGED_ELEMENTS = 32  # of a tile, that a thread can load one by one without spilling their addresses
 _MEETING = 2000.0  # ns, of the programs that share a tile
 
 
@@ -41,6 +43,8 @@ def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvCon
         if block_n > max(16, _power_of_two(_width(problem))):
             continue
         for block_k in block_ks:
+            if _is_ragged(problem) and max(block_m, block_n) * block_k > _RAGGED_ELEMENTS * 32 * num_warps:
+                continue
             for num_stages in (2, 3, 4):
                 tile = ConvConfig(block_m, block_n, block_k, num_warps, num_stages)
                 if shared_memory(problem, tile) <= device.shared_memory:
@@ -67,10 +71,18 @@ def heuristic_config(problem: ConvProblem, device: DeviceProperties) -> ConvConf
 
 
 def shared_memory(problem: ConvProblem, config: ConvConfig) -> int:
-    """Bytes of shared memory, at most: the operands of every stage, or the accumulators in another layout."""
+    """Bytes of shared memory, at most.
+
+    Each of the stages holds a tile of both operands.  Where dz is computed while it is loaded, it is one of dy, z and y
+    in all stages but the current one.  Kernels with several tiles per program also keep room for an epilogue.
+    """
     size = problem.dtype.itemsize
-    stages = config.num_stages * (config.block_m + config.block_n) * config.block_k * size
-    return max(stages, config.block_m * (config.block_n + 8) * 4) + 1024
+    first, second = config.block_m * config.block_k * size, config.block_n * config.block_k * size
+    epilogue = config.block_m * config.block_n * size
+    if problem.kind in ("dgrad", "wgrad"):
+        operands = first * (3 * (config.num_stages - 1) + 1) + second * config.num_stages + 3 * 4 * config.block_k
+        return max(operands, epilogue) + _SLACK
+    return (first + second) * config.num_stages + epilogue + _SLACK
 
 
 def tiles(problem: ConvProblem, config: ConvConfig) -> int:
@@ -103,7 +115,7 @@ def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
 def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
     """Programs that one multiprocessor holds at a time."""
     threads = 32 * config.num_warps
-    registers = min(255, config.block_m * config.block_n // threads + 96)
+    registers = min(255, 2 * config.block_m * config.block_n // threads + 100)
     limits = (
         device.registers // (registers * threads),
         device.shared_memory // shared_memory(problem, config),
@@ -164,6 +176,12 @@ def _block_ks(problem: ConvProblem) -> tuple[int, ...]:
     widest = 32 if problem.dtype == torch.float32 else 64
     block_k = min(widest, max(16, _power_of_two(_step_extent(problem))))
     return (block_k, block_k // 2) if block_k == 64 else (block_k,)
+
+
+def _is_ragged(problem: ConvProblem) -> bool:
+    """Whether the channels next to each other in memory do not fill loads of 16 bytes."""
+    per_load = 16 // problem.dtype.itemsize
+    return problem.group_in % per_load != 0 or problem.group_out % per_load != 0
 
 
 def _step_extent(problem: ConvProblem) -> int:

@@ -1,0 +1,98 @@
+"""The Triton kernels that the layers of networks launch on a given GPU, listed without running any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.backends.triton import (
+    configs,
+    conv_bn_act,
+    conv_bn_act_train,
+    conv_plan,
+    dgrad,
+    grad_plan,
+    heuristics,
+    launch,
+    wgrad,
+)
+from resfuse.backends.triton.grad_prologue import BatchNormGrad
+from resfuse.backends.triton.launch import DeviceProperties, KernelSpec
+from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
+
+_switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+
+
+def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfig | None = None) -> list[KernelSpec]:
+    """What a convolution launches, in the form that takes the most registers, with the configuration given or chosen.
+
+    That is with a residual and a ReLU, and in the gradients with dz computed while it is loaded.
+    """
+    p = problem
+    x, dz, w = (
+        _nhwc(p, *shape) for shape in ((p.n, p.c, p.h, p.w), (p.n, p.k, p.oh, p.ow), (p.k, p.group_in, p.r, p.s))
+    )
+    z, residual, out = (torch.empty_like(dz) for _ in range(3))
+    mean, var, weight, bias, sum_1, sum_2 = (torch.empty(p.k, device="meta") for _ in range(6))
+    grad = BatchNormGrad(dz, z, out, weight, mean, var, sum_1, sum_2, p.n * p.oh * p.ow)
+    norm = (mean, var, weight, bias, None, residual, True)
+    geometry = (p.stride, p.padding, p.dilation, p.groups)
+    calls: dict[Kind, Callable[[], None]] = {
+        "forward": lambda: conv_bn_act.eval_forward(x, w, *norm, *geometry, 1e-5, out),
+        "train": lambda: conv_bn_act_train.train_forward(x, w, *norm, *geometry, 0.1, 1e-5, z, out, sum_1, sum_2),
+        "dgrad": lambda: dgrad.dgrad(grad, w, *geometry, x),
+        "wgrad": lambda: wgrad.wgrad(grad, x, *geometry, w),
+    }
+    with launch.collected(device) as specs, float32_convolutions(p.precision):
+        if config is None:
+            calls[p.kind]()
+        else:
+            with configs.forced(p.kind, config):
+                calls[p.kind]()
+    return specs
+
+
+def shared_memory_bound(problem: ConvProblem, spec: KernelSpec) -> int:
+    """What the heuristics, and so the size of a cooperative grid, take for a convolution kernel's shared memory; else 0."""
+    if "BLOCK_K" not in spec.constants:
+        return 0
+    blocks = (spec.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    return heuristics.shared_memory(tile_problem(problem), ConvConfig(*blocks, spec.num_warps, spec.num_stages))
+
+
+def every_spec(
+    problems: Iterable[ConvProblem], device: DeviceProperties, *, tables: bool
+) -> Iterator[tuple[ConvProblem, KernelSpec]]:
+    """What the heuristics choose for the problems, and with `tables` everything that a table may choose."""
+    for problem in dict.fromkeys(problems):
+        choices: list[ConvConfig | None] = [None]
+        if tables:
+            choices += configs.every_config(tile_problem(problem), device)
+        for config in choices:
+            for spec in conv_specs(problem, device, config):
+                yield problem, spec
+
+
+def tile_problem(problem: ConvProblem) -> ConvProblem:
+    """The problem that a configuration is chosen for."""
+    plan = conv_plan if problem.kind in ("forward", "train") else grad_plan
+    return plan.tile_problem(problem)
+
+
+@contextmanager
+def float32_convolutions(precision: Precision) -> Iterator[None]:
+    """Set torch's own switch for the arithmetic of float32 convolutions."""
+    before = _switch.fp32_precision
+    _switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        _switch.fp32_precision = before
+
+
+def _nhwc(problem: ConvProblem, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=problem.dtype, device="meta", memory_format=torch.channels_last)
