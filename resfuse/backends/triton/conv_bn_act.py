@@ -78,7 +78,7 @@ def conv_bn_act_kernel(
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
             if conv_bias_ptr is not None:
-                acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)
+                acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             if running_mean_ptr is not None:
                 mean = per_channel(running_mean_ptr, channels, channel_mask, 0.0)
                 invstd = inverse_deviation(per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)

@@ -59,14 +59,13 @@ def convolved_tile(
         BLOCK_M, BLOCK_N, BLOCK_K, 1, PRECISION,
     )  # fmt: skip
     if conv_bias_ptr is not None:
-        acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)
+        acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
     z = acc.to(z_ptr.dtype.element_ty)
     inside = (pixels < M)[:, None] & channel_mask[None, :]
     tl.store(z_ptr + (pixels[:, None] * K + channels[None, :]), z, mask=inside)
-    rounded = z.to(tl.float32)
-    rows = tl.minimum(M - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
-    mean, m2 = tile_statistics(rounded, inside, rows)
-    return rounded, rows, mean, m2
+    rows = tl.sum((pixels < M).to(tl.float32), axis=0)
+    mean, m2 = tile_statistics(z.to(tl.float32), inside, rows)
+    return z, rows, mean, m2
 
 
 @triton.jit
@@ -131,14 +130,14 @@ def conv_bn_act_train_kernel(
             update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
         if IN_REGISTERS:
             pixels = output_pixels(program, BLOCK_M, INDEX64)
-            y = normalize(z, mean[None, :], invstd[None, :], weight_ptr, bias_ptr, channels, channel_mask)
+            y = normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
             activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
         else:
             for i in range(own_tiles):
                 pixels = output_pixels(first + own_tiles - 1 - i, BLOCK_M, INDEX64)
                 inside = (pixels < M)[:, None] & channel_mask[None, :]
-                z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0).to(tl.float32)
-                y = normalize(z, mean[None, :], invstd[None, :], weight_ptr, bias_ptr, channels, channel_mask)
+                z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
+                y = normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
                 activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 

@@ -8,19 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def per_channel(ptr, channels, mask, DEFAULT: tl.constexpr):
-    """[1, BLOCK_N] in float32 of a vector over the channels, or the default where there is none."""
+    """A tile's part [BLOCK_N] of a vector over the channels, in float32; the default where there is none (None)."""
     if ptr is None:
         vector = tl.full(channels.shape, DEFAULT, tl.float32)
     else:
         vector = tl.load(ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    return vector[None, :]
+    return vector
 
 
 @triton.jit
 def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
-    """(z - mean) invstd weight + bias; mean and invstd are [1, BLOCK_N]."""
+    """(z - mean) invstd weight + bias for a tile z, with mean and invstd [BLOCK_N]."""
     scale = invstd * per_channel(weight_ptr, channels, mask, 1.0)
-    return (z - mean) * scale + per_channel(bias_ptr, channels, mask, 0.0)
+    bias = per_channel(bias_ptr, channels, mask, 0.0)
+    return (z - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
 @triton.jit

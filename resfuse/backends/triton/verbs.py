@@ -7,8 +7,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from resfuse.backends.triton import add_relu, bn_act
-from resfuse.layout import dense
+from resfuse.backends.triton import add_relu, bn_act, conv_bn_act
+from resfuse.layout import conv_memory_format, conv_output_shape, dense
+
+Pair = tuple[int, int]
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
@@ -48,9 +50,7 @@ def bn_act_forward(
         return output, None, None
     mean, invstd = _statistics_like(input), _statistics_like(input)
     bn_act.train_forward(input, residual, output, weight, bias, *running, mean, invstd, momentum, eps, relu)
-    for statistic, updated in zip((running_mean, running_var), running, strict=True):
-        if statistic is not None and updated is not None and updated is not statistic:
-            statistic.copy_(updated)
+    _copy_back((running_mean, running_var), running)
     return output, mean, invstd
 
 
@@ -77,6 +77,63 @@ def bn_act_backward(
     if needs_residual_grad and output is None:
         grad_residual = grad_output
     return grad_input, sum_g_xhat, sum_g, grad_residual
+
+
+def conv_bn_act_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+    overwrite_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    conv = stride, padding, dilation, groups
+    output = _conv_output(input, conv_weight, conv)
+    memory_format = conv_memory_format(input, conv_weight)
+    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    residual = None if residual is None else _channels_last(residual)
+    vectors = _unstrided(weight), _unstrided(bias), _unstrided(conv_bias)
+    running = _unstrided(running_mean), _unstrided(running_var)
+    if not training:
+        assert running[0] is not None and running[1] is not None
+        if overwrite_residual and residual is not None:
+            output = residual
+        conv_bn_act.eval_forward(x, w, running[0], running[1], *vectors, residual, relu, *conv, eps, output)
+        return output.contiguous(memory_format=memory_format), None, None, None
+    z = torch.empty_like(output)
+    mean, invstd = _statistics_like(output), _statistics_like(output)
+    conv_bn_act.train_forward(
+        x, w, *running, *vectors, residual, relu, *conv, momentum, eps, z, output, mean, invstd
+    )  # fmt: skip
+    _copy_back((running_mean, running_var), running)
+    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
+
+
+def conv_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    conv = stride, padding, dilation, groups
+    output = _conv_output(input, conv_weight, conv)
+    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    conv_bn_act.conv_forward(x, w, _unstrided(conv_bias), *conv, output)
+    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,6 +189,30 @@ def bn_backward_apply(
 
 def _statistics_like(input: Tensor) -> Tensor:
     return torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+
+
+def _conv_output(input: Tensor, conv_weight: Tensor, conv: tuple[Pair, Pair, Pair, int]) -> Tensor:
+    """Memory for what a convolution kernel writes."""
+    shape = conv_output_shape(input.shape, conv_weight.shape, *conv[:3])
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """What the convolution kernels read: dense NHWC memory."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _weight_for(conv_weight: Tensor, input: Tensor) -> Tensor:
+    if conv_weight.dtype != input.dtype:  # inference under autocast
+        return conv_weight.to(input.dtype, memory_format=torch.channels_last)
+    return _channels_last(conv_weight)
+
+
+def _copy_back(statistics: tuple[Tensor | None, ...], updated: tuple[Tensor | None, ...]) -> None:
+    """Give running statistics that the kernels could not write in place their new values."""
+    for statistic, value in zip(statistics, updated, strict=True):
+        if statistic is not None and value is not None and value is not statistic:
+            statistic.copy_(value)
 
 
 @overload
