@@ -3,10 +3,10 @@
     dx[n, h, w, c] = sum over (r, s, k) of dz[n, oh, ow, k] w[k, r, s, c]
     with oh stride_h = h + pad_h - r dil_h and ow stride_w = w + pad_w - s dil_w
 
-Under a stride a pixel meets only the taps for which these divide.  Pixels with the same (h mod stride_h, w mod stride_w),
-a phase, meet the same ones; oh - h div stride_h is then one number per tap, and a phase is a convolution of stride 1
-with part of the filter.  A tile is BLOCK_M pixels of one phase by BLOCK_N channels, and one launch has the tiles of all
-phases, those of the same place next to each other: they read the same dz, which L2 keeps.
+Under a stride a pixel meets only the taps for which these divide.  Pixels with the same (h mod stride_h, w mod
+stride_w), a phase, meet the same ones; oh - h div stride_h is then one number per tap, and a phase is a convolution of
+stride 1 with part of the filter.  A tile is BLOCK_M pixels of one phase by BLOCK_N channels, and one launch has the
+tiles of all phases, those of the same place next to each other: they read the same dz, which L2 keeps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import grad_plan
-from resfuse.backends.triton.configs import conv_config
 from resfuse.backends.triton.conv_bn_act import conv_problem
 from resfuse.backends.triton.conv_tile import output_channels, tile_of
-from resfuse.backends.triton.grad_prologue import Grad, arguments, grad_coefficients, load_grad, tensor_of
-from resfuse.backends.triton.launch import interpreted, launch, properties
+from resfuse.backends.triton.grad_prologue import (
+    BatchNormGrad,
+    Grad,
+    arguments,
+    grad_coefficients,
+    load_grad,
+    tensor_of,
+)
+from resfuse.backends.triton.launch import launch
 from resfuse.backends.triton.split_sum import sum_splits
 
 Pair = tuple[int, int]
@@ -34,8 +40,8 @@ def taps_of_phase(
 ):  # fmt: skip
     """(first tap, number of taps) that meet the pixels of a phase; they are STEP apart.
 
-    r DIL = phase + PAD (mod STRIDE) has solutions where gcd(DIL, STRIDE) divides the right side; with both sides divided
-    by it, INVERSE is that of DIL modulo STEP = STRIDE / gcd.
+    r DIL = phase + PAD (mod STRIDE) has solutions where gcd(DIL, STRIDE) divides the right side; with all divided by
+    it, INVERSE is that of DIL modulo STEP = STRIDE / gcd.
     """
     if STRIDE == 1:
         first, count = phase * 0, phase * 0 + TAPS
@@ -63,15 +69,15 @@ def dgrad_kernel(
 ):  # fmt: skip
     """A tile of dx, or with SPLIT its part number program_id(1) of split_k, in float32.
 
-    The main loop has the taps of the phase, and in each of them the output channels by steps of BLOCK_K.  Reads, from L2
-    but for the first time, M x K of dz per tap and tile of N, and the taps' part of w per tile of M; writes M x C.
+    The main loop has the taps of the phase, and in each of them the output channels by steps of BLOCK_K.  Reads, from
+    L2 but for the first time, M x K of dz per tap and tile of N, and the taps' part of w per tile of M; writes M x C.
     M is the number of pixels of a phase, part_size the number of elements of dx.
     """
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
     RUN: tl.constexpr = PACK_GROUPS * KG
-    TILES_N: tl.constexpr = tl.cdiv(GROUPS, PACK_GROUPS) * tl.cdiv(PACK_GROUPS * CG, BLOCK_N)
-    STEPS: tl.constexpr = tl.cdiv(RUN, BLOCK_K)
+    TILES_N: tl.constexpr = (-(-GROUPS // PACK_GROUPS)) * (-(-PACK_GROUPS * CG // BLOCK_N))
+    STEPS: tl.constexpr = -(-RUN // BLOCK_K)
     STRIDED: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
     WHOLE: tl.constexpr = R == 1 and S == 1 and PAD_H == 0 and PAD_W == 0 and not STRIDED
 
@@ -153,13 +159,10 @@ def dgrad_kernel(
 
 
 def dgrad(dz: Grad, w: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int, dx: Tensor) -> None:
-    """dx in one launch, or two where the output channels are split.  All in dense channels_last memory, of one dtype."""
+    """dx in one launch, or two where the sum is split.  All in dense channels_last memory, of one dtype."""
     problem = conv_problem("dgrad", dx, w, stride, padding, dilation, groups)
-    tiled = grad_plan.tile_problem(problem)
-    config = conv_config(tiled, properties(dx.device))
-    if interpreted():
-        config = grad_plan.shrunk(tiled, config)
-    tiles_m, tiles_n = grad_plan.tile_grid(tiled, config)
+    config = grad_plan.configuration(problem, dx.device, fused=isinstance(dz, BatchNormGrad))
+    tiles_m, tiles_n = grad_plan.tile_grid(grad_plan.tile_problem(problem), config)
     split = config.split_k > 1
     out = torch.empty((config.split_k, dx.numel()), dtype=torch.float32, device=dx.device) if split else dx
     phases_h, phases_w = (grad_plan.phases(stride[i], dilation[i]) for i in (0, 1))

@@ -1,4 +1,4 @@
-"""How the gradients of a convolution are cut into tiles: pure functions of its shape."""
+"""How the gradients of a convolution are cut into tiles, by shape and device."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import dataclasses
 import functools
 import math
 
-from resfuse.backends.triton.problems import ConvConfig, ConvProblem
+import torch
+
+from resfuse.backends.triton.configs import ConvConfig, ConvProblem, conv_config
+from resfuse.backends.triton.launch import interpreted, properties
 
 # Channels of a tile that are worth having: of smaller groups, neighbours are multiplied as one, which costs products
 # that nobody needs but reads whole cache lines.  The tiles of wgrad are that wide both ways.
 _DGRAD_WIDTH, _WGRAD_WIDTH, _FMA_WIDTH = 32, 64, 16
 _FEW_CHANNELS = 16
 _SMALLEST_BLOCK = 16
+_FUSED_ELEMENTS = 32
+_INTERPRETED_PIXELS = 128
 _INT32_ELEMENTS = 2**31
 
 
@@ -63,23 +68,38 @@ def tile_problem(problem: ConvProblem) -> ConvProblem:
     return dataclasses.replace(problem, c=wide * problem.group_in, k=wide * problem.group_out, groups=groups)
 
 
-def shrunk(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
-    """The configuration without blocks beyond the (padded) tile problem: less for the interpreter to do."""
-    rows, columns, inner = problem.gemm_m, problem.group_in, problem.group_out
+def configuration(problem: ConvProblem, device: torch.device, *, fused: bool) -> ConvConfig:
+    """How to run a problem, with dz computed while it is loaded (`fused`) or given."""
+    found = properties(device)
+    tiled = tile_problem(problem)
+    if interpreted():
+        # Programs run one after another: the fewer and larger their steps are, the faster.
+        config = conv_config(tiled, dataclasses.replace(found, name="interpreter", num_sms=1))
+        return _for_interpreter(tiled, config)
+    config = conv_config(tiled, found)
+    if fused:  # of three tensors per operand, more than 32 elements per thread and step do not stay in registers
+        block_k = _FUSED_ELEMENTS * 32 * config.num_warps // config.block_m
+        config = dataclasses.replace(config, block_k=max(_SMALLEST_BLOCK, min(config.block_k, block_k)))
+    return config
+
+
+def _for_interpreter(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
+    """The configuration without blocks beyond the (padded) tile problem, and with long steps over pixels."""
+    rows, columns, inner, block_k = problem.gemm_m, problem.group_in, problem.group_out, config.block_k
     if problem.kind == "wgrad":
-        inner = problem.gemm_k
+        inner, block_k = problem.gemm_k, _INTERPRETED_PIXELS
     else:
         rows = _cdiv(rows, problem.stride[0] * problem.stride[1])
     return dataclasses.replace(
         config,
         block_m=min(config.block_m, _block(rows)),
         block_n=min(config.block_n, _block(columns)),
-        block_k=min(config.block_k, _block(inner)),
+        block_k=min(block_k, _block(inner)),
     )
 
 
 def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
-    """(tiles of M, tiles of N) of a tile problem; those of M in dgrad are of all phases, those of N in wgrad of all taps."""
+    """(tiles of M, tiles of N) of a tile problem: of all phases in dgrad, of all taps in wgrad."""
     columns = _cdiv(problem.group_in, config.block_n)
     if problem.kind == "wgrad":
         return problem.groups * _cdiv(problem.group_out, config.block_m), problem.taps * columns

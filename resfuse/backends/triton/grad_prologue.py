@@ -12,14 +12,15 @@ rounded to the dtype, as it would be in memory.  Computed here it is neither wri
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-class BatchNormGrad(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class BatchNormGrad:
     """What dz is computed from: activations in NHWC memory, the vectors over channels (all but `weight` float32)."""
 
     dy: Tensor
@@ -49,7 +50,8 @@ def arguments(grad: Grad) -> tuple[Tensor | float | None, ...]:
         return grad, None, None, None, None, None, None, None, None
     if grad.count is None:
         return grad.dy, None, grad.y, grad.weight, None, grad.invstd, None, None, None
-    return *grad[:-1], float(grad.count)
+    vectors = grad.weight, grad.mean, grad.invstd, grad.sum_g, grad.sum_g_xhat
+    return grad.dy, grad.z, grad.y, *vectors, float(grad.count)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The gradient of a convolution's weight.
 
-    dw[k, r, s, c] = sum over (n, oh, ow) of dz[n, oh, ow, k] x[n, oh stride_h - pad_h + r dil_h, ow stride_w - pad_w + s dil_w, c]
+    dw[k, r, s, c] = sum over (n, oh, ow) of dz[n, oh, ow, k] x[n, h, w, c]
+    with h = oh stride_h - pad_h + r dil_h and w = ow stride_w - pad_w + s dil_w
 
 A GEMM whose inner dimension is the pixels of the output: few tiles, long loops.  So `split_k` programs share a tile,
 each with a run of pixels; those of one run are next to each other and read the same dz and x, which L2 keeps.
@@ -14,11 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import grad_plan
-from resfuse.backends.triton.configs import conv_config
 from resfuse.backends.triton.conv_bn_act import conv_problem
 from resfuse.backends.triton.conv_tile import output_channels
-from resfuse.backends.triton.grad_prologue import Grad, arguments, grad_coefficients, load_grad, tensor_of
-from resfuse.backends.triton.launch import interpreted, launch, properties
+from resfuse.backends.triton.grad_prologue import (
+    BatchNormGrad,
+    Grad,
+    arguments,
+    grad_coefficients,
+    load_grad,
+    tensor_of,
+)
+from resfuse.backends.triton.launch import launch
 from resfuse.backends.triton.split_sum import sum_splits
 
 Pair = tuple[int, int]
@@ -43,8 +50,8 @@ def wgrad_kernel(
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
     PACK_WIDTH: tl.constexpr = R * S * C if PACK_TAPS else PACK_GROUPS * CG
-    TILES_M: tl.constexpr = tl.cdiv(GROUPS, PACK_GROUPS) * tl.cdiv(PACK_GROUPS * KG, BLOCK_M)
-    TILES_C: tl.constexpr = tl.cdiv(PACK_WIDTH, BLOCK_N)
+    TILES_M: tl.constexpr = (-(-GROUPS // PACK_GROUPS)) * (-(-PACK_GROUPS * KG // BLOCK_M))
+    TILES_C: tl.constexpr = -(-PACK_WIDTH // BLOCK_N)
     POINTWISE: tl.constexpr = R == 1 and S == 1 and STRIDE_H == 1 and STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
     PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
 
@@ -75,20 +82,23 @@ def wgrad_kernel(
         end = tl.minimum(begin + steps_of_part, steps)
     else:
         begin, end = 0, steps
+    pixels = begin * BLOCK_K + offs_k
+    image, oh, ow = pixels // OW // OH, pixels // OW % OH, pixels % OW
+    images_of_step, oh_of_step, ow_of_step = BLOCK_K // OW // OH, BLOCK_K // OW % OH, BLOCK_K % OW
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(begin, end):
-        pixels = step * BLOCK_K + offs_k
+    for _ in range(begin, end):
         inside = pixels < M
         a = load_grad(
-            dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr, k[:, None] + pixels[None, :] * K, k_mask[:, None] & inside[None, :],
+            dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr,
+            k[:, None] + pixels[None, :] * K, k_mask[:, None] & inside[None, :],
             scale[:, None], mean_g[:, None], mean[:, None], slope[:, None],
         )  # fmt: skip
         if POINTWISE:
             x_row = pixels * C
             mask = inside[:, None] & column_mask[None, :]
         else:
-            ih, iw = pixels // OW % OH * STRIDE_H - PAD_H, pixels % OW * STRIDE_W - PAD_W
-            x_row = ((pixels // OW // OH * H + ih) * W + iw) * C
+            ih, iw = oh * STRIDE_H - PAD_H, ow * STRIDE_W - PAD_W
+            x_row = ((image * H + ih) * W + iw) * C
             if PADDED and PACK_TAPS:
                 ih, iw = ih[:, None] + (r * DIL_H)[None, :], iw[:, None] + (s * DIL_W)[None, :]
                 mask = inside[:, None] & column_mask[None, :] & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
@@ -99,6 +109,16 @@ def wgrad_kernel(
                 mask = inside[:, None] & column_mask[None, :]
         b = tl.load(x_ptr + x_row[:, None] + x_column[None, :], mask=mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+        pixels += BLOCK_K
+        if not POINTWISE:  # with carries: divisions would take longer than the products
+            ow += ow_of_step
+            carry = ow >= OW
+            ow = tl.where(carry, ow - OW, ow)
+            oh += oh_of_step + carry.to(tl.int32)
+            carry = oh >= OH
+            oh = tl.where(carry, oh - OH, oh)
+            image += images_of_step + carry.to(tl.int32)
 
     if PACK_TAPS:
         w_column = column
@@ -116,11 +136,8 @@ def wgrad_kernel(
 def wgrad(dz: Grad, x: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int, dw: Tensor) -> None:
     """dw in one launch, or two where the pixels are split.  All in dense channels_last memory, of one dtype."""
     problem = conv_problem("wgrad", x, dw, stride, padding, dilation, groups)
-    tiled = grad_plan.tile_problem(problem)
-    config = conv_config(tiled, properties(x.device))
-    if interpreted():
-        config = grad_plan.shrunk(tiled, config)
-    tiles_m, tiles_n = grad_plan.tile_grid(tiled, config)
+    config = grad_plan.configuration(problem, x.device, fused=isinstance(dz, BatchNormGrad))
+    tiles_m, tiles_n = grad_plan.tile_grid(grad_plan.tile_problem(problem), config)
     split = config.split_k > 1
     out = torch.empty((config.split_k, dw.numel()), dtype=torch.float32, device=x.device) if split else dw
     launch(
