@@ -20,7 +20,7 @@ from resfuse.backends.triton.conv_plan import (
 )
 from resfuse.backends.triton.conv_tile import conv_tile, output_channels, output_pixels
 from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_channel
-from resfuse.backends.triton.launch import barrier, interpreted, launch, properties
+from resfuse.backends.triton.launch import barrier, interpreted, launch, phases, properties
 from resfuse.backends.triton.welford import (
     inverse_deviation,
     merge_parts,
@@ -29,8 +29,6 @@ from resfuse.backends.triton.welford import (
     update_running,
 )
 
-# What a launch does: everything, with a barrier of the grid between, or the part before or after it.
-BOTH, CONVOLVE, APPLY = 0, 1, 2
 _MERGED_AT_ONCE = 2048  # means in the workspace
 
 
@@ -166,27 +164,28 @@ def train_forward(
 ) -> None:
     """x, w, residual, z and out in dense channels_last memory and of one dtype; mean and invstd in float32.
 
-    `launches` asks for the form of one (cooperative) or two; in the interpreter both are run as two.
+    `launches` asks for one (cooperative) or two; None is one wherever that works.
 
     Raises:
-        ValueError: one launch is asked for and its grid can not be resident.
+        ValueError: one launch is asked for and its programs can not all run at the same time.
     """
     problem = conv_problem("train", x, w, stride, padding, dilation, groups)
     device = properties(x.device)
     tiled = tile_problem(problem)
     config = fitted(tiled, conv_config(tiled, device), shrink=interpreted())
     tiles_m, tiles_n = tile_grid(tiled, config)
-    plan = train_plan(tiled, config, device, launches)
-    cooperative = plan.launches == 1 and not interpreted()
+    plan = train_plan(tiled, config, device)
+    forms = phases(launches, plan.resident)
     workspace = torch.empty((plan.programs_m, 2, problem.k), dtype=torch.float32, device=x.device)
+    cooperative = forms == (0,)
     word = barrier(x.device) if cooperative else None
     constants = geometry_constants(problem, config, largest=max(x.numel(), out.numel()))
-    for phase in (BOTH,) if cooperative else (CONVOLVE, APPLY):
+    for phase in forms:
         launch(
             conv_bn_act_train_kernel, (plan.programs_m * tiles_n,), x, w, running_mean, running_var, weight, bias,
             conv_bias, residual, z, out, mean, invstd, workspace, word, momentum, eps, tiles_m,
             plan.tiles_per_program, problem.gemm_m, problem.h, problem.w, problem.oh, problem.ow,
             **constants, TILES_N=tiles_n, BLOCK_PARTS=_MERGED_AT_ONCE // config.block_n, RELU=relu,
-            IN_REGISTERS=cooperative and plan.in_registers, PHASE=phase,
+            IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
             num_warps=config.num_warps, num_stages=config.num_stages, cooperative=cooperative,
         )  # fmt: skip

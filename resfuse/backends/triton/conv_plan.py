@@ -100,37 +100,22 @@ def resident(problem: ConvProblem, config: ConvConfig, device: DeviceProperties)
 
 @dataclasses.dataclass(frozen=True)
 class TrainPlan:
-    """The form of the training forward pass."""
+    """How the tiles of a training forward pass are shared out."""
 
-    launches: int
-    """1: cooperative, with a grid barrier between the statistics and their use; 2: a launch for each."""
     tiles_per_program: int
     """Neighbouring tiles of M, whose statistics a program merges as it goes."""
     programs_m: int
     """Programs per tile of N; the last one may have fewer tiles."""
-    in_registers: bool
-    """One launch with one tile per program: its sums wait for the statistics in registers."""
+    resident: bool
+    """All programs run at the same time: they may wait for each other, in one cooperative launch."""
 
 
-def train_plan(
-    problem: ConvProblem, config: ConvConfig, device: DeviceProperties, launches: int | None = None
-) -> TrainPlan:
-    """One launch where a program per tile of N is resident, with as many programs as are; else two.
-
-    Raises:
-        ValueError: one launch is asked for and its grid can not be resident.
-    """
+def train_plan(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> TrainPlan:
+    """As many programs as are resident, of a `tile_problem`; only with more tiles of N than that there are more."""
     tiles_m, tiles_n = tile_grid(problem, config)
     programs = resident(problem, config, device)
-    if launches is None:
-        launches = 1 if tiles_n <= programs else 2
-    elif launches == 1 and tiles_n > programs:
-        raise ValueError(f"one launch needs {tiles_n} resident programs; {device.name} is certain of {programs}")
-    elif launches not in (1, 2):
-        raise ValueError(f"launches must be 1 or 2, got {launches}")
     tiles_per_program = _cdiv(tiles_m, max(1, programs // tiles_n))
-    programs_m = _cdiv(tiles_m, tiles_per_program)
-    return TrainPlan(launches, tiles_per_program, programs_m, launches == 1 and tiles_per_program == 1)
+    return TrainPlan(tiles_per_program, _cdiv(tiles_m, tiles_per_program), tiles_n <= programs)
 
 
 def geometry_constants(problem: ConvProblem, config: ConvConfig, *, largest: int) -> dict[str, Any]:
