@@ -111,14 +111,40 @@ def _store(ptr, offset, offsets, value, mask):
 
 
 @triton.jit
+def _value(x_ptr, image, position, positions, channels, column, mask, CHANNELS_LAST: tl.constexpr):
+    """One position of an image, for a vector of channels, in float32."""
+    plane, position = tl.cast(image, tl.int64) * channels, tl.cast(position, tl.int64)
+    if CHANNELS_LAST:
+        offsets = position * channels + column
+    else:
+        offsets = (plane + column) * positions + position
+    return tl.load(x_ptr + offsets, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pivot(x_ptr, images, positions, channels, channel, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The median of three of a channel's values, the same for all parts.
+
+    Deviations from it are as small as those from the mean, and, where the mean is large, exact.  A single outlier is
+    never chosen; where two are, the variance is as large as they are.
+    """
+    column = channel + tl.arange(0, BLOCK_N)
+    mask = column < channels
+    a = _value(x_ptr, 0, 0, positions, channels, column, mask, CHANNELS_LAST)
+    b = _value(x_ptr, images // 2, positions // 2, positions, channels, column, mask, CHANNELS_LAST)
+    c = _value(x_ptr, images - 1, positions - 1, positions, channels, column, mask, CHANNELS_LAST)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
 def _part_statistics(
-    x_ptr, workspace_ptr, images, positions, channels, tiles_per_part,
+    x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part,
     CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write (mean, M2) of this program's part to the workspace.
+    """Write (mean, M2) of this program's part to the workspace, the mean as its distance to the pivot.
 
-    Each element of the tile is a Welford accumulator of its own: mean += d / n, M2 += d (x - mean), d = x - old mean.
-    The n-th tile is everyone's n-th value: rows that are not there come last.
+    Each element of the tile is a Welford accumulator of its own: mean += d / n, M2 += d (u - mean), with u = x - pivot
+    and d = u - old mean.  The n-th tile is everyone's n-th value: rows that are not there come last.
     """
     part, channel, first, count, _ = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
     mean, m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -126,10 +152,10 @@ def _part_statistics(
         offset, offsets, mask = _tile(
             first + i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
         )
-        x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-        d = tl.where(mask, x - mean, 0.0)
+        u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
+        d = tl.where(mask, u - mean, 0.0)
         mean += d * (1.0 / (i + 1))
-        m2 += d * (x - mean)
+        m2 += d * (u - mean)
     full = tl.minimum(tl.maximum((positions // BLOCK_M) * images - first, 0), count)
     row = tl.arange(0, BLOCK_M)[:, None]
     counts = (full + tl.where(row < positions % BLOCK_M, count - full, 0)).to(tl.float32)
@@ -158,22 +184,22 @@ def bn_statistics_kernel(
     PHASE: tl.constexpr,
 ):  # fmt: skip
     """mean = sum x / n, M2 = sum (x - mean)^2 per channel.  Reads x once."""
+    part, channel, _, _, tiles = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
+    pivot = _pivot(x_ptr, images, positions, channels, channel, CHANNELS_LAST, BLOCK_N)
     if PHASE != 2:
         _part_statistics(
-            x_ptr, workspace_ptr, images, positions, channels, tiles_per_part, CHANNELS_LAST, BLOCK_M, BLOCK_N
+            x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, CHANNELS_LAST, BLOCK_M, BLOCK_N
         )
     if PHASE == 0:
         grid_barrier(barrier_ptr, tl.num_programs(0))
-    if PHASE != 1:
-        part, channel, _, _, tiles = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
-        if part == 0:
-            whole, mean, m2 = _whole_statistics(
-                workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, tiles,
-                BLOCK_M, BLOCK_N, BLOCK_PARTS,
-            )  # fmt: skip
-            column = channel + tl.arange(0, BLOCK_N)
-            tl.store(mean_ptr + column, mean, column < channels)
-            tl.store(m2_ptr + column, m2, column < channels)
+    if PHASE != 1 and part == 0:
+        whole, mean, m2 = _whole_statistics(
+            workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, tiles,
+            BLOCK_M, BLOCK_N, BLOCK_PARTS,
+        )  # fmt: skip
+        column = channel + tl.arange(0, BLOCK_N)
+        tl.store(mean_ptr + column, pivot + mean, column < channels)
+        tl.store(m2_ptr + column, m2, column < channels)
 
 
 @triton.jit
@@ -187,16 +213,15 @@ def bn_train_forward_kernel(
 
     Reads x twice (the second time backwards: what was read last is still in L2) and the residual, writes y.
     """
+    part, channel, first, tile_count, tiles = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
+    pivot = _pivot(x_ptr, images, positions, channels, channel, CHANNELS_LAST, BLOCK_N)
     if PHASE != 2:
         _part_statistics(
-            x_ptr, workspace_ptr, images, positions, channels, tiles_per_part, CHANNELS_LAST, BLOCK_M, BLOCK_N
+            x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, CHANNELS_LAST, BLOCK_M, BLOCK_N
         )
     if PHASE == 0:
         grid_barrier(barrier_ptr, tl.num_programs(0))
     if PHASE != 1:
-        part, channel, first, tile_count, tiles = _part(
-            images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N
-        )
         column = channel + tl.arange(0, BLOCK_N)
         there = column < channels
         count, mean, m2 = _whole_statistics(
@@ -205,17 +230,17 @@ def bn_train_forward_kernel(
         )  # fmt: skip
         invstd = inverse_deviation(m2 / count, eps)
         if part == 0:
-            tl.store(mean_ptr + column, mean, there)
+            tl.store(mean_ptr + column, pivot + mean, there)
             tl.store(invstd_ptr + column, invstd, there)
-            update_running(running_mean_ptr, running_var_ptr, column, there, mean, m2, count, momentum)
+            update_running(running_mean_ptr, running_var_ptr, column, there, pivot + mean, m2, count, momentum)
         scale = invstd * _vector(weight_ptr, column, there, 1.0)
         bias = _vector(bias_ptr, column, there, 0.0)
         for i in tl.range(tile_count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
             offset, offsets, mask = _tile(
                 first + tile_count - 1 - i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
             )
-            x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-            a = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+            u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
+            a = (u - mean[None, :]) * scale[None, :] + bias[None, :]
             if residual_ptr is not None:
                 a += tl.load(residual_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
             _store(y_ptr, offset, offsets, _activate(a, RELU), mask)

@@ -1,6 +1,7 @@
-"""Corrections to Triton's interpreter (3.6), which is wrong about bfloat16 where GPUs are right.
+"""Corrections to Triton's interpreter (3.6), where it is further from the truth than a GPU.
 
-It rounds float32 to bfloat16 towards zero, and multiplies the bits of bfloat16 matrices as if they were integers.
+It rounds float32 to bfloat16 towards zero, multiplies the bits of bfloat16 matrices as if they were integers, and sums
+one number after the other where a GPU adds in a tree.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def correct() -> None:
-    """Replace the two operations, for the whole process."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    """Replace the three operations, for the whole process."""
+    cast, dot, add_up = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, ReduceOps.sum
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
         before, after = source.dtype.scalar, dtype.scalar
@@ -27,8 +28,14 @@ def correct() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b)), *rest)
 
+    def reduce_sum(self: Any, input: Any) -> Any:
+        if input.dtype != tl.float32:
+            return add_up(self, input)
+        return self.to_tensor(_tree_sum(input.handle.data, self.axis, self.keep_dims), input.dtype)
+
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    ReduceOps.sum = reduce_sum
 
 
 def _narrow(values: Any) -> Any:
@@ -40,3 +47,14 @@ def _narrow(values: Any) -> Any:
 
 def _widen(bits: Any) -> Any:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _tree_sum(values: Any, axis: int | None, keep_dims: bool) -> Any:
+    """Over an axis (None: all) whose length is a power of two, as all of Triton's are."""
+    parts = values.reshape(-1) if axis is None else np.moveaxis(values, axis, 0)
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = parts[:half] + parts[half:]
+    if not keep_dims:
+        return parts[0]
+    return parts.reshape((1,) * values.ndim) if axis is None else np.moveaxis(parts, 0, axis)
