@@ -102,14 +102,13 @@ def compile_all(
         Progress(*columns, console=console, transient=console.is_terminal) as progress,
         concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
     ):
-        results = pool.map(_try, missing.values(), chunksize=4)
+        results = pool.map(_try, missing.values())
         for key, result in zip(missing, progress.track(results, len(missing), description="compiling"), strict=True):
             if isinstance(result, Usage):
                 known[key] = result
+                _write(cache, known)
             else:
                 errors[key] = result
-    if missing:
-        _write(cache, known)
     usages = {job: known[key] for job, key in keys.items() if key in known}
     return usages, {job: errors[key] for job, key in keys.items() if key in errors}
 

@@ -1,7 +1,7 @@
 """Compile the Triton kernels of residual networks, and show their registers, spills, shared memory and occupancy.
 
-On any machine: every kernel that the heuristics choose for the layers of the given networks, at all batch sizes (powers of
-two), for each GPU generation; with --tables also those that a table may choose.  Writes a CSV too, a row per kernel.
+On any machine: every kernel that the heuristics choose for the layers of the given networks, at all batch sizes (powers
+of two), for each GPU generation; with --tables also those that a table may choose.  Writes a CSV too, a row per kernel.
 """
 
 from __future__ import annotations

@@ -13,9 +13,7 @@ from resfuse.backends.triton import (
     configs,
     conv_bn_act,
     conv_bn_act_train,
-    conv_plan,
     dgrad,
-    grad_plan,
     heuristics,
     launch,
     wgrad,
@@ -23,6 +21,7 @@ from resfuse.backends.triton import (
 from resfuse.backends.triton.grad_prologue import BatchNormGrad
 from resfuse.backends.triton.launch import DeviceProperties, KernelSpec
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
+from resfuse.cli.tune_layers import tile_problem
 
 _switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
@@ -57,11 +56,12 @@ def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfi
 
 
 def shared_memory_bound(problem: ConvProblem, spec: KernelSpec) -> int:
-    """What the heuristics, and so the size of a cooperative grid, take for a convolution kernel's shared memory; else 0."""
+    """Shared memory of a convolution kernel as heuristics, and the size of a cooperative grid, have it; else 0."""
     if "BLOCK_K" not in spec.constants:
         return 0
-    blocks = (spec.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-    return heuristics.shared_memory(tile_problem(problem), ConvConfig(*blocks, spec.num_warps, spec.num_stages))
+    block_m, block_n, block_k = (spec.constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    config = ConvConfig(block_m, block_n, block_k, spec.num_warps, spec.num_stages)
+    return heuristics.shared_memory(tile_problem(problem), config)
 
 
 def every_spec(
@@ -75,12 +75,6 @@ def every_spec(
         for config in choices:
             for spec in conv_specs(problem, device, config):
                 yield problem, spec
-
-
-def tile_problem(problem: ConvProblem) -> ConvProblem:
-    """The problem that a configuration is chosen for."""
-    plan = conv_plan if problem.kind in ("forward", "train") else grad_plan
-    return plan.tile_problem(problem)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def tune(
         console: of the progress bar.
         report: called with each outcome.
     """
-    missing = [problem for problem in dict.fromkeys(map(tuning.canonical, problems)) if problem not in table.entries]
+    missing = [problem for problem in dict.fromkeys(problems) if _key(problem) not in table.entries]
     counts = [len(_candidates(problem, device, candidates)) for problem in missing]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=console.is_terminal) as progress:
@@ -136,7 +136,7 @@ def tune(
             outcome = _tune_one(problem, device, prepare, measure, candidates, lambda: progress.advance(task))
             report(outcome)
             if outcome.best is not None:
-                table.entries[problem] = outcome.best
+                table.entries[_key(problem)] = outcome.best
                 tuning.write(path, table)
     configs.forget()
 
@@ -169,11 +169,16 @@ def _tune_one(
         advance()
     fastest = min(times, key=times.__getitem__, default=None)
     best = None if fastest is None else tuning.Entry(fastest, round(times[fastest], 3))
-    return Outcome(problem, best, times.get(configs.heuristic_config(problem, device)), failures)
+    return Outcome(problem, best, times.get(configs.heuristic_config(_key(problem), device)), failures)
 
 
 def _candidates(problem: ConvProblem, device: DeviceProperties, count: int) -> list[ConvConfig]:
-    return configs.ranked(problem, device)[: count or None]
+    return configs.ranked(_key(problem), device)[: count or None]
+
+
+def _key(problem: ConvProblem) -> ConvProblem:
+    """The problem as the kernels look it up."""
+    return tuning.canonical(tune_layers.tile_problem(problem))
 
 
 def _problems(args: argparse.Namespace) -> list[ConvProblem]:
@@ -187,7 +192,8 @@ def _problems(args: argparse.Namespace) -> list[ConvProblem]:
 
 
 def _precision() -> Precision:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switch == "tf32" else "ieee"
 
 
 def _plan(problems: Sequence[ConvProblem], device: DeviceProperties, candidates: int) -> RichTable:
@@ -200,7 +206,7 @@ def _plan(problems: Sequence[ConvProblem], device: DeviceProperties, candidates:
     table.add_column("of", justify="right")
     for problem, count in zip(problems, counts, strict=True):
         gemm = f"{problem.gemm_m} x {problem.gemm_n} x {problem.gemm_k}"
-        table.add_row(describe(problem), gemm, str(count), str(len(configs.every_config(problem, device))))
+        table.add_row(describe(problem), gemm, str(count), str(len(configs.every_config(_key(problem), device))))
     return table
 
 

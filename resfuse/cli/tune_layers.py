@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from resfuse.backends.triton import conv_plan, grad_plan
 from resfuse.backends.triton.problems import KINDS, ConvProblem, Kind, Precision
 
 CIFAR = "cifar_resnet"
@@ -46,6 +47,12 @@ def layer_problems(
         if not (kind == "dgrad" and index == 0)
     ]
     return list(dict.fromkeys(problems))
+
+
+def tile_problem(problem: ConvProblem) -> ConvProblem:
+    """The problem that a configuration is chosen for: where kernels pack groups or taps, that of the packed ones."""
+    plan = conv_plan if problem.kind in ("forward", "train") else grad_plan
+    return plan.tile_problem(problem)
 
 
 # (h, w, c, k, r, s, stride, padding, dilation, groups), as `ConvProblem` has them

@@ -46,20 +46,20 @@ class Trial:
 
     def run(self, config: ConvConfig) -> None:
         """Launch the kernels with a configuration; the result is in `self.result`."""
-        from resfuse.backends.triton import conv_backward, conv_bn_act
+        from resfuse.backends.triton import conv_bn_act, conv_bn_act_train, dgrad, wgrad
 
         kind = self.problem.kind
-        norm = (self.running_mean, self.running_var, self.weight, self.bias, None, None, True)
+        rest = (self.weight, self.bias, None, None, True, *self._geometry)
         with configs.forced(kind, config):
             if kind == "forward":
-                conv_bn_act.eval_forward(self.x, self.w, *norm, *self._geometry, EPS, self.result)
+                conv_bn_act.eval_forward(self.x, self.w, self.running_mean, self.running_var, *rest, EPS, self.result)
             elif kind == "train":
                 saved = (self.z, self.result, self.mean, self.invstd)
-                conv_bn_act.train_forward(self.x, self.w, *norm, *self._geometry, MOMENTUM, EPS, *saved)
+                conv_bn_act_train.train_forward(self.x, self.w, None, None, *rest, MOMENTUM, EPS, *saved)
             elif kind == "dgrad":
-                conv_backward.dgrad(self.dz, self.w, *self._geometry, self.result)
+                dgrad.dgrad(self.dz, self.w, *self._geometry, self.result)
             else:
-                conv_backward.wgrad(self.dz, self.x, *self._geometry, self.result)
+                wgrad.wgrad(self.dz, self.x, *self._geometry, self.result)
 
     def deviation(self) -> float:
         """The worst element's distance from float64, relative to it or to the root mean square; infinite for NaN."""
