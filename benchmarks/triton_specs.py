@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from resfuse.backends.triton import (
+    add_relu,
+    bn_act,
     configs,
     conv_bn_act,
     conv_bn_act_train,
@@ -52,6 +54,28 @@ def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfi
         else:
             with configs.forced(p.kind, config):
                 calls[p.kind]()
+    return specs
+
+
+def pointwise_specs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, memory_format: torch.memory_format, device: DeviceProperties
+) -> list[KernelSpec]:
+    """What add_relu, bn_act and the split verbs launch on activations of one shape, with all that is optional, and bare."""
+    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+    v = torch.empty(shape[1], device="meta")
+    count = x.numel() // shape[1]
+    with launch.collected(device) as specs:
+        add_relu.forward(x, x, x)
+        add_relu.backward(x, x, x)
+        bn_act.statistics(x, v, v)
+        for y, residual, vector, relu in ((x, x, v, True), (None, None, None, False)):
+            bn_act.train_forward(x, residual, x, vector, vector, vector, vector, v, v, 0.1, 1e-5, relu)
+            for eps in (1e-5, None):
+                bn_act.apply(x, residual, x, v, v, vector, vector, eps, relu)
+            for batch_statistics in (True, False):
+                for dx in (x, None):
+                    bn_act.backward(x, x, y, vector, v, v, dx, residual, v, v, batch_statistics)
+                bn_act.backward_apply(x, x, y, vector, v, v, v, v, x, count if batch_statistics else None)
     return specs
 
 
