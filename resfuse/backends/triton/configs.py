@@ -20,6 +20,7 @@ __all__ = [
     "every_config",
     "forced",
     "heuristic_config",
+    "is_forced",
     "ranked",
 ]
 
@@ -48,6 +49,11 @@ def forced(kind: Kind, config: ConvConfig) -> Iterator[None]:
             del _forced[kind]
         else:
             _forced[kind] = before
+
+
+def is_forced(kind: Kind) -> bool:
+    """Whether `forced` holds for a kind of problem."""
+    return kind in _forced
 
 
 def forget() -> None:

@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.configs import conv_config
 from resfuse.backends.triton.conv_bn_act_train import train_forward
 from resfuse.backends.triton.conv_plan import (
     Pair,
+    chosen_config,
     conv_problem,
-    fitted,
     geometry_constants,
     resident,
     tile_grid,
@@ -23,7 +22,7 @@ from resfuse.backends.triton.conv_plan import (
 )
 from resfuse.backends.triton.conv_tile import conv_tile, output_channels, output_pixels, tile_of
 from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_channel
-from resfuse.backends.triton.launch import interpreted, launch, properties
+from resfuse.backends.triton.launch import launch, properties
 from resfuse.backends.triton.welford import inverse_deviation
 
 __all__ = ["conv_forward", "conv_problem", "eval_forward", "train_forward"]
@@ -138,7 +137,7 @@ def _launch(
     problem = conv_problem("forward", x, w, stride, padding, dilation, groups)
     device = properties(x.device)
     tiled = tile_problem(problem)
-    config = fitted(tiled, conv_config(tiled, device), shrink=interpreted())
+    config = chosen_config(tiled, device)
     tiles_m, tiles_n = tile_grid(tiled, config)
     programs = tiles_m * tiles_n * config.split_k
     if config.persistent:

@@ -8,11 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton.barrier import grid_barrier
-from resfuse.backends.triton.configs import conv_config
 from resfuse.backends.triton.conv_plan import (
     Pair,
+    chosen_config,
     conv_problem,
-    fitted,
     geometry_constants,
     tile_grid,
     tile_problem,
@@ -20,7 +19,7 @@ from resfuse.backends.triton.conv_plan import (
 )
 from resfuse.backends.triton.conv_tile import conv_tile, output_channels, output_pixels
 from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_channel
-from resfuse.backends.triton.launch import barrier, interpreted, launch, phases, properties
+from resfuse.backends.triton.launch import barrier, launch, phases, properties
 from resfuse.backends.triton.welford import (
     inverse_deviation,
     merge_parts,
@@ -172,7 +171,7 @@ def train_forward(
     problem = conv_problem("train", x, w, stride, padding, dilation, groups)
     device = properties(x.device)
     tiled = tile_problem(problem)
-    config = fitted(tiled, conv_config(tiled, device), shrink=interpreted())
+    config = chosen_config(tiled, device)
     tiles_m, tiles_n = tile_grid(tiled, config)
     plan = train_plan(tiled, config, device)
     forms = phases(launches, plan.resident)

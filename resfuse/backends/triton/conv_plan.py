@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from resfuse.backends.triton.configs import conv_config, is_forced
 from resfuse.backends.triton.heuristics import shared_memory
+from resfuse.backends.triton.launch import DeviceProperties, interpreted, resident_programs
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties
 
 # Channels of one tap that a step of the main loop should at least find: of fewer, neighbours are packed.
 _TENSOR_CORE_RUN, _FMA_RUN = 32, 16
 _MAX_REGISTERS = 255
 _SMALLEST_BLOCK = 16
+_INTERPRETED_M, _INTERPRETED_N = 256, 64
 _INT32_ELEMENTS = 2**31
 
 Pair = tuple[int, int]
@@ -70,20 +70,26 @@ def tile_problem(problem: ConvProblem) -> ConvProblem:
     return problem
 
 
-def fitted(problem: ConvProblem, config: ConvConfig, *, shrink: bool) -> ConvConfig:
-    """The configuration with no more split_k than a run has steps, and, to `shrink`, no blocks beyond the problem.
-
-    `problem` is a `tile_problem`.  The kernel splits the channels of every tap, not the taps.
-    """
-    if shrink:
-        config = dataclasses.replace(
-            config,
-            block_m=min(config.block_m, _block(problem.gemm_m)),
-            block_n=min(config.block_n, _block(problem.group_out)),
-            block_k=min(config.block_k, _block(problem.group_in)),
-        )
+def chosen_config(problem: ConvProblem, device: DeviceProperties) -> ConvConfig:
+    """The configuration for a `tile_problem`, with no more split_k than a run of channels has steps."""
+    config = conv_config(problem, device)
+    if interpreted():
+        config = _interpreters_config(problem, config)
     steps = _cdiv(problem.group_in, config.block_k)
     return config if config.split_k <= steps else dataclasses.replace(config, split_k=_power_of_two_below(steps))
+
+
+def _interpreters_config(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
+    """With few large tiles, which take an interpreter less time, but none beyond the problem; and as it was forced."""
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    if not is_forced(problem.kind):
+        block_m, block_n = max(block_m, _INTERPRETED_M), max(block_n, _INTERPRETED_N)
+    return dataclasses.replace(
+        config,
+        block_m=min(block_m, _block(problem.gemm_m)),
+        block_n=min(block_n, _block(problem.group_out)),
+        block_k=min(block_k, _block(problem.group_in)),
+    )
 
 
 def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
@@ -93,8 +99,6 @@ def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
 
 def resident(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
     """Programs that are certain to run at the same time, whatever number of registers the compiler takes."""
-    from resfuse.backends.triton.launch import resident_programs
-
     return resident_programs(device, config.num_warps, _MAX_REGISTERS, shared_memory(problem, config))
 
 
