@@ -23,8 +23,8 @@ from resfuse.backends.triton.grad_prologue import (
     BatchNormGrad,
     Grad,
     arguments,
+    computed_grad,
     grad_coefficients,
-    load_grad,
     tensor_of,
 )
 from resfuse.backends.triton.launch import launch
@@ -131,13 +131,17 @@ def dgrad_kernel(
             mask = row_mask[:, None]
             if RUN % BLOCK_K != 0 or GROUPS % PACK_GROUPS != 0:
                 mask = mask & k_mask[None, :]
-            scale, mean_g, mean, slope = grad_coefficients(
-                weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, pack * RUN + k, k_mask
-            )
-            a = load_grad(
-                dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr, dz_tap[:, None] + k[None, :], mask,
-                scale[None, :], mean_g[None, :], mean[None, :], slope[None, :],
-            )  # fmt: skip
+            offsets = dz_tap[:, None] + k[None, :]
+            if invstd_ptr is None:
+                a = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
+            else:
+                scale, mean_g, mean, slope = grad_coefficients(
+                    weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, pack * RUN + k, k_mask
+                )
+                a = computed_grad(
+                    dz_ptr, z_ptr, y_ptr, mean_ptr, offsets, mask,
+                    scale[None, :], mean_g[None, :], mean[None, :], slope[None, :],
+                )  # fmt: skip
 
             w_row = (pack * RUN + k).to(rows.dtype) * (R * S * CG) + w_tap
             if PACK_GROUPS > 1:  # zero off the diagonal

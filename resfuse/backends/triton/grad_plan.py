@@ -87,7 +87,9 @@ def _for_interpreter(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
     """The configuration without blocks beyond the (padded) tile problem, and with long steps over pixels."""
     rows, columns, inner, block_k = problem.gemm_m, problem.group_in, problem.group_out, config.block_k
     if problem.kind == "wgrad":
-        inner, block_k = problem.gemm_k, _INTERPRETED_PIXELS
+        inner = problem.gemm_k
+        if problem.dtype.itemsize == 2:  # in float32 the short sums of short steps are the accurate ones
+            block_k = _INTERPRETED_PIXELS
     else:
         rows = _cdiv(rows, problem.stride[0] * problem.stride[1])
     return dataclasses.replace(

@@ -56,31 +56,25 @@ def arguments(grad: Grad) -> tuple[Tensor | float | None, ...]:
 
 @triton.jit
 def grad_coefficients(weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, channels, mask):
-    """Vectors (scale, mean_g, mean, slope) of channels with dz = scale (g - mean_g - (z - mean) slope)."""
-    scale = tl.full(channels.shape, 1.0, tl.float32)
-    mean_g, mean, slope = scale, scale, scale  # not used where they are not loaded
-    if invstd_ptr is not None:
-        invstd = tl.load(invstd_ptr + channels, mask=mask, other=0.0)
-        scale = invstd
-        if weight_ptr is not None:
-            scale *= tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-        if mean_ptr is not None:
-            mean = tl.load(mean_ptr + channels, mask=mask, other=0.0)
-            mean_g = tl.load(sum_g_ptr + channels, mask=mask, other=0.0) / count
-            slope = invstd * (tl.load(sum_g_xhat_ptr + channels, mask=mask, other=0.0) / count)
+    """Vectors (scale, mean_g, mean, slope) over channels with dz = scale (g - mean_g - (z - mean) slope)."""
+    invstd = tl.load(invstd_ptr + channels, mask=mask, other=0.0)
+    scale, mean_g, mean, slope = invstd, invstd, invstd, invstd
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    if mean_ptr is not None:  # else running statistics, where the other three are not used
+        mean = tl.load(mean_ptr + channels, mask=mask, other=0.0)
+        mean_g = tl.load(sum_g_ptr + channels, mask=mask, other=0.0) / count
+        slope = invstd * (tl.load(sum_g_xhat_ptr + channels, mask=mask, other=0.0) / count)
     return scale, mean_g, mean, slope
 
 
 @triton.jit
-def load_grad(dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr, offsets, mask, scale, mean_g, mean, slope):
+def computed_grad(dy_ptr, z_ptr, y_ptr, mean_ptr, offsets, mask, scale, mean_g, mean, slope):
     """A tile of dz, zero outside of the mask; the coefficients are broadcast over it."""
-    dz = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
-    if invstd_ptr is not None:
-        g = dz.to(tl.float32)
-        if y_ptr is not None:
-            g = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0) <= 0, 0.0, g)
-        if mean_ptr is not None:
-            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            g = g - mean_g - (z - mean) * slope
-        dz = tl.where(mask, scale * g, 0.0).to(dz_ptr.dtype.element_ty)
-    return dz
+    g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if y_ptr is not None:
+        g = tl.where(tl.load(y_ptr + offsets, mask=mask, other=0.0) <= 0, 0.0, g)
+    if mean_ptr is not None:
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        g = g - mean_g - (z - mean) * slope
+    return tl.where(mask, scale * g, 0.0).to(dy_ptr.dtype.element_ty)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends.triton import add_relu, bn_act, conv_bn_act
-from resfuse.layout import conv_memory_format, conv_output_shape, dense
+from resfuse.backends.triton.dgrad import dgrad
+from resfuse.backends.triton.split_sum import column_sum
+from resfuse.backends.triton.wgrad import wgrad
+from resfuse.layout import conv_memory_format, conv_output_shape, dense, like_strides
 
 Pair = tuple[int, int]
 
@@ -134,6 +137,33 @@ def conv_forward(
     x, w = _channels_last(input), _weight_for(conv_weight, input)
     conv_bn_act.conv_forward(x, w, _unstrided(conv_bias), *conv, output)
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    conv = stride, padding, dilation, groups
+    dz = _channels_last(grad_output)
+    grad_input = grad_weight = grad_bias = None
+    if needs_grad[0]:
+        dx = torch.empty_like(input, memory_format=torch.channels_last)
+        dgrad(dz, _channels_last(conv_weight.to(dz.dtype)), *conv, dx)
+        grad_input = like_strides(dx, input)
+    if needs_grad[1]:
+        dw = torch.empty_like(conv_weight, memory_format=torch.channels_last)
+        wgrad(dz, _channels_last(input), *conv, dw)
+        grad_weight = like_strides(dw, conv_weight)
+    if needs_grad[2]:
+        grad_bias = dz.new_empty(conv_weight.shape[0])
+        column_sum(dz, grad_bias)
+    return grad_input, grad_weight, grad_bias
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from resfuse.backends.triton.grad_prologue import (
     BatchNormGrad,
     Grad,
     arguments,
+    computed_grad,
     grad_coefficients,
-    load_grad,
     tensor_of,
 )
 from resfuse.backends.triton.launch import launch
@@ -68,9 +68,10 @@ def wgrad_kernel(
         x_column = (r * DIL_H * W + s * DIL_W) * C + pack * PACK_WIDTH + column
         if GROUPS % PACK_GROUPS != 0:
             column_mask = column_mask & (pack * PACK_WIDTH + column < C)
-    scale, mean_g, mean, slope = grad_coefficients(
-        weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, k, k_mask
-    )
+    if invstd_ptr is not None:
+        scale, mean_g, mean, slope = grad_coefficients(
+            weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, k[:, None], k_mask[:, None]
+        )
 
     offs_k = tl.arange(0, BLOCK_K)
     if INDEX64:
@@ -88,11 +89,11 @@ def wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(begin, end):
         inside = pixels < M
-        a = load_grad(
-            dz_ptr, z_ptr, y_ptr, mean_ptr, invstd_ptr,
-            k[:, None] + pixels[None, :] * K, k_mask[:, None] & inside[None, :],
-            scale[:, None], mean_g[:, None], mean[:, None], slope[:, None],
-        )  # fmt: skip
+        offsets, mask = k[:, None] + pixels[None, :] * K, k_mask[:, None] & inside[None, :]
+        if invstd_ptr is None:
+            a = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
+        else:
+            a = computed_grad(dz_ptr, z_ptr, y_ptr, mean_ptr, offsets, mask, scale, mean_g, mean, slope)
         if POINTWISE:
             x_row = pixels * C
             mask = inside[:, None] & column_mask[None, :]
