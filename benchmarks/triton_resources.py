@@ -24,15 +24,16 @@ from benchmarks import triton_compile
 from benchmarks.options import DTYPES, RESULTS, summary
 from benchmarks.triton_compile import CACHE, DEVICES, Job, Usage
 from resfuse.backends.triton import INTERPRETED
-from resfuse.backends.triton.problems import KINDS, ConvProblem, Precision
+from resfuse.backends.triton.launch import KernelSpec
+from resfuse.backends.triton.problems import KINDS, Precision
 from resfuse.cli.tune import describe
 from resfuse.cli.tune_layers import layer_problems
 
 MODELS = ("resnet18", "resnet50", "cifar_resnet")
 BATCHES = tuple(2**exponent for exponent in range(10))
 TF32 = "tf32"
-CHANNELS = ("C", "K", "TILES_N")
-"""Compile-time parameters that --per-config does not tell apart."""
+POINTWISE = "pointwise"
+FLAGS = ("SPLIT", "PERSISTENT", "PACK_ROW", "PACK_TAPS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers = dict(_jobs(args))
     usages, errors = triton_compile.compile_all(layers, args.jobs, console, cache=args.cache)
     rows = [_row(job, *layers[job], usage) for job, usage in usages.items()]
-    for (capability, dtype), group in itertools.groupby(rows, key=lambda row: (row.capability, row.dtype)):
+    by_target = sorted(rows, key=_target)
+    for (capability, dtype), group in itertools.groupby(by_target, key=_target):
         console.print(_table(f"sm_{capability}, {dtype}: the most that any layer needs", list(group)))
     for job, error in errors.items():
         console.print(f"[red]sm_{job.capability} {job.name}, {layers[job][0]}:[/] {escape(error)}", soft_wrap=True)
@@ -94,10 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", nargs="+", default=list(MODELS), metavar="NAME", help=f"default {' '.join(MODELS)}")
     add("--arch", type=int, nargs="+", choices=tuple(DEVICES), default=list(DEVICES), help="default 80 90 100")
     add("--dtype", nargs="+", choices=(*DTYPES, TF32), default=["bfloat16"], help="default bfloat16")
-    add("--kind", nargs="+", choices=KINDS, default=list(KINDS), help="default all")
+    add("--kind", nargs="+", choices=(*KINDS, POINTWISE), default=[*KINDS, POINTWISE], help="default all")
     add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N", help="default 1 2 4 ... 512")
     add("--tables", action="store_true", help="also everything that tables may choose")
-    add("--per-config", action="store_true", help="one of the kernels that differ in their channels only")
+    add("--quick", action="store_true", help="of every configuration, one layer")
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)")
     add("--output", type=Path, default=RESULTS / "triton-resources.csv", help="CSV (default %(default)s)")
     add("--cache", type=Path, default=CACHE, help="where results are kept (default %(default)s)")
@@ -106,33 +108,49 @@ def _parser() -> argparse.ArgumentParser:
 
 def _jobs(args: argparse.Namespace) -> Iterator[tuple[Job, tuple[str, int]]]:
     """(kernel, (a layer, bound of the shared memory)) of everything asked for, each kernel once."""
-    from benchmarks.triton_specs import every_spec, shared_memory_bound
-
     seen = set()
     for capability, dtype in itertools.product(args.arch, args.dtype):
-        problems = [problem for model in args.model for problem in _problems(args, model, dtype)]
-        for problem, spec in every_spec(problems, DEVICES[capability], tables=args.tables):
+        for layer, spec, bound in _specs(args, capability, dtype):
             job = Job.of(capability, spec)
-            identity = _without_channels(job) if args.per_config else job
+            identity = _configuration(job) if args.quick else job
             if identity not in seen:
                 seen.add(identity)
-                yield job, (describe(problem), shared_memory_bound(problem, spec))
+                yield job, (layer, bound)
 
 
-def _problems(args: argparse.Namespace, model: str, dtype: str) -> list[ConvProblem]:
+def _specs(args: argparse.Namespace, capability: int, dtype: str) -> Iterator[tuple[str, KernelSpec, int]]:
+    """(layer, kernel, bound of its shared memory)."""
+    from benchmarks.triton_specs import every_spec, pointwise_specs, shared_memory_bound
+
+    device, torch_dtype = DEVICES[capability], DTYPES.get(dtype, torch.float32)
     precision: Precision = "tf32" if dtype == TF32 else "ieee"
-    return layer_problems(model, args.batch, DTYPES.get(dtype, torch.float32), kinds=args.kind, precision=precision)
+    kinds = [kind for kind in args.kind if kind != POINTWISE]
+    for model in args.model:
+        problems = layer_problems(model, args.batch, torch_dtype, kinds=kinds, precision=precision)
+        for problem, spec in every_spec(problems, device, tables=args.tables):
+            yield describe(problem), spec, shared_memory_bound(problem, spec)
+    if POINTWISE in args.kind and dtype != TF32:
+        for model, memory_format in itertools.product(args.model, (torch.channels_last, torch.contiguous_format)):
+            for p in layer_problems(model, args.batch, torch_dtype, kinds=["forward"]):
+                for spec in pointwise_specs((p.n, p.k, p.oh, p.ow), torch_dtype, memory_format, device):
+                    yield f"{p.n}x{p.oh}x{p.ow}x{p.k} {str(memory_format)[6:]}", spec, 0
 
 
-def _without_channels(job: Job) -> Job:
-    return dataclasses.replace(job, constants=tuple(item for item in job.constants if item[0] not in CHANNELS))
+def _configuration(job: Job) -> tuple[object, ...]:
+    """What is compiled once of each with --quick: tiles, options, and which operands there are; not shapes."""
+    constants = dict(job.constants)
+    tile = tuple(constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", *FLAGS, "PRECISION"))
+    absent = tuple(name for name, value in job.constants if value is None)
+    options = (job.num_warps, job.num_stages, job.cooperative)
+    return job.capability, job.name, job.signature[0], tile, absent, options
 
 
 def _row(job: Job, layer: str, shared_bound: int, usage: Usage) -> Row:
     constants = dict(job.constants)
     blocks = [str(value) for name, value in job.constants if name.startswith("BLOCK")]
-    flags = [name for name in ("SPLIT", "PERSISTENT", "PACK_ROW", "PACK_TAPS") if constants.get(name)]
+    flags = [name for name in FLAGS if constants.get(name)]
     flags += [f"{name} {constants[name]}" for name in ("SPLIT_K", "PACK_GROUPS") if constants.get(name, 1) > 1]
+    flags += ["GIVEN"] if "z_ptr" in constants and job.name != "conv_bn_act_train_kernel" else []
     dtype = "tf32" if constants.get("PRECISION") == TF32 else job.signature[0][1].removeprefix("*")
     return Row(
         job.capability, job.name, dtype, layer, "x".join(blocks), " ".join(flags), job.num_stages, job.cooperative,
@@ -161,6 +179,10 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
             " ".join(sorted({usage.mma.partition(".")[0] for usage in usages})),
         )  # fmt: skip
     return table
+
+
+def _target(row: Row) -> tuple[int, str]:
+    return row.capability, row.dtype
 
 
 def _names(record: type) -> list[str]:

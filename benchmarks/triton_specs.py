@@ -29,9 +29,10 @@ _switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
 def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfig | None = None) -> list[KernelSpec]:
-    """What a convolution launches, in the form that takes the most registers, with the configuration given or chosen.
+    """What a convolution launches, with the configuration given or chosen.
 
-    That is with a residual and a ReLU, and in the gradients with dz computed while it is loaded.
+    Forward in the form that takes the most registers, with a residual and a ReLU; gradients from a dz that is given, and
+    from one that is computed while it is loaded.
     """
     p = problem
     x, dz, w = (
@@ -42,11 +43,11 @@ def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfi
     grad = BatchNormGrad(dz, z, out, weight, mean, var, sum_1, sum_2, p.n * p.oh * p.ow)
     norm = (mean, var, weight, bias, None, residual, True)
     geometry = (p.stride, p.padding, p.dilation, p.groups)
-    calls: dict[Kind, Callable[[], None]] = {
+    calls: dict[Kind, Callable[[], Any]] = {
         "forward": lambda: conv_bn_act.eval_forward(x, w, *norm, *geometry, 1e-5, out),
         "train": lambda: conv_bn_act_train.train_forward(x, w, *norm, *geometry, 0.1, 1e-5, z, out, sum_1, sum_2),
-        "dgrad": lambda: dgrad.dgrad(grad, w, *geometry, x),
-        "wgrad": lambda: wgrad.wgrad(grad, x, *geometry, w),
+        "dgrad": lambda: (dgrad.dgrad(dz, w, *geometry, x), dgrad.dgrad(grad, w, *geometry, x)),
+        "wgrad": lambda: (wgrad.wgrad(dz, x, *geometry, w), wgrad.wgrad(grad, x, *geometry, w)),
     }
     with launch.collected(device) as specs, float32_convolutions(p.precision):
         if config is None:
@@ -60,7 +61,7 @@ def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfi
 def pointwise_specs(
     shape: tuple[int, int, int, int], dtype: torch.dtype, memory_format: torch.memory_format, device: DeviceProperties
 ) -> list[KernelSpec]:
-    """What add_relu, bn_act and the split verbs launch on activations of one shape, with all that is optional, and bare."""
+    """What add_relu, bn_act and the split verbs launch on one shape, with all that is optional and without."""
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
     v = torch.empty(shape[1], device="meta")
     count = x.numel() // shape[1]

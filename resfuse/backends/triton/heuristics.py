@@ -73,15 +73,15 @@ def heuristic_config(problem: ConvProblem, device: DeviceProperties) -> ConvConf
 def shared_memory(problem: ConvProblem, config: ConvConfig) -> int:
     """Bytes of shared memory, at most.
 
-    Each of the stages holds a tile of both operands.  Where dz is computed while it is loaded, it is one of dy, z and y
-    in all stages but the current one.  Kernels with several tiles per program also keep room for an epilogue.
+    Each stage holds a tile of both operands.  Where dz is computed while it is loaded, all but the current stage have
+    dy, z, y and five vectors instead.  Kernels with several tiles per program also keep room for an epilogue.
     """
     size = problem.dtype.itemsize
     first, second = config.block_m * config.block_k * size, config.block_n * config.block_k * size
     epilogue = config.block_m * config.block_n * size
     if problem.kind in ("dgrad", "wgrad"):
-        operands = first * (3 * (config.num_stages - 1) + 1) + second * config.num_stages + 3 * 4 * config.block_k
-        return max(operands, epilogue) + _SLACK
+        computed = (config.num_stages - 1) * (3 * first + 5 * 4 * config.block_k) + first
+        return max(computed + second * config.num_stages, epilogue) + _SLACK
     return (first + second) * config.num_stages + epilogue + _SLACK
 
 
