@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ _switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfig | None = None) -> list[KernelSpec]:
     """What a convolution launches, with the configuration given or chosen.
 
-    Forward in the form that takes the most registers, with a residual and a ReLU; gradients from a dz that is given, and
+    Forward in the form that takes the most registers, with a residual and a ReLU; gradients from a dz that is given and
     from one that is computed while it is loaded.
     """
     p = problem
@@ -43,18 +44,20 @@ def conv_specs(problem: ConvProblem, device: DeviceProperties, config: ConvConfi
     grad = BatchNormGrad(dz, z, out, weight, mean, var, sum_1, sum_2, p.n * p.oh * p.ow)
     norm = (mean, var, weight, bias, None, residual, True)
     geometry = (p.stride, p.padding, p.dilation, p.groups)
-    calls: dict[Kind, Callable[[], Any]] = {
+    calls: dict[Kind, Callable[[], None]] = {
         "forward": lambda: conv_bn_act.eval_forward(x, w, *norm, *geometry, 1e-5, out),
         "train": lambda: conv_bn_act_train.train_forward(x, w, *norm, *geometry, 0.1, 1e-5, z, out, sum_1, sum_2),
-        "dgrad": lambda: (dgrad.dgrad(dz, w, *geometry, x), dgrad.dgrad(grad, w, *geometry, x)),
-        "wgrad": lambda: (wgrad.wgrad(dz, x, *geometry, w), wgrad.wgrad(grad, x, *geometry, w)),
+        "dgrad": lambda: dgrad.dgrad(dz, w, *geometry, x),
+        "wgrad": lambda: wgrad.wgrad(dz, x, *geometry, w),
     }
-    with launch.collected(device) as specs, float32_convolutions(p.precision):
-        if config is None:
-            calls[p.kind]()
-        else:
-            with configs.forced(p.kind, config):
-                calls[p.kind]()
+    fused: dict[Kind, Callable[[], None]] = {
+        "dgrad": lambda: dgrad.dgrad(grad, w, *geometry, x),
+        "wgrad": lambda: wgrad.wgrad(grad, x, *geometry, w),
+    }
+    choice = contextlib.nullcontext() if config is None else configs.forced(p.kind, config)
+    with launch.collected(device) as specs, float32_convolutions(p.precision), choice:
+        calls[p.kind]()
+        fused.get(p.kind, lambda: None)()
     return specs
 
 
