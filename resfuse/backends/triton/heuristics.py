@@ -112,6 +112,19 @@ def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
     return loop_taps(problem) * steps if problem.kind in ("forward", "train") else steps
 
 
+def loop_starts(problem: ConvProblem, config: ConvConfig) -> int:
+    """How often a program waits for a first load: the loops are nested, and the pipeline ends with the innermost.
+
+    That is the loop over the channels of a tap, or, where they are one step, over the taps (of a row of the filter).
+    """
+    if problem.kind == "wgrad":
+        return 1
+    steps = _cdiv(_cdiv(_step_extent(problem), config.block_k), config.split_k)
+    if problem.kind == "dgrad":
+        return loop_taps(problem) if steps > 1 else 1
+    return loop_taps(problem) if steps > 1 else problem.r
+
+
 def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
     """Programs that one multiprocessor holds at a time."""
     threads = 32 * config.num_warps
@@ -136,7 +149,8 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     multiply = 2 * output * config.block_k / (_flops(problem, device) * _efficiency(problem, config))
     load = (config.block_m + config.block_n) * config.block_k * size / _L2_BYTES
     throughput = per_multiprocessor * steps * max(multiply, load)
-    latency = rounds * steps * _LOAD_LATENCY / (config.num_stages - 1)
+    waits = loop_starts(problem, config)
+    latency = rounds * _LOAD_LATENCY * (waits + (steps - waits) / (config.num_stages - 1))
     store = per_multiprocessor * output * (size if config.split_k == 1 else 4) / _L2_BYTES
     overhead = rounds * _TILE_OVERHEAD * (0.7 if config.persistent else 1)
     time = max(throughput, latency) + store + overhead
