@@ -49,18 +49,14 @@ def output_pixels(tile_m, BLOCK_M: tl.constexpr, INDEX64: tl.constexpr):
 
 
 @triton.jit
-def conv_tile(
-    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
+def tap_sums(
+    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
 ):  # fmt: skip
-    """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
-
-    Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are
-    nested, not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
-    """
+    """The sums [BLOCK_M, BLOCK_N], of what `group` of the pack contributes or (not ISOLATE) all of them."""
     CG: tl.constexpr = C // GROUPS
     KG: tl.constexpr = K // GROUPS
     RUN: tl.constexpr = S * C if PACK_ROW else PACK_GROUPS * CG
@@ -70,6 +66,7 @@ def conv_tile(
     EVEN_RUN: tl.constexpr = RUN % (BLOCK_K * SPLIT_K) == 0 and GROUPS % PACK_GROUPS == 0
     EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % BLOCK_N == 0 and GROUPS % PACK_GROUPS == 0
     PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    STAGES: tl.constexpr = 1 if ISOLATE else None  # seldom run: no registers for it
 
     offs_k = tl.arange(0, BLOCK_K)
     run_end = tl.minimum(RUN, C - pack * RUN) if GROUPS > 1 else RUN
@@ -85,8 +82,8 @@ def conv_tile(
     group_of_channel = (channels - pack * (PACK_GROUPS * KG)) // KG
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r in range(R):
-        for s in range(TAPS_W):
+    for r in tl.range(R, num_stages=STAGES):
+        for s in tl.range(TAPS_W, num_stages=STAGES):
             row_mask = in_range
             if PADDED:
                 ih = ih0 + r * DIL_H
@@ -96,7 +93,7 @@ def conv_tile(
                     row_mask = row_mask & (iw >= 0) & (iw < W)
             x_tap = (x_pixel + (r * DIL_H * W + s * DIL_W)) * C + pack * RUN
             w_tap = w_row + (r * TAPS_W + s) * (S * CG // TAPS_W)
-            for step in range(STEPS_OF_SPLIT):
+            for step in tl.range(STEPS_OF_SPLIT, num_stages=STAGES):
                 k = (split * STEPS_OF_SPLIT + step) * BLOCK_K + offs_k
                 x_mask = row_mask[:, None]
                 if PACK_ROW and PADDED:
@@ -104,6 +101,8 @@ def conv_tile(
                     x_mask = x_mask & (iw >= 0) & (iw < W)
                 if not EVEN_RUN:
                     x_mask = x_mask & (k < run_end)[None, :]
+                if ISOLATE:
+                    x_mask = x_mask & (k // CG == group)[None, :]
                 a = tl.load(x_ptr + (x_tap[:, None] + k[None, :]), mask=x_mask, other=0.0)
 
                 w_k = k % CG if PACK_GROUPS > 1 else k
@@ -118,4 +117,38 @@ def conv_tile(
                 else:
                     b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def conv_tile(
+    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
+
+    Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are
+    nested, not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
+
+    The zeros of a block-diagonal w make NaN of another group's NaN and infinities.  So, seeing NaN, the tile is
+    computed again with one group at a time.
+    """
+    acc = tap_sums(
+        x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW,
+        C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, False,
+    )  # fmt: skip
+    if PACK_GROUPS > 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if tl.sum((acc != acc).to(tl.int32)) > 0:
+            group_of_channel = channels // (K // GROUPS) - pack * PACK_GROUPS
+            for group in range(PACK_GROUPS):
+                alone = tap_sums(
+                    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
+                    C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, True,
+                )  # fmt: skip
+                acc = tl.where((group_of_channel == group)[None, :], alone, acc)
     return acc
