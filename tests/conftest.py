@@ -14,7 +14,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from resfuse.backends import buffer_pool  # noqa: E402
+from resfuse.backends import buffer_pool
 
 # The same examples on every run: a failure belongs to the change that caused it.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)

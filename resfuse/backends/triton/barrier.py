@@ -16,9 +16,21 @@ def grid_barrier(barrier_ptr, num_programs):
         barrier_ptr: an int32, zero at first, that no other launch uses at the same time.
         num_programs: size of the grid.
     """
-    tl.debug_barrier()  # all threads have written before one of them releases
-    arrival = tl.where(tl.program_id(0) == 0, -2147483648 - (num_programs - 1), 1)
-    before = tl.atomic_add(barrier_ptr, arrival, sem="release", scope="gpu")
-    while (tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu") ^ before) >= 0:  # the same top bit
+    before = arrive(barrier_ptr, num_programs)
+    while not has_opened(tl.atomic_add(barrier_ptr, 0, sem="acquire", scope="gpu"), before):
         pass
     tl.debug_barrier()
+
+
+@triton.jit
+def arrive(barrier_ptr, num_programs):
+    """Count this program in; what the word was before."""
+    tl.debug_barrier()  # all threads have written before one of them releases
+    arrival = tl.where(tl.program_id(0) == 0, -2147483648 - (num_programs - 1), 1)
+    return tl.atomic_add(barrier_ptr, arrival, sem="release", scope="gpu")
+
+
+@triton.jit
+def has_opened(now, before):
+    """Whether the last program has arrived between two readings of the word, the first of which is this program's."""
+    return (now ^ before) < 0

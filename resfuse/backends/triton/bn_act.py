@@ -20,7 +20,7 @@ x, residual, y, dy, dx: float32, bfloat16 or float16, all of one memory order.  
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from resfuse.backends.triton.barrier import grid_barrier
 from resfuse.backends.triton.launch import (
-    DeviceProperties,
     barrier,
     interpreted,
     launch,
@@ -46,10 +45,21 @@ from resfuse.backends.triton.welford import (
     update_running,
 )
 
-REDUCTION_TILE, ELEMENTWISE_TILE = 8192, 4096  # elements
-ELEMENTS_PER_THREAD = {REDUCTION_TILE: 16, ELEMENTWISE_TILE: 32}
 LOADS_AHEAD = tl.constexpr(32)  # bits: tiles of 2-byte elements are loaded in pairs, to have as much under way
-INTERPRETED_PROGRAMS = 6  # of a reduction: enough to merge something
+INTERPRETED_PROGRAMS = 3  # of a reduction: enough to merge something, and few because each takes long
+INTERPRETED_THREADS = 4  # times as many: what a tile costs there hardly depends on its size
+
+
+class Work(NamedTuple):
+    """Threads of a program, and elements of a tile that each of them has."""
+
+    threads: int
+    elements: int
+    scattered: int
+    """Elements where they have to be addressed one by one."""
+
+
+REDUCTION, ELEMENTWISE = Work(512, 16, 8), Work(128, 32, 8)
 
 
 @triton.jit
@@ -149,9 +159,7 @@ def _part_statistics(
     part, channel, first, count, _ = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
     mean, m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
-        offset, offsets, mask = _tile(
-            first + i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
-        )
+        offset, offsets, mask = _tile(first + i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N)
         u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
         d = tl.where(mask, u - mean, 0.0)
         mean += d * (1.0 / (i + 1))
@@ -193,7 +201,7 @@ def bn_statistics_kernel(
     if PHASE == 0:
         grid_barrier(barrier_ptr, tl.num_programs(0))
     if PHASE != 1 and part == 0:
-        whole, mean, m2 = _whole_statistics(
+        _count, mean, m2 = _whole_statistics(
             workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, tiles,
             BLOCK_M, BLOCK_N, BLOCK_PARTS,
         )  # fmt: skip
@@ -395,21 +403,22 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(shape: torch.Size, channels_last: bool, itemsize: int, tile: int, most_programs: int) -> Plan:
-    """Tiles of `tile` elements, 128 bytes or more side by side where the tensor has them, for `most_programs` at once."""
+def plan(shape: torch.Size, channels_last: bool, itemsize: int, work: Work, most_programs: int) -> Plan:
+    """Tiles of 256 bytes or more side by side, where the tensor has them, in parts for `most_programs` at a time."""
     n, channels, h, w = shape
     images, positions = (1, n * h * w) if channels_last else (n, h * w)
+    elements = work.scattered if (channels if channels_last else positions) % 16 else work.elements
     if channels_last:
         block_n = min(triton.next_power_of_2(channels), 256 // itemsize)
-        block_m = min(triton.next_power_of_2(positions), tile // block_n)
+        block_m = min(triton.next_power_of_2(positions), work.threads * elements // block_n)
     else:
         block_m = min(triton.next_power_of_2(positions), 512 // itemsize)
-        block_n = min(triton.next_power_of_2(channels), tile // block_m)
+        block_n = min(triton.next_power_of_2(channels), work.threads * elements // block_m)
     tiles = triton.cdiv(positions, block_m) * images
     tiles_per_part = triton.cdiv(tiles, max(1, most_programs // triton.cdiv(channels, block_n)))
     return Plan(
         images, positions, channels, channels_last, block_m, block_n,
-        num_warps=min(16, max(1, block_m * block_n // (32 * ELEMENTS_PER_THREAD[tile]))),
+        num_warps=max(1, block_m * block_n // (32 * elements)),
         parts=triton.cdiv(tiles, tiles_per_part),
         tiles_per_part=tiles_per_part,
     )  # fmt: skip
@@ -451,7 +460,7 @@ def apply(
     relu: bool,
 ) -> None:
     """Fill y by given statistics; `spread` is the variance, or, where eps is None, already invstd."""
-    cut = _plan(x, ELEMENTWISE_TILE)
+    cut = _plan(x, ELEMENTWISE)
     launch(
         bn_apply_kernel, (cut.tiles * cut.channel_blocks,),
         x, residual, y, mean, spread, weight, bias, cut.images, cut.positions, cut.channels, eps or 0.0,
@@ -498,7 +507,7 @@ def backward_apply(
     count: int | None,
 ) -> None:
     """Fill dx by given sums over `count` values; None: by running statistics."""
-    cut = _plan(x, ELEMENTWISE_TILE)
+    cut = _plan(x, ELEMENTWISE)
     launch(
         bn_backward_apply_kernel, (cut.tiles * cut.channel_blocks,),
         dy, x, y, weight, mean, invstd, sum_g, sum_g_xhat, dx, cut.images, cut.positions, cut.channels,
@@ -509,10 +518,10 @@ def backward_apply(
 def _reduce(
     kernel: Any, x: Tensor, pointers: tuple[Any, ...], scalars: tuple[float, ...], launches: int | None, **flags: bool
 ) -> None:
-    cut = _plan(x, REDUCTION_TILE)
+    cut = _plan(x, REDUCTION)
     resident = resident_programs(properties(x.device), cut.num_warps)
     workspace = torch.empty((cut.parts, 2, cut.channels), dtype=torch.float32, device=x.device)
-    block_parts = min(triton.next_power_of_2(cut.parts), REDUCTION_TILE // cut.block_n)
+    block_parts = min(triton.next_power_of_2(cut.parts), REDUCTION.threads * REDUCTION.elements // cut.block_n)
     for phase in phases(launches, cut.programs <= resident):
         launch(
             kernel, (cut.programs,),
@@ -523,6 +532,9 @@ def _reduce(
         )  # fmt: skip
 
 
-def _plan(x: Tensor, tile: int) -> Plan:
-    most = INTERPRETED_PROGRAMS if interpreted() else properties(x.device).num_sms
-    return plan(x.shape, x.is_contiguous(memory_format=torch.channels_last), x.element_size(), tile, most)
+def _plan(x: Tensor, work: Work) -> Plan:
+    if interpreted():
+        work, most_programs = work._replace(threads=work.threads * INTERPRETED_THREADS), INTERPRETED_PROGRAMS
+    else:
+        most_programs = properties(x.device).num_sms
+    return plan(x.shape, x.is_contiguous(memory_format=torch.channels_last), x.element_size(), work, most_programs)

@@ -1,20 +1,23 @@
-"""Corrections to Triton's interpreter (3.6), where it is further from the truth than a GPU.
+"""Corrections to Triton's interpreter (3.6), where it is further from the truth than a GPU, or slower than need be.
 
-It rounds float32 to bfloat16 towards zero, multiplies the bits of bfloat16 matrices as if they were integers, and sums
-one number after the other where a GPU adds in a tree.
+It rounds float32 to bfloat16 towards zero, multiplies the bits of bfloat16 matrices as if they were integers, sums one
+number after the other where a GPU adds in a tree, and replaces the functions of triton.language by its own, wrapped
+once more, at every call of a function under triton.jit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def correct() -> None:
-    """Replace the three operations, for the whole process."""
+    """Replace what is wrong, and triton.language once and for all, in the whole process."""
     cast, dot, add_up = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, ReduceOps.sum
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
@@ -36,6 +39,22 @@ def correct() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     ReduceOps.sum = reduce_sum
+    # Every sum and product of integers done again in 64 bits, to check it: half of all time, and GPUs do not either.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _patch_language()
+
+
+def _patch_language() -> None:
+    """Do at once what `_patch_lang` does at every call, and have it do nothing from then on."""
+    scope = interpreter._LangPatchScope()
+    for module in (tl, tl.core):
+        interpreter._patch_builtin(module, interpreter.interpreter_builder, scope)
+        interpreter._patch_lang_core(module, scope)
+    for owner in (tl.tensor, tl.math, tl.core.tensor_descriptor_base):
+        interpreter._patch_builtin(owner, interpreter.interpreter_builder, scope)
+    interpreter._patch_lang_tensor(tl.tensor, scope)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
 def _narrow(values: Any) -> Any:

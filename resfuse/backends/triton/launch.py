@@ -128,7 +128,7 @@ def properties(device: torch.device) -> DeviceProperties:
 
 @functools.cache
 def _cuda_properties(device: torch.device) -> DeviceProperties:
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     return DeviceProperties(
         found.name, (found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin
     )
@@ -295,9 +295,7 @@ def _spec(
             signature[name] = "fp32"
     names = kernel.arg_names[len(args) :]
     assert list(constants) == names, f"{kernel.__name__}: constants {list(constants)} for parameters {names}"
-    return KernelSpec(
-        kernel, signature, compiled_in, tuple(aligned), num_warps, num_stages, cooperative, grid
-    )
+    return KernelSpec(kernel, signature, compiled_in, tuple(aligned), num_warps, num_stages, cooperative, grid)
 
 
 _barriers: dict[tuple[int, int], Tensor] = {}

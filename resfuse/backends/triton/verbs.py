@@ -49,7 +49,7 @@ def bn_act_forward(
     running = _unstrided(running_mean), _unstrided(running_var)
     if not training:
         assert running[0] is not None and running[1] is not None
-        bn_act.apply(input, residual, output, *running, weight, bias, eps, relu)
+        bn_act.apply(input, residual, output, running[0], running[1], weight, bias, eps, relu)
         return output, None, None
     mean, invstd = _statistics_like(input), _statistics_like(input)
     bn_act.train_forward(input, residual, output, weight, bias, *running, mean, invstd, momentum, eps, relu)
@@ -101,8 +101,7 @@ def conv_bn_act_forward(
     eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    conv = stride, padding, dilation, groups
-    output = _conv_output(input, conv_weight, conv)
+    output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
     memory_format = conv_memory_format(input, conv_weight)
     x, w = _channels_last(input), _weight_for(conv_weight, input)
     residual = None if residual is None else _channels_last(residual)
@@ -112,12 +111,15 @@ def conv_bn_act_forward(
         assert running[0] is not None and running[1] is not None
         if overwrite_residual and residual is not None:
             output = residual
-        conv_bn_act.eval_forward(x, w, running[0], running[1], *vectors, residual, relu, *conv, eps, output)
+        conv_bn_act.eval_forward(
+            x, w, running[0], running[1], *vectors, residual, relu, stride, padding, dilation, groups, eps, output
+        )  # fmt: skip
         return output.contiguous(memory_format=memory_format), None, None, None
     z = torch.empty_like(output)
     mean, invstd = _statistics_like(output), _statistics_like(output)
     conv_bn_act.train_forward(
-        x, w, *running, *vectors, residual, relu, *conv, momentum, eps, z, output, mean, invstd
+        x, w, *running, *vectors, residual, relu, stride, padding, dilation, groups, momentum, eps,
+        z, output, mean, invstd,
     )  # fmt: skip
     _copy_back((running_mean, running_var), running)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
@@ -212,8 +214,10 @@ def bn_backward_apply(
     input = dense(input)
     grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
     grad_input = torch.empty_like(input)
-    vectors = (_unstrided(vector) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
-    bn_act.backward_apply(grad_output, input, output, *vectors, grad_input, count)
+    bn_act.backward_apply(
+        grad_output, input, output, _unstrided(weight), _unstrided(mean), _unstrided(invstd),
+        _unstrided(sum_g), _unstrided(sum_g_xhat), grad_input, count,
+    )  # fmt: skip
     return grad_input
 
 

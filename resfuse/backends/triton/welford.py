@@ -80,9 +80,7 @@ def merge_parts(
 
 
 @triton.jit
-def sum_parts(
-    workspace_ptr, parts, channels, column, mask, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr
-):
+def sum_parts(workspace_ptr, parts, channels, column, mask, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """The sums over all parts of the workspace, for the channels `column` (a vector of BLOCK_N) under `mask`."""
     first, second = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
