@@ -56,6 +56,71 @@ def taps_of_phase(
 
 
 @triton.jit
+def tap_sums(
+    dz_ptr, z_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, w_ptr,
+    dz_row, h, w, inside, pack, local, channel_mask, begin, end, group,
+    first_r, first_s, count_s, shift_h, shift_w, OH, OW,
+    CG: tl.constexpr, K: tl.constexpr, KG: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, PACK_GROUPS: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+):  # fmt: skip
+    """The sums [BLOCK_M, BLOCK_N] over steps `begin` to `end` of a phase; ISOLATE: of one group of the pack alone."""
+    RUN: tl.constexpr = PACK_GROUPS * KG
+    STEPS: tl.constexpr = -(-RUN // BLOCK_K)
+    STAGES: tl.constexpr = 1 if ISOLATE else None  # seldom run: no registers for it
+    offs_k = tl.arange(0, BLOCK_K)
+    run_end = tl.minimum(RUN, K - pack * RUN)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for tap in tl.range(begin // STEPS, tl.cdiv(end, STEPS), num_stages=STAGES):
+        r, s = first_r + tap // count_s * STEP_H, first_s + tap % count_s * STEP_W
+        down, right = (shift_h - r * DIL_H) // STRIDE_H, (shift_w - s * DIL_W) // STRIDE_W
+        row_mask = inside
+        if not WHOLE:
+            oh, ow = h + down, w + right
+            row_mask = row_mask & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
+        dz_tap = dz_row + (down * OW + right) * K
+        w_tap = (r * S + s) * CG
+        if SPLIT:
+            first_step, end_step = tl.maximum(begin - tap * STEPS, 0), tl.minimum(end - tap * STEPS, STEPS)
+        else:
+            first_step, end_step = 0, STEPS
+        for step in tl.range(first_step, end_step, num_stages=STAGES):
+            k = step * BLOCK_K + offs_k
+            k_mask = k < run_end
+            mask = row_mask[:, None]
+            if not EVEN_K:
+                mask = mask & k_mask[None, :]
+            if ISOLATE:
+                mask = mask & (k // KG == group)[None, :]
+            offsets = dz_tap[:, None] + k[None, :]
+            if invstd_ptr is None:
+                a = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
+            else:
+                scale, mean_g, mean, slope = grad_coefficients(
+                    weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, pack * RUN + k, k_mask
+                )
+                a = computed_grad(
+                    dz_ptr, z_ptr, y_ptr, mean_ptr, offsets, mask,
+                    scale[None, :], mean_g[None, :], mean[None, :], slope[None, :],
+                )  # fmt: skip
+
+            w_row = (pack * RUN + k).to(dz_row.dtype) * (R * S * CG) + w_tap
+            if PACK_GROUPS > 1:  # zero off the diagonal
+                diagonal = (k // KG)[:, None] == (local // CG)[None, :]
+                offsets = w_row[:, None] + (local % CG)[None, :]
+                b = tl.load(w_ptr + offsets, mask=diagonal & k_mask[:, None] & channel_mask[None, :], other=0.0)
+            elif EVEN_K and CG % BLOCK_N == 0:
+                b = tl.load(w_ptr + w_row[:, None] + local[None, :])
+            else:
+                offsets = w_row[:, None] + local[None, :]
+                b = tl.load(w_ptr + offsets, mask=k_mask[:, None] & channel_mask[None, :], other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def dgrad_kernel(
     dz_ptr, z_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, w_ptr, dx_ptr,
     M, H, W, OH, OW, tiles_m, part_size, split_k,
@@ -78,6 +143,7 @@ def dgrad_kernel(
     RUN: tl.constexpr = PACK_GROUPS * KG
     TILES_N: tl.constexpr = (-(-GROUPS // PACK_GROUPS)) * (-(-PACK_GROUPS * CG // BLOCK_N))
     STEPS: tl.constexpr = -(-RUN // BLOCK_K)
+    EVEN_K: tl.constexpr = RUN % BLOCK_K == 0 and GROUPS % PACK_GROUPS == 0
     STRIDED: tl.constexpr = STRIDE_H > 1 or STRIDE_W > 1
     WHOLE: tl.constexpr = R == 1 and S == 1 and PAD_H == 0 and PAD_W == 0 and not STRIDED
 
@@ -99,61 +165,31 @@ def dgrad_kernel(
 
     first_r, count_r = taps_of_phase(phase_h, R, STRIDE_H, PAD_H, DIL_H, STEP_H, INVERSE_H)
     first_s, count_s = taps_of_phase(phase_w, S, STRIDE_W, PAD_W, DIL_W, STEP_W, INVERSE_W)
-    taps = count_r * count_s
+    begin, end = 0, count_r * count_s * STEPS
     if SPLIT:
-        total = taps * STEPS
         part = tl.program_id(1)
-        begin, end = total * part // split_k, total * (part + 1) // split_k
-        first_tap, end_tap = begin // STEPS, tl.cdiv(end, STEPS)
-    else:
-        first_tap, end_tap = 0, taps
+        begin, end = end * part // split_k, end * (part + 1) // split_k
 
     dz_row = ((image * OH + h) * OW + w) * K + pack * RUN
-    offs_k = tl.arange(0, BLOCK_K)
-    run_end = tl.minimum(RUN, K - pack * RUN)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for tap in range(first_tap, end_tap):
-        r, s = first_r + tap // count_s * STEP_H, first_s + tap % count_s * STEP_W
-        down, right = (phase_h + PAD_H - r * DIL_H) // STRIDE_H, (phase_w + PAD_W - s * DIL_W) // STRIDE_W
-        row_mask = inside
-        if not WHOLE:
-            oh, ow = h + down, w + right
-            row_mask = row_mask & (oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW)
-        dz_tap = dz_row + (down * OW + right) * K
-        w_tap = (r * S + s) * CG
-        if SPLIT:
-            first_step, end_step = tl.maximum(begin - tap * STEPS, 0), tl.minimum(end - tap * STEPS, STEPS)
-        else:
-            first_step, end_step = 0, STEPS
-        for step in range(first_step, end_step):
-            k = step * BLOCK_K + offs_k
-            k_mask = k < run_end
-            mask = row_mask[:, None]
-            if RUN % BLOCK_K != 0 or GROUPS % PACK_GROUPS != 0:
-                mask = mask & k_mask[None, :]
-            offsets = dz_tap[:, None] + k[None, :]
-            if invstd_ptr is None:
-                a = tl.load(dz_ptr + offsets, mask=mask, other=0.0)
-            else:
-                scale, mean_g, mean, slope = grad_coefficients(
-                    weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, pack * RUN + k, k_mask
-                )
-                a = computed_grad(
-                    dz_ptr, z_ptr, y_ptr, mean_ptr, offsets, mask,
-                    scale[None, :], mean_g[None, :], mean[None, :], slope[None, :],
+    acc = tap_sums(
+        dz_ptr, z_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, w_ptr,
+        dz_row, h, w, inside, pack, local, channel_mask, begin, end, 0,
+        first_r, first_s, count_s, phase_h + PAD_H, phase_w + PAD_W, OH, OW,
+        CG, K, KG, R, S, STRIDE_H, STRIDE_W, DIL_H, DIL_W, STEP_H, STEP_W, PACK_GROUPS, EVEN_K, WHOLE,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, PRECISION, False,
+    )  # fmt: skip
+    if PACK_GROUPS > 1:  # noqa: SIM102 (known when compiling; the other is not)
+        # The zeros of a block-diagonal w make NaN of another group's NaN and infinities: one group at a time, then.
+        if tl.sum((acc != acc).to(tl.int32)) > 0:
+            for group in range(PACK_GROUPS):
+                alone = tap_sums(
+                    dz_ptr, z_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, count, w_ptr,
+                    dz_row, h, w, inside, pack, local, channel_mask, begin, end, group,
+                    first_r, first_s, count_s, phase_h + PAD_H, phase_w + PAD_W, OH, OW,
+                    CG, K, KG, R, S, STRIDE_H, STRIDE_W, DIL_H, DIL_W, STEP_H, STEP_W, PACK_GROUPS, EVEN_K, WHOLE,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, PRECISION, True,
                 )  # fmt: skip
-
-            w_row = (pack * RUN + k).to(rows.dtype) * (R * S * CG) + w_tap
-            if PACK_GROUPS > 1:  # zero off the diagonal
-                diagonal = (k // KG)[:, None] == (local // CG)[None, :]
-                offsets = w_row[:, None] + (local % CG)[None, :]
-                b = tl.load(w_ptr + offsets, mask=diagonal & k_mask[:, None] & channel_mask[None, :], other=0.0)
-            elif RUN % BLOCK_K == 0 and CG % BLOCK_N == 0:
-                b = tl.load(w_ptr + w_row[:, None] + local[None, :])
-            else:
-                offsets = w_row[:, None] + local[None, :]
-                b = tl.load(w_ptr + offsets, mask=k_mask[:, None] & channel_mask[None, :], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = tl.where((local // CG == group)[None, :], alone, acc)
 
     pixels = (image * H + h * STRIDE_H + phase_h) * W + w * STRIDE_W + phase_w
     if SPLIT:
