@@ -136,6 +136,18 @@ def test_the_interpreter_has_no_grid_barrier() -> None:
         bn_act.statistics(x, v, v, launches=1)
 
 
+def test_offsets_within_a_tile_fit_32_bits() -> None:
+    """Those of tiles have 64; here of images with 2^28 and 2^32 pixels, and of 2^32 channels."""
+    for shape, layout in (((1, 8, 2**14, 2**14), "nchw"), ((1, 2, 2**16, 2**16), "nchw"), ((3, 2**32, 1, 1), "nhwc")):
+        for work in (bn_act.REDUCTION, bn_act.ELEMENTWISE):
+            cut = bn_act.plan(torch.Size(shape), layout == "nhwc", 2, work, 132)
+            n, channels, h, w = shape
+            if layout == "nhwc":
+                assert (cut.block_m - 1) * channels + cut.block_n <= 2**31 or cut.block_m == 1
+            else:
+                assert (cut.block_n - 1) * h * w + cut.block_m <= 2**31
+
+
 def test_resident_programs() -> None:
     assert launch.resident_programs(launch.H100, 16) == 132
     assert launch.resident_programs(launch.H100, 8, registers=128) == 2 * 132

@@ -414,6 +414,10 @@ def plan(shape: torch.Size, channels_last: bool, itemsize: int, work: Work, most
     else:
         block_m = min(triton.next_power_of_2(positions), 512 // itemsize)
         block_n = min(triton.next_power_of_2(channels), work.threads * elements // block_m)
+    while block_m > 1 and channels_last and block_m * channels >= 2**31:  # offsets within a tile have 32 bits
+        block_m //= 2
+    while block_n > 1 and not channels_last and block_n * positions >= 2**31:
+        block_n //= 2
     tiles = triton.cdiv(positions, block_m) * images
     tiles_per_part = triton.cdiv(tiles, max(1, most_programs // triton.cdiv(channels, block_n)))
     return Plan(
