@@ -28,8 +28,9 @@ CONVOLUTION_KINDS = ("--kind", "forward", "train", "dgrad", "wgrad")
 SHARED_MEMORY = {"80": 166912, "90": 232448, "100": 232448}
 """Bytes that a program can have: A100, H100, B200."""
 MMA = {"80": "mma.sync", "90": "wgmma.mma_async", "100": "tcgen05.mma"}
-SPILL = 16
-"""Bytes of stack per thread, at most: two values may wait there, but no operands of a main loop."""
+SPILL = {"80": 16, "90": 16, "100": 512}
+"""Bytes of stack per thread, at most.  On sm_100 main loops need few registers, for their sums are in tensor memory;
+what spills is the epilogue, which takes all of them at once."""
 
 for_hours = pytest.mark.skipif(
     "RESFUSE_TEST_ALL_KERNELS" not in os.environ, reason="RESFUSE_TEST_ALL_KERNELS=1 runs it"
@@ -76,7 +77,7 @@ def objections(row: dict[str, str]) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
     shared, limit = int(row["shared"]), SHARED_MEMORY[row["capability"]]
-    if int(row["spill"]) > SPILL:
+    if int(row["spill"]) > SPILL[row["capability"]]:
         found.append(f"spills {row['spill']} bytes")
     if shared > limit:
         found.append(f"{shared} bytes of shared memory, of {limit}")
@@ -90,7 +91,8 @@ def objections(row: dict[str, str]) -> list[str]:
         if all(count % 8 == 0 for count in channels(row)):
             if int(row["vector_loads"]) == 0 or int(row["vector_stores"]) == 0:
                 found.append("has no accesses of 16 bytes")
-            if int(row["narrow_copies"]) > 0 and smallest_tile(row) >= 8 * 32 * int(row["warps"]):
+            vectors = "PERSISTENT" in row["flags"]  # their loop has the vectors over the channels as well
+            if int(row["narrow_copies"]) > 0 and not vectors and smallest_tile(row) >= 8 * 32 * int(row["warps"]):
                 found.append(f"{row['narrow_copies']} copies of fewer than 16 bytes")
     return found
 

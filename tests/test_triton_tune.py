@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from resfuse.backends.triton import configs, heuristics, tuning
-from resfuse.backends.triton.launch import A100, H100, DeviceProperties
 from resfuse.backends.triton.problems import DTYPES, KINDS, PRECISIONS, ConvConfig, ConvProblem
 from resfuse.cli import main, tune, tune_layers
 from resfuse.cli.tune_trials import Measure, Trial
+
+pytest.importorskip("triton")
+from resfuse.backends.triton import launch
+from resfuse.backends.triton.launch import A100, H100, DeviceProperties
 
 SMALL = DeviceProperties("NVIDIA GeForce RTX 3060", (8, 6), 28, 101376)
 LAYER = ConvProblem("forward", torch.bfloat16, 32, 28, 28, 128, 128, 3, 3, padding=(1, 1))
@@ -308,6 +313,21 @@ def test_tune_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "tune needs a GPU: torch sees no CUDA GPU" in capsys.readouterr().out
 
 
+def test_commands_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # `import triton` raises ImportError
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "triton" else find_spec(name, *args)
+from resfuse.cli import main
+print(main(["tune"]), main(["tune", "--dry-run"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("2 2\n")
+    assert "tune needs Triton" in done.stdout
+
+
 def test_dry_run_lists_problems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "120")
@@ -427,8 +447,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     """With the GPU, its clock and its kernels stubbed."""
     bench = Bench()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune, "properties", lambda device: H100)
+    monkeypatch.setattr(tune, "_device", lambda measured: (torch.device("cuda", 0), H100))
     monkeypatch.setattr(tune.registry.backend("triton"), "unavailable_reason", lambda: None)
     monkeypatch.setattr(tune, "Trial", lambda problem, device: bench.prepare(problem))
     monkeypatch.setattr(tune, "gpu_time", bench.measure)
@@ -471,7 +490,7 @@ def test_trials_are_held_against_float64(kind: str, dtype: torch.dtype) -> None:
         calls.append(call)
         return 3.0
 
-    properties = tune.properties(device)
+    properties = launch.properties(device)
     candidates = configs.ranked(tune_layers.tile_problem(problem), properties)
     for config in (candidates[0], next((c for c in candidates if c.split_k > 1), candidates[-1])):
         assert trial.attempt(config, measure) == 3.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -17,10 +19,12 @@ from rich.table import Table as RichTable
 
 from resfuse.backends import registry
 from resfuse.backends.triton import configs, tuning
-from resfuse.backends.triton.launch import H100, DeviceProperties, properties
 from resfuse.backends.triton.problems import KINDS, ConvConfig, ConvProblem, Precision
 from resfuse.cli import tune_layers
 from resfuse.cli.tune_trials import Measure, Trial, gpu_time
+
+if TYPE_CHECKING:
+    from resfuse.backends.triton.launch import DeviceProperties
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CANNOT_RUN = 2
@@ -59,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None and not args.dry_run:
         console.print(f"[red]tune needs a GPU:[/] {escape(reason)}", soft_wrap=True)
         return CANNOT_RUN
-    where = torch.device("cuda", torch.cuda.current_device()) if reason is None else torch.device("cpu")
-    device = properties(where) if reason is None else H100
+    if importlib.util.find_spec("triton") is None:
+        console.print("[red]tune needs Triton[/], which is not installed")
+        return CANNOT_RUN
+    where, device = _device(reason is None)
     try:
         problems = _problems(args)
     except (ModuleNotFoundError, ValueError) as error:
@@ -179,6 +185,16 @@ def _candidates(problem: ConvProblem, device: DeviceProperties, count: int) -> l
 def _key(problem: ConvProblem) -> ConvProblem:
     """The problem as the kernels look it up."""
     return tuning.canonical(tune_layers.tile_problem(problem))
+
+
+def _device(measured: bool) -> tuple[torch.device, DeviceProperties]:
+    """The current GPU, or, where there is none to measure on, an H100 to plan for."""
+    from resfuse.backends.triton import launch
+
+    if not measured:
+        return torch.device("cpu"), launch.H100
+    where = torch.device("cuda", torch.cuda.current_device())
+    return where, launch.properties(where)
 
 
 def _problems(args: argparse.Namespace) -> list[ConvProblem]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from resfuse.backends.triton import conv_plan, grad_plan
 from resfuse.backends.triton.problems import KINDS, ConvProblem, Kind, Precision
 
 CIFAR = "cifar_resnet"
@@ -51,6 +50,8 @@ def layer_problems(
 
 def tile_problem(problem: ConvProblem) -> ConvProblem:
     """The problem that a configuration is chosen for: where kernels pack groups or taps, that of the packed ones."""
+    from resfuse.backends.triton import conv_plan, grad_plan
+
     plan = conv_plan if problem.kind in ("forward", "train") else grad_plan
     return plan.tile_problem(problem)
 

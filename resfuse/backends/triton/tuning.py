@@ -20,13 +20,15 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from resfuse.backends.triton.heuristics import every_config
-from resfuse.backends.triton.launch import DeviceProperties
 from resfuse.backends.triton.problems import DTYPES, KINDS, PRECISIONS, ConvConfig, ConvProblem
+
+if TYPE_CHECKING:
+    from resfuse.backends.triton.launch import DeviceProperties  # which needs Triton
 
 logger = logging.getLogger("resfuse")
 
