@@ -141,7 +141,7 @@ def test_offsets_within_a_tile_fit_32_bits() -> None:
     for shape, layout in (((1, 8, 2**14, 2**14), "nchw"), ((1, 2, 2**16, 2**16), "nchw"), ((3, 2**32, 1, 1), "nhwc")):
         for work in (bn_act.REDUCTION, bn_act.ELEMENTWISE):
             cut = bn_act.plan(torch.Size(shape), layout == "nhwc", 2, work, 132)
-            n, channels, h, w = shape
+            _, channels, h, w = shape
             if layout == "nhwc":
                 assert (cut.block_m - 1) * channels + cut.block_n <= 2**31 or cut.block_m == 1
             else:

@@ -11,13 +11,20 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def correct() -> None:
-    """Replace what is wrong, and triton.language once and for all, in the whole process."""
+    """Replace what is wrong, and triton.language once and for all, in the whole process.
+
+    Raises:
+        ImportError: this is another release of Triton.
+    """
+    if not triton.__version__.startswith("3.6."):
+        raise ImportError(f"TRITON_INTERPRET=1 needs the interpreter of Triton 3.6, not {triton.__version__}")
     cast, dot, add_up = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, ReduceOps.sum
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How kernels are launched: devices, grid barriers, what is resident, and a path past Triton's own argument binding.
+"""How kernels are launched: in one form or the other, counted or listed, and past Triton's own argument binding.
 
 Kernels are launched here and nowhere else, so that tests can count launches (`recorded`) and list, without a GPU, what
 would be compiled for one (`collected`).
@@ -6,12 +6,10 @@ would be compiled for one (`collected`).
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +18,13 @@ from triton import knobs
 from triton.runtime import driver
 
 from resfuse.backends.triton import INTERPRETED
+from resfuse.backends.triton.devices import A100, H100, DeviceProperties, cuda_properties, resident_programs
+from resfuse.backends.triton.specs import KernelSpec, spec_of
+
+__all__ = [
+    "A100", "H100", "DeviceProperties", "KernelSpec", "barrier", "collected", "interpreted", "launch", "phases",
+    "properties", "recorded", "resident_programs",
+]  # fmt: skip
 
 if INTERPRETED:
     from resfuse.backends.triton import interpreter
@@ -29,63 +34,6 @@ if INTERPRETED:
 # The release whose `JITFunction.run` and `CompiledKernel.run` the direct call was written after.
 HAS_DIRECT_CALL = triton.__version__.startswith("3.6.")
 MOST_COMPILED = 1 << 16  # signatures to remember; shapes are part of them
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceProperties:
-    """What the choice of a configuration depends on."""
-
-    name: str
-    capability: tuple[int, int]
-    num_sms: int
-    shared_memory: int
-    """Bytes that one program can have."""
-
-    registers: int = 65536  # per multiprocessor, as the next one; the same from sm_80 to sm_100
-    warps: int = 64
-
-
-H100 = DeviceProperties("NVIDIA H100 80GB HBM3", (9, 0), 132, 232448)
-A100 = DeviceProperties("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166912)
-
-
-class KernelSpec(NamedTuple):
-    """A kernel with everything that Triton compiles it by, and how it is launched."""
-
-    kernel: Any
-    signature: dict[str, str]
-    """Parameter -> Triton's name of its type ("*bf16", "i32", "fp32"), or "constexpr"."""
-    constants: dict[str, Any]
-    """Values of the parameters that are "constexpr"; None for pointers that are absent, 1 for integers that are 1."""
-    aligned: tuple[str, ...]
-    """Pointers and integers that are multiples of 16."""
-    num_warps: int
-    num_stages: int
-    cooperative: bool
-    grid: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.__name__)
-
-    def compile(self, capability: int) -> Any:
-        """Triton's CompiledKernel for compute capability 80, 90, ...; needs no GPU, and TRITON_INTERPRET unset."""
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        index = {name: (i,) for i, name in enumerate(self.signature)}
-        source = ASTSource(
-            self.kernel,
-            self.signature,
-            {index[name]: value for name, value in self.constants.items()},
-            {index[name]: [["tt.divisibility", 16]] for name in self.aligned},
-        )
-        options = {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "launch_cooperative_grid": self.cooperative,
-        }
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 _recorders: list[list[str]] = []
@@ -100,7 +48,7 @@ def recorded() -> Iterator[list[str]]:
     try:
         yield names
     finally:
-        _recorders.remove(names)
+        _recorders.pop()
 
 
 @contextmanager
@@ -123,34 +71,7 @@ def properties(device: torch.device) -> DeviceProperties:
     """Those of a CUDA device; in the interpreter those of an H100."""
     if _collectors:
         return _collectors[-1][0]
-    return H100 if INTERPRETED else _cuda_properties(device)
-
-
-@functools.cache
-def _cuda_properties(device: torch.device) -> DeviceProperties:
-    found: Any = torch.cuda.get_device_properties(device)
-    return DeviceProperties(
-        found.name, (found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin
-    )
-
-
-def resident_programs(
-    device: DeviceProperties, num_warps: int, registers: int | None = None, shared_memory: int = 0
-) -> int:
-    """How many programs are certain to be on the device at the same time: the most that a grid barrier may wait for.
-
-    Args:
-        device: where.
-        num_warps: of a program.
-        registers: that a thread has at most; None: whatever lets one program run.
-        shared_memory: that a program has at most, in bytes.
-    """
-    per_sm = 1
-    if registers is not None:
-        per_sm = min(device.registers // (32 * num_warps * -(-registers // 8) * 8), device.warps // num_warps)
-        if shared_memory:
-            per_sm = min(per_sm, device.shared_memory // (shared_memory + 1024))
-    return max(1, per_sm) * device.num_sms
+    return H100 if INTERPRETED else cuda_properties(device)
 
 
 def phases(launches: int | None, resident: bool) -> tuple[int, ...]:
@@ -190,7 +111,7 @@ def launch(
     for names in _recorders:
         names.append(kernel.__name__)
     if _collectors:
-        _collectors[-1][1].append(_spec(kernel, grid, args, constants, num_warps, num_stages, cooperative))
+        _collectors[-1][1].append(spec_of(kernel, grid, args, constants, num_warps, num_stages, cooperative))
         return
     if INTERPRETED:
         _interpret(kernel, grid, args, constants)
@@ -257,45 +178,6 @@ def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], consta
     with numpy.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are data like any other
         warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's way of making an int of a scalar
         kernel[grid](*args, **constants)
-
-
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
-
-
-def _spec(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
-    cooperative: bool,
-) -> KernelSpec:
-    signature, compiled_in, aligned = {}, {}, []
-    for name, value in zip(kernel.arg_names, (*args, *constants.values()), strict=True):
-        if name in constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            compiled_in[name] = constants.get(name, value)
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            if value.is_meta or value.data_ptr() % 16 == 0:
-                aligned.append(name)
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                aligned.append(name)
-        else:
-            signature[name] = "fp32"
-    names = kernel.arg_names[len(args) :]
-    assert list(constants) == names, f"{kernel.__name__}: constants {list(constants)} for parameters {names}"
-    return KernelSpec(kernel, signature, compiled_in, tuple(aligned), num_warps, num_stages, cooperative, grid)
 
 
 _barriers: dict[tuple[int, int], Tensor] = {}
