@@ -23,7 +23,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-CONVOLUTIONS = ("conv_bn_act_kernel", "conv_bn_act_train_kernel", "dgrad_kernel", "wgrad_kernel")
+GRADIENTS = ("dgrad_kernel", "wgrad_kernel")
+CONVOLUTIONS = ("conv_bn_act_kernel", "conv_bn_act_train_kernel", *GRADIENTS)
 CONVOLUTION_KINDS = ("--kind", "forward", "train", "dgrad", "wgrad")
 SHARED_MEMORY = {"80": 166912, "90": 232448, "100": 232448}
 """Bytes that a program can have: A100, H100, B200."""
@@ -88,11 +89,15 @@ def objections(row: dict[str, str]) -> list[str]:
             found.append(f"multiplies by {row['mma'] or 'no tensor core'}")
         if row["dtype"] == "tf32" and not row["mma"]:
             found.append("multiplies by no tensor core")
-        if all(count % 8 == 0 for count in channels(row)):
-            if int(row["vector_loads"]) == 0 or int(row["vector_stores"]) == 0:
+        # For wgmma both operands have to be in order of K: gradients in TF32 are transposed on their way, by 4 bytes.
+        transposed = row["dtype"] == "tf32" and row["kernel"] in ("dgrad_kernel", "wgrad_kernel")
+        if all(count % 8 == 0 for count in channels(row)) and not transposed:
+            # wgmma takes TF32 operands by their inner dimension only: gradients transpose theirs, 4 bytes at a time.
+            transposed = (row["dtype"], row["capability"]) == ("tf32", "90") and row["kernel"] in GRADIENTS
+            if int(row["vector_stores"]) == 0 or (int(row["vector_loads"]) == 0 and not transposed):
                 found.append("has no accesses of 16 bytes")
-            vectors = "PERSISTENT" in row["flags"]  # their loop has the vectors over the channels as well
-            if int(row["narrow_copies"]) > 0 and not vectors and smallest_tile(row) >= 8 * 32 * int(row["warps"]):
+            excused = transposed or "PERSISTENT" in row["flags"]  # whose loop has the vectors over channels as well
+            if int(row["narrow_copies"]) > 0 and not excused and smallest_tile(row) >= 8 * 32 * int(row["warps"]):
                 found.append(f"{row['narrow_copies']} copies of fewer than 16 bytes")
     return found
 

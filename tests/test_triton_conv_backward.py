@@ -200,6 +200,18 @@ def test_groups(groups: int, inputs: int, outputs: int, dtype: torch.dtype) -> N
         Case(conv, dtype).check()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinities_stay_within_their_group(value: float) -> None:
+    """Although narrow groups are multiplied together."""
+    case = Case(Convolution((2, 24, 5, 5), 18, (3, 3), padding=(1, 1), groups=6))
+    case.dz[0, 7, 2, 2] = value  # of group 2: its output channels are 6 to 8, its input channels 8 to 11
+    dx, dw = case.dgrad().isfinite(), case.wgrad().isfinite()
+    assert not dx[0, 8:12, 1:4, 1:4].any()
+    assert (~dx).sum() == 4 * 9
+    assert not dw[7].all()
+    assert (~dw).sum() == (~dw[7]).sum()
+
+
 def test_narrow_groups_are_packed() -> None:
     for kind, width in (("dgrad", 32), ("wgrad", 64)):
         case = Case(Convolution((1, 128, 2, 2), 128, (1, 1), groups=32), torch.bfloat16)
