@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tables", action="store_true", help="also everything that tables may choose")
     add("--quick", action="store_true", help="of every configuration, one layer")
     add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)")
-    add("--output", type=Path, default=RESULTS / "triton-resources.csv", help="CSV (default %(default)s)")
+    add("--output", type=Path, default=RESULTS / "triton" / "resources.csv", help="CSV (default %(default)s)")
     add("--cache", type=Path, default=CACHE, help="where results are kept (default %(default)s)")
     return parser
 

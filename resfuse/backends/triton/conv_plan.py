@@ -27,11 +27,22 @@ Pair = tuple[int, int]
 def conv_problem(
     kind: Kind, x: Tensor, w: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> ConvProblem:
-    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    precision: Precision = "tf32" if switch == "tf32" else "ieee"
-    n, c, h, width = x.shape
-    k, _, r, s = w.shape
-    return ConvProblem(kind, x.dtype, n, h, width, c, k, r, s, stride, padding, dilation, groups, precision)
+    precision: Precision = "ieee"
+    if x.dtype == torch.float32:  # reading torch's switch takes microseconds
+        switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        precision = "tf32" if switch == "tf32" else "ieee"
+    return _problem(kind, x.dtype, x.shape, w.shape, stride, padding, dilation, groups, precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    kind: Kind, dtype: torch.dtype, x_shape: torch.Size, w_shape: torch.Size, stride: Pair, padding: Pair,
+    dilation: Pair, groups: int, precision: Precision,
+) -> ConvProblem:  # fmt: skip
+    """The same object for the same problem, so that what is looked up by it is found at once."""
+    n, c, h, w = x_shape
+    k, _, r, s = w_shape
+    return ConvProblem(kind, dtype, n, h, w, c, k, r, s, stride, padding, dilation, groups, precision)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64
 # rows per group of four warps.  DESIGN.md, section 6, has the registers; tests/test_triton_compile.py watches them.
 TENSOR_CORE_TILES = (
-    (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4),
-    (128, 16, 4), (128, 32, 4), (128, 64, 4),
-    (128, 128, 8), (256, 64, 8),
+    (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8),
+    (128, 16, 4), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8),
+    (256, 64, 8),
 )  # fmt: skip
 FMA_TILES = ((32, 16, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8))
 MAX_SPLIT_K = 256
@@ -44,6 +44,8 @@ def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvCon
     found = []
     for block_m, block_n, num_warps in TENSOR_CORE_TILES if problem.uses_tensor_cores else FMA_TILES:
         if block_n > max(16, _power_of_two(_width(problem))):
+            continue
+        if block_m * block_n > _most_sums(problem) * 32 * num_warps:
             continue
         for block_k in block_ks:
             if _is_ragged(problem) and max(block_m, block_n) * block_k > _RAGGED_ELEMENTS * 32 * num_warps:
@@ -193,6 +195,11 @@ def _block_ks(problem: ConvProblem) -> tuple[int, ...]:
     widest = 32 if problem.dtype == torch.float32 else 64
     block_k = min(widest, max(16, _power_of_two(_step_extent(problem))))
     return (block_k, block_k // 2) if block_k == 64 else (block_k,)
+
+
+def _most_sums(problem: ConvProblem) -> int:
+    """Sums that a thread can hold; beside a residual in float32 there is room for fewer."""
+    return 32 if problem.dtype == torch.float32 and problem.kind in ("forward", "train") else 64
 
 
 def _is_ragged(problem: ConvProblem) -> bool:

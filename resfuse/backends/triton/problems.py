@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import torch
@@ -40,6 +41,14 @@ class ConvProblem:
     groups: int = 1
     precision: Precision = "ieee"
     """Of float32 only; the other dtypes have one way of being multiplied."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Computed once: a launch looks several things up by its problem."""
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     @property
     def oh(self) -> int:
