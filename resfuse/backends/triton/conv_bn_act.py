@@ -149,9 +149,8 @@ def _launch(
     launch(
         conv_bn_act_kernel, (programs,), x, w, *vectors, residual, out, partials, arrivals, eps, tiles_m,
         problem.gemm_m, problem.h, problem.w, problem.oh, problem.ow,
-        **geometry_constants(problem, config, largest=max(x.numel(), out.numel() * config.split_k)), TILES_N=tiles_n,
-        GROUP_M=config.group_m, SPLIT_K=config.split_k, PERSISTENT=config.persistent, RELU=relu,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **geometry_constants(problem, config), TILES_N=tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
+        PERSISTENT=config.persistent, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -160,10 +159,8 @@ _counters: dict[tuple[int | None, int], Tensor] = {}
 
 def arrival_counters(device: torch.device, size: int) -> Tensor:
     """`size` zeros of int32 that no launch on another stream uses; every launch leaves zeros behind."""
-    if (
-        device.type != "cuda" or torch.cuda.is_current_stream_capturing()
-    ):  # a graph may be replayed beside anything else
-        return torch.zeros(size, dtype=torch.int32, device=device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)  # a graph may be replayed beside anything else
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     counters = _counters.get(key)
     if counters is None or counters.numel() < size:

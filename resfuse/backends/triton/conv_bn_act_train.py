@@ -178,7 +178,7 @@ def train_forward(
     workspace = torch.empty((plan.programs_m, 2, problem.k), dtype=torch.float32, device=x.device)
     cooperative = forms == (0,)
     word = barrier(x.device) if cooperative else None
-    constants = geometry_constants(problem, config, largest=max(x.numel(), out.numel()))
+    constants = geometry_constants(problem, config)
     for phase in forms:
         launch(
             conv_bn_act_train_kernel, (plan.programs_m * tiles_n,), x, w, running_mean, running_var, weight, bias,

@@ -125,6 +125,7 @@ class TrainPlan:
     """All programs run at the same time: they may wait for each other, in one cooperative launch."""
 
 
+@functools.lru_cache(maxsize=4096)
 def train_plan(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> TrainPlan:
     """As many programs as are resident, of a `tile_problem`; only with more tiles of N than that there are more."""
     tiles_m, tiles_n = tile_grid(problem, config)
@@ -133,8 +134,14 @@ def train_plan(problem: ConvProblem, config: ConvConfig, device: DevicePropertie
     return TrainPlan(tiles_per_program, _cdiv(tiles_m, tiles_per_program), tiles_n <= programs)
 
 
-def geometry_constants(problem: ConvProblem, config: ConvConfig, *, largest: int) -> dict[str, Any]:
-    """The compile-time parameters that both kernels have, in their order; `largest`: elements of the largest tensor."""
+@functools.lru_cache(maxsize=4096)
+def geometry_constants(problem: ConvProblem, config: ConvConfig) -> dict[str, Any]:
+    """The compile-time parameters that both kernels have, in their order; not to be changed."""
+    elements = (
+        problem.n * problem.h * problem.w * problem.c,
+        problem.k * problem.taps * problem.group_in,
+        problem.gemm_m * problem.k * config.split_k,
+    )
     packed = packing(problem)
     return {
         "C": problem.c, "K": problem.k, "R": problem.r, "S": problem.s,
@@ -143,7 +150,7 @@ def geometry_constants(problem: ConvProblem, config: ConvConfig, *, largest: int
         "DIL_H": problem.dilation[0], "DIL_W": problem.dilation[1],
         "GROUPS": problem.groups, "PACK_GROUPS": packed.groups, "PACK_ROW": packed.row,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "PRECISION": problem.precision, "INDEX64": largest >= _INT32_ELEMENTS,
+        "PRECISION": problem.precision, "INDEX64": max(elements) >= _INT32_ELEMENTS,
     }  # fmt: skip
 
 
