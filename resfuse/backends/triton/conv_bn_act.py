@@ -25,7 +25,7 @@ from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_
 from resfuse.backends.triton.launch import launch, properties
 from resfuse.backends.triton.welford import inverse_deviation
 
-__all__ = ["conv_forward", "conv_problem", "eval_forward", "train_forward"]
+__all__ = ["conv_forward", "eval_forward", "train_forward"]
 
 
 @triton.jit

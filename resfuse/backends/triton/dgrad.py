@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import grad_plan
-from resfuse.backends.triton.conv_bn_act import conv_problem
+from resfuse.backends.triton.conv_plan import conv_problem
 from resfuse.backends.triton.conv_tile import output_channels, tile_of
 from resfuse.backends.triton.grad_prologue import (
     BatchNormGrad,
@@ -25,7 +25,6 @@ from resfuse.backends.triton.grad_prologue import (
     arguments,
     computed_grad,
     grad_coefficients,
-    tensor_of,
 )
 from resfuse.backends.triton.launch import launch
 from resfuse.backends.triton.split_sum import sum_splits
@@ -126,11 +125,11 @@ def dgrad_kernel(
     M, H, W, OH, OW, tiles_m, part_size, split_k,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
-    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    DIL_H: tl.constexpr, DIL_W: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, INDEX64: tl.constexpr,
+    STEP_H: tl.constexpr, STEP_W: tl.constexpr, INVERSE_H: tl.constexpr, INVERSE_W: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A tile of dx, or with SPLIT its part number program_id(1) of split_k, in float32.
 
@@ -202,22 +201,13 @@ def dgrad(dz: Grad, w: Tensor, stride: Pair, padding: Pair, dilation: Pair, grou
     """dx in one launch, or two where the sum is split.  All in dense channels_last memory, of one dtype."""
     problem = conv_problem("dgrad", dx, w, stride, padding, dilation, groups)
     config = grad_plan.configuration(problem, dx.device, fused=isinstance(dz, BatchNormGrad))
-    tiles_m, tiles_n = grad_plan.tile_grid(grad_plan.tile_problem(problem), config)
+    plan = grad_plan.plan(problem, config)
     split = config.split_k > 1
     out = torch.empty((config.split_k, dx.numel()), dtype=torch.float32, device=dx.device) if split else dx
-    phases_h, phases_w = (grad_plan.phases(stride[i], dilation[i]) for i in (0, 1))
-    rows = problem.n * triton.cdiv(problem.h, stride[0]) * triton.cdiv(problem.w, stride[1])
     launch(
-        dgrad_kernel, (tiles_m * tiles_n, config.split_k), *arguments(dz), w, out,
-        rows, problem.h, problem.w, problem.oh, problem.ow, tiles_m, dx.numel(), config.split_k,
-        C=problem.c, K=problem.k, R=problem.r, S=problem.s, STRIDE_H=stride[0], STRIDE_W=stride[1],
-        PAD_H=padding[0], PAD_W=padding[1], DIL_H=dilation[0], DIL_W=dilation[1],
-        STEP_H=phases_h.step, STEP_W=phases_w.step, INVERSE_H=phases_h.inverse, INVERSE_W=phases_w.inverse,
-        GROUPS=groups, PACK_GROUPS=grad_plan.packed_groups(problem),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        SPLIT=split, PRECISION=problem.precision,
-        INDEX64=grad_plan.needs_index64(dx.numel(), tensor_of(dz).numel(), w.numel()),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        dgrad_kernel, (plan.programs, config.split_k), *arguments(dz), w, out,
+        plan.pixels, problem.h, problem.w, problem.oh, problem.ow, plan.tiles_m, dx.numel(), config.split_k,
+        **plan.constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         sum_splits(out, dx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -100,19 +101,51 @@ def _for_interpreter(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
     )
 
 
-def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
-    """(tiles of M, tiles of N) of a tile problem: of all phases in dgrad, of all taps in wgrad."""
-    columns = _cdiv(problem.group_in, config.block_n)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel is launched with."""
+
+    programs: int
+    """Tiles: of all phases in dgrad, of all taps in wgrad."""
+    tiles_m: int
+    pixels: int
+    """In dgrad of the input and of one phase, in wgrad of the output."""
+    constants: dict[str, Any]
+    """The compile-time parameters, in their order; not to be changed."""
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ConvProblem, config: ConvConfig) -> Plan:
+    """Worked out once per problem."""
+    tiled = tile_problem(problem)
+    columns = _cdiv(tiled.group_in, config.block_n)
+    (stride_h, stride_w), (dil_h, dil_w) = problem.stride, problem.dilation
+    constants = {
+        "C": problem.c, "K": problem.k, "R": problem.r, "S": problem.s, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
+        "PAD_H": problem.padding[0], "PAD_W": problem.padding[1], "DIL_H": dil_h, "DIL_W": dil_w,
+        "GROUPS": problem.groups, "PACK_GROUPS": packed_groups(problem),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "SPLIT": config.split_k > 1, "PRECISION": problem.precision, "INDEX64": _needs_index64(problem),
+    }  # fmt: skip
     if problem.kind == "wgrad":
-        return problem.groups * _cdiv(problem.group_out, config.block_m), problem.taps * columns
-    stride_h, stride_w = problem.stride
-    rows = problem.n * _cdiv(problem.h, stride_h) * _cdiv(problem.w, stride_w)
-    return stride_h * stride_w * _cdiv(rows, config.block_m), problem.groups * columns
+        tiles_m, tiles_n, pixels = (
+            tiled.groups * _cdiv(tiled.group_out, config.block_m),
+            tiled.taps * columns,
+            tiled.gemm_k,
+        )
+        return Plan(tiles_m * tiles_n, tiles_m, pixels, {**constants, "PACK_TAPS": packs_taps(problem)})
+    pixels = problem.n * _cdiv(problem.h, stride_h) * _cdiv(problem.w, stride_w)
+    tiles_m, tiles_n = stride_h * stride_w * _cdiv(pixels, config.block_m), tiled.groups * columns
+    vertical, horizontal = phases(stride_h, dil_h), phases(stride_w, dil_w)
+    constants |= {"STEP_H": vertical.step, "STEP_W": horizontal.step}
+    constants |= {"INVERSE_H": vertical.inverse, "INVERSE_W": horizontal.inverse, "GROUP_M": config.group_m}
+    return Plan(tiles_m * tiles_n, tiles_m, pixels, constants)
 
 
-def needs_index64(*elements: int) -> bool:
-    """Whether offsets in tensors of so many elements pass 32 bits."""
-    return max(elements) >= _INT32_ELEMENTS
+def _needs_index64(problem: ConvProblem) -> bool:
+    """Whether offsets in one of the tensors pass 32 bits."""
+    input, output = problem.n * problem.h * problem.w * problem.c, problem.n * problem.oh * problem.ow * problem.k
+    return max(input, output, problem.k * problem.taps * problem.group_in) >= _INT32_ELEMENTS
 
 
 def _block(extent: int) -> int:

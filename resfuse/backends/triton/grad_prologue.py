@@ -39,11 +39,6 @@ class BatchNormGrad:
 Grad = Tensor | BatchNormGrad
 
 
-def tensor_of(grad: Grad) -> Tensor:
-    """The tensor that has the shape and the dtype of dz."""
-    return grad.dy if isinstance(grad, BatchNormGrad) else grad
-
-
 def arguments(grad: Grad) -> tuple[Tensor | float | None, ...]:
     """The kernels' parameters (dz or dy, z, y, weight, mean, invstd, sum_g, sum_g_xhat, count)."""
     if not isinstance(grad, BatchNormGrad):

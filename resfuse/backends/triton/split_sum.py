@@ -54,9 +54,9 @@ def column_sum_kernel(
 def sum_splits(parts: Tensor, out: Tensor) -> None:
     """out = parts.sum(0), for dense float32 parts with the element order of `out`."""
     splits, size = parts.shape[0], out.numel()
-    block_splits = min(64, triton.next_power_of_2(splits))
+    block_splits = min(64, 1 << (splits - 1).bit_length())
     block = _ELEMENTS // block_splits
-    grid = (triton.cdiv(size, block),)
+    grid = (_cdiv(size, block),)
     launch(
         sum_splits_kernel, grid, parts, out, size, splits, BLOCK_SPLITS=block_splits, BLOCK=block, num_warps=_NUM_WARPS
     )
@@ -67,13 +67,17 @@ def column_sum(x: Tensor, out: Tensor) -> None:
     channels = x.shape[1]
     rows = x.numel() // channels
     block_rows = _ELEMENTS // _BLOCK_C
-    tiles = triton.cdiv(channels, _BLOCK_C)
-    splits = max(1, min(triton.cdiv(rows, 4 * block_rows), 4 * properties(x.device).num_sms // tiles))
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), block_rows) * block_rows
-    splits = triton.cdiv(rows, rows_per_split)
+    tiles = _cdiv(channels, _BLOCK_C)
+    splits = max(1, min(_cdiv(rows, 4 * block_rows), 4 * properties(x.device).num_sms // tiles))
+    rows_per_split = _cdiv(_cdiv(rows, splits), block_rows) * block_rows
+    splits = _cdiv(rows, rows_per_split)
     parts = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
     launch(
         column_sum_kernel, (tiles, splits), x, parts, rows, rows_per_split,
         C=channels, BLOCK_ROWS=block_rows, BLOCK_C=_BLOCK_C, num_warps=_NUM_WARPS,
     )  # fmt: skip
     sum_splits(parts, out)
+
+
+def _cdiv(a: int, b: int) -> int:  # Triton's own takes ten times as long
+    return -(-a // b)

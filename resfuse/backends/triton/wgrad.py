@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import grad_plan
-from resfuse.backends.triton.conv_bn_act import conv_problem
+from resfuse.backends.triton.conv_plan import conv_problem
 from resfuse.backends.triton.conv_tile import output_channels
 from resfuse.backends.triton.grad_prologue import (
     BatchNormGrad,
@@ -23,7 +23,6 @@ from resfuse.backends.triton.grad_prologue import (
     arguments,
     computed_grad,
     grad_coefficients,
-    tensor_of,
 )
 from resfuse.backends.triton.launch import launch
 from resfuse.backends.triton.split_sum import sum_splits
@@ -38,8 +37,8 @@ def wgrad_kernel(
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr,
-    PACK_TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr, INDEX64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, INDEX64: tl.constexpr, PACK_TAPS: tl.constexpr,
 ):  # fmt: skip
     """A tile of dw over all M output pixels, or with SPLIT over part program_id(1) of split_k of them, in float32.
 
@@ -138,19 +137,13 @@ def wgrad(dz: Grad, x: Tensor, stride: Pair, padding: Pair, dilation: Pair, grou
     """dw in one launch, or two where the pixels are split.  All in dense channels_last memory, of one dtype."""
     problem = conv_problem("wgrad", x, dw, stride, padding, dilation, groups)
     config = grad_plan.configuration(problem, x.device, fused=isinstance(dz, BatchNormGrad))
-    tiles_m, tiles_n = grad_plan.tile_grid(grad_plan.tile_problem(problem), config)
+    plan = grad_plan.plan(problem, config)
     split = config.split_k > 1
     out = torch.empty((config.split_k, dw.numel()), dtype=torch.float32, device=x.device) if split else dw
     launch(
-        wgrad_kernel, (tiles_m * tiles_n, config.split_k), *arguments(dz), x, out,
-        problem.gemm_k, problem.h, problem.w, problem.oh, problem.ow, config.split_k,
-        C=problem.c, K=problem.k, R=problem.r, S=problem.s, STRIDE_H=stride[0], STRIDE_W=stride[1],
-        PAD_H=padding[0], PAD_W=padding[1], DIL_H=dilation[0], DIL_W=dilation[1],
-        GROUPS=groups, PACK_GROUPS=grad_plan.packed_groups(problem), PACK_TAPS=grad_plan.packs_taps(problem),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        SPLIT=split, PRECISION=problem.precision,
-        INDEX64=grad_plan.needs_index64(x.numel(), tensor_of(dz).numel()),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        wgrad_kernel, (plan.programs, config.split_k), *arguments(dz), x, out,
+        plan.pixels, problem.h, problem.w, problem.oh, problem.ow, config.split_k,
+        **plan.constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         sum_splits(out, dw)
