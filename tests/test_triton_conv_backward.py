@@ -377,8 +377,29 @@ def test_64_bit_addresses_change_nothing(name: str, monkeypatch: pytest.MonkeyPa
             with monkeypatch.context() as patch:
                 patch.setattr(grad_plan, "_INT32_ELEMENTS", 1)
                 wide = case.dgrad(), case.wgrad()
+                assert grad_plan.plan(problem_of(case, "wgrad"), config).constants["INDEX64"]
             grad_plan.plan.cache_clear()
         assert all(torch.equal(*pair) for pair in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_more_elements_than_32_bits_can_count() -> None:
+    """The gradients of the last of 33 images, whose elements are those beyond 2^31; the others have dz = 0."""
+    images, channels, size = 33, 64, 1024
+    whole, last = (Convolution((n, channels, size, size), channels, (1, 1)) for n in (images, 1))
+    one = Case(last, torch.bfloat16)
+    x, dz = (
+        torch.zeros(whole.input, dtype=torch.bfloat16, device=DEVICE).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    x[-1:], dz[-1:] = one.x, one.dz
+    dx, dw = torch.full_like(x, torch.nan), torch.full_like(one.w, torch.nan)
+    dgrad(dz, one.w, *one.geometry, dx)
+    wgrad(dz, x, *one.geometry, dw)
+    torch.testing.assert_close(dx[-1:], one.dgrad(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(dw, one.wgrad(), rtol=1e-2, atol=1)  # sums of 2^20 products
+    assert not dx[:-1].any()
 
 
 # --- the verb --------------------------------------------------------------------------------------------------------
