@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -23,7 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from resfuse.backends.triton.launch import A100, H100, DeviceProperties, KernelSpec
+from resfuse.backends.triton.devices import A100, H100, DeviceProperties
+from resfuse.backends.triton.specs import KernelSpec
 
 B200 = DeviceProperties("NVIDIA B200", (10, 0), 148, 232448)
 DEVICES = {80: A100, 90: H100, 100: B200}
@@ -167,7 +169,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 def _versions() -> str:
     import triton
 
-    return f"{triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    return triton.__version__ + "".join(inspect.getsource(part) for part in (measure, _wide, _registers_and_stack))
 
 
 def _read(cache: Path) -> dict[str, Usage]:

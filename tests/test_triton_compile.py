@@ -89,9 +89,7 @@ def objections(row: dict[str, str]) -> list[str]:
             found.append(f"multiplies by {row['mma'] or 'no tensor core'}")
         if row["dtype"] == "tf32" and not row["mma"]:
             found.append("multiplies by no tensor core")
-        # For wgmma both operands have to be in order of K: gradients in TF32 are transposed on their way, by 4 bytes.
-        transposed = row["dtype"] == "tf32" and row["kernel"] in ("dgrad_kernel", "wgrad_kernel")
-        if all(count % 8 == 0 for count in channels(row)) and not transposed:
+        if all(count % 8 == 0 for count in channels(row)):
             # wgmma takes TF32 operands by their inner dimension only: gradients transpose theirs, 4 bytes at a time.
             transposed = (row["dtype"], row["capability"]) == ("tf32", "90") and row["kernel"] in GRADIENTS
             if int(row["vector_stores"]) == 0 or (int(row["vector_loads"]) == 0 and not transposed):

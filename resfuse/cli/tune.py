@@ -9,7 +9,6 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -19,12 +18,10 @@ from rich.table import Table as RichTable
 
 from resfuse.backends import registry
 from resfuse.backends.triton import configs, tuning
+from resfuse.backends.triton.devices import H100, DeviceProperties, cuda_properties
 from resfuse.backends.triton.problems import KINDS, ConvConfig, ConvProblem, Precision
 from resfuse.cli import tune_layers
 from resfuse.cli.tune_trials import Measure, Trial, gpu_time
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CANNOT_RUN = 2
@@ -189,12 +186,10 @@ def _key(problem: ConvProblem) -> ConvProblem:
 
 def _device(measured: bool) -> tuple[torch.device, DeviceProperties]:
     """The current GPU, or, where there is none to measure on, an H100 to plan for."""
-    from resfuse.backends.triton import launch
-
     if not measured:
-        return torch.device("cpu"), launch.H100
+        return torch.device("cpu"), H100
     where = torch.device("cuda", torch.cuda.current_device())
-    return where, launch.properties(where)
+    return where, cuda_properties(where)
 
 
 def _problems(args: argparse.Namespace) -> list[ConvProblem]:

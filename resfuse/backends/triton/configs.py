@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from resfuse.backends.triton import tuning
+from resfuse.backends.triton.devices import DeviceProperties
 from resfuse.backends.triton.heuristics import every_config, heuristic_config, ranked
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties  # which needs Triton
 
 __all__ = [
     "ConvConfig",

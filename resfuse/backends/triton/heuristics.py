@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from resfuse.backends.triton.devices import DeviceProperties
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties  # which needs Triton
 
 # (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64
 # rows per group of four warps.  DESIGN.md, section 6, has the registers; tests/test_triton_compile.py watches them.

@@ -20,15 +20,13 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from resfuse.backends.triton.devices import DeviceProperties
 from resfuse.backends.triton.heuristics import every_config
 from resfuse.backends.triton.problems import DTYPES, KINDS, PRECISIONS, ConvConfig, ConvProblem
-
-if TYPE_CHECKING:
-    from resfuse.backends.triton.launch import DeviceProperties  # which needs Triton
 
 logger = logging.getLogger("resfuse")
 
