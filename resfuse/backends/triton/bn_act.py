@@ -449,7 +449,7 @@ def train_forward(
     `launches` is 1 (cooperative) or 2; None takes one launch where the grid is resident.
     """
     pointers = (x, residual, y, weight, bias, running_mean, running_var, mean, invstd)
-    _reduce(bn_train_forward_kernel, x, pointers, (momentum, eps), launches, RELU=relu)
+    _reduce(bn_train_forward_kernel, x, pointers, (float(momentum), float(eps)), launches, RELU=relu)
 
 
 def apply(
@@ -467,7 +467,8 @@ def apply(
     cut = _plan(x, ELEMENTWISE)
     launch(
         bn_apply_kernel, (cut.tiles * cut.channel_blocks,),
-        x, residual, y, mean, spread, weight, bias, cut.images, cut.positions, cut.channels, eps or 0.0,
+        x, residual, y, mean, spread, weight, bias, cut.images, cut.positions, cut.channels,
+        float(eps or 0),
         VARIANCE=eps is not None, RELU=relu, **cut.constants, num_warps=cut.num_warps,
     )  # fmt: skip
 
