@@ -108,7 +108,7 @@ def compile_all(
         for key, result in zip(missing, progress.track(results, len(missing), description="compiling"), strict=True):
             if isinstance(result, Usage):
                 known[key] = result
-                _write(cache, known)
+                _write(cache, _read(cache) | {key: result})  # others may have written meanwhile
             else:
                 errors[key] = result
     usages = {job: known[key] for job, key in keys.items() if key in known}
