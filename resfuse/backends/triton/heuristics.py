@@ -80,11 +80,11 @@ def shared_memory(problem: ConvProblem, config: ConvConfig) -> int:
     """
     size = problem.dtype.itemsize
     first, second = config.block_m * config.block_k * size, config.block_n * config.block_k * size
-    epilogue = config.block_m * config.block_n * size
     if problem.kind in ("dgrad", "wgrad"):
         computed = (config.num_stages - 1) * (3 * first + 5 * 4 * config.block_k) + first
-        return max(computed + second * config.num_stages, epilogue) + _SLACK
-    return (first + second) * config.num_stages + epilogue + _SLACK
+        partial_sums = config.block_m * config.block_n * 4
+        return max(computed + second * config.num_stages, partial_sums) + _SLACK
+    return (first + second) * config.num_stages + config.block_m * config.block_n * size + _SLACK
 
 
 def tiles(problem: ConvProblem, config: ConvConfig) -> int:
