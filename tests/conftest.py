@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from resfuse.backends import buffer_pool
 

@@ -312,6 +312,7 @@ def test_cpu_only_torch_explains_the_cuda_library(tmp_path: Path, monkeypatch: p
 
 # --- what is shipped -------------------------------------------------------------------------------------------------
 
+TABLE = "backends/triton/tables/gpu-of-the-tests.json"
 NATIVE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 
@@ -324,6 +325,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ".git", ".venv*", "build", "dist", "out", "*.so", "*.egg-info", "_build_info.json", ".*_cache"
     )
     shutil.copytree(ROOT, folder / "checkout", ignore=skipped)
+    (folder / "checkout" / "resfuse" / TABLE).parent.mkdir(exist_ok=True)
+    (folder / "checkout" / "resfuse" / TABLE).write_text("{}")
     run(
         sys.executable,
         "-m",
@@ -372,7 +375,7 @@ def test_sdist_and_wheel_are_complete_and_work(sdist: Path, tmp_path: Path) -> N
         names = set(archive.namelist())
         metadata = archive.read(f"resfuse-{resfuse.__version__}.dist-info/METADATA").decode()
     assert {f"resfuse/{name}" for name in NATIVE} <= names
-    assert {"resfuse/_cpu.abi3.so", "resfuse/_build_info.json", "resfuse/py.typed"} <= names
+    assert {"resfuse/_cpu.abi3.so", "resfuse/_build_info.json", "resfuse/py.typed", f"resfuse/{TABLE}"} <= names
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "build/"))]
     assert "Requires-Dist: torch>=2.10" in metadata
 

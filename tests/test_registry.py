@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import registry
+from resfuse.backends import registry, triton
 from resfuse.backends.registry import Problem
 
+needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET is not set")
 needs_cpu = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
 CPU = torch.device("cpu")
 
@@ -37,6 +38,38 @@ def test_automatic_choice_and_its_reasons() -> None:
     assert rejected["cpu"] == ["float32 and bfloat16 only, got torch.float64"]
     name, rejected = registry.explain_choice(problem(torch.float32, shape=(0, 8, 4, 4)))
     assert (name, rejected["cpu"]) == ("reference", ["an empty tensor"])
+
+
+@needs_interpreter
+def test_interpreted_kernels_run_only_on_request() -> None:
+    _, rejected = registry.explain_choice(problem(torch.float32))
+    assert rejected["triton"] == ["TRITON_INTERPRET=1 interprets the kernels, slowly: only on request"]
+    if triton.unavailable_reason() is None:
+        assert registry.choose(problem(torch.float32), "triton") is triton
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (problem(torch.float64), "float32, bfloat16 and float16 only, got torch.float64"),
+        (problem(torch.float32, shape=(2, 8, 0, 4)), "an empty tensor"),
+        (problem(torch.float32, torch.device("cuda:1")), "tensors on cpu only, got cuda:1"),
+    ],
+)
+def test_what_triton_does_not_run(wrong: Problem, reason: str) -> None:
+    assert triton.unsupported_reasons(wrong) == [reason]
+
+
+def test_triton_is_not_imported_where_it_can_not_run() -> None:
+    code = """
+import sys
+from resfuse.backends import registry
+print(registry.unavailable_reasons()["triton"])
+assert "triton" not in sys.modules
+"""
+    found = run(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "torch sees no CUDA GPU" in found.stdout, found.stderr
 
 
 @needs_cpu

@@ -20,7 +20,7 @@ import torch
 
 logger = logging.getLogger("resfuse")
 
-PREFERENCE = ("cuda", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
 class Problem(NamedTuple):
@@ -113,7 +113,7 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
     problem = Problem(*fields)
     rejected: dict[str, tuple[str, ...]] = {}
     for name in PREFERENCE if request is None else (request,):
-        reasons = _reasons_against(name, problem)
+        reasons = _reasons_against(name, problem, automatic=request is None)
         if not reasons:
             if rejected:
                 logger.debug("%s runs on %r: %s", problem, name, rejected)
@@ -123,7 +123,9 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
     raise RuntimeError(f"no backend can run {problem}:\n{listed}")
 
 
-def _reasons_against(name: str, problem: Problem) -> tuple[str, ...]:
+def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
     module = backend(name)
     unavailable = module.unavailable_reason()
+    if unavailable is None and automatic and name == "triton":
+        unavailable = module.only_on_request_reason()
     return (unavailable,) if unavailable else tuple(module.unsupported_reasons(problem))

@@ -1,4 +1,4 @@
-"""The command line: `resfuse info | verify | demo`, or `python -m resfuse`.
+"""The command line: `resfuse info | verify | demo | tune`, or `python -m resfuse`.
 
 Each command is a module with `add_arguments(parser)` and `run(args) -> int`.
 """
@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 
 import resfuse
-from resfuse.cli import demo, info, verify
+from resfuse.cli import demo, info, tune, verify
 
-COMMANDS = {"info": info, "verify": verify, "demo": demo}
+COMMANDS = {"info": info, "verify": verify, "demo": demo, "tune": tune}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, those of the process if None.
 
     Returns:
-        The exit code: 0, or 1 where `verify` found a violation or a command can not run here.
+        The exit code: 0; 1 where `verify` found a violation or a command can not run here; 2 where `tune` can not.
 
     Raises:
         SystemExit: with code 2 for arguments that do not fit, with code 0 for --help and --version.

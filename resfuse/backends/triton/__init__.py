@@ -1,0 +1,85 @@
+"""The Triton kernels, for NVIDIA GPUs from compute capability 8.0.
+
+With TRITON_INTERPRET=1 in the environment the same kernels run on the CPU, in Triton's interpreter: thousands of times
+slower, for tests.  `use_backend("triton")` asks for that; automatic choice never takes it.
+
+Triton is imported with the first verb that runs, so that a machine without it, or without a GPU, only learns why not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from resfuse.backends.registry import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MINIMUM_CAPABILITY = (8, 0)
+VERBS = (
+    "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
+    "conv_bn_act_forward", "conv_forward", "conv_backward",
+    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+)  # fmt: skip
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, which need Triton."""
+    if name not in VERBS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module("resfuse.backends.triton.verbs"), name)
+    globals()[name] = value
+    return value
+
+
+def unavailable_reason() -> str | None:
+    if not INTERPRETED and not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA GPU (torch.cuda.is_available() is False); TRITON_INTERPRET=1 interprets the kernels on "
+            "the CPU"
+        )
+    if torch.version.hip is not None:
+        return "written for NVIDIA GPUs, torch is built for AMD"
+    return _import_failure()
+
+
+def only_on_request_reason() -> str | None:
+    return "TRITON_INTERPRET=1 interprets the kernels, slowly: only on request" if INTERPRETED else None
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.verb not in VERBS:
+        reasons.append(f"{problem.verb} is not implemented")
+    device_type = "cpu" if INTERPRETED else "cuda"
+    if problem.device.type != device_type:
+        reasons.append(f"tensors on {device_type} only, got {problem.device}")
+    elif not INTERPRETED and _capability(problem.device) < MINIMUM_CAPABILITY:
+        found = ".".join(map(str, _capability(problem.device)))
+        reasons.append(f"compute capability 8.0 or newer, got {found}")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"float32, bfloat16 and float16 only, got {problem.dtype}")
+    if 0 in problem.shape or (problem.conv is not None and 0 in problem.conv[0]):
+        reasons.append("an empty tensor")
+    return reasons
+
+
+@functools.cache
+def _import_failure() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("resfuse.backends.triton.verbs")
+    except ImportError as error:
+        return f"Triton can not be used: {error}"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

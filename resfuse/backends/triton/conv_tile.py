@@ -1,0 +1,154 @@
+"""The main loop that every forward convolution shares: one tile of an implicit GEMM over NHWC memory.
+
+    z[m, n] = sum over (r, s, c) of x[image, oh stride_h - pad_h + r dil_h, ow stride_w - pad_w + s dil_w, c]
+                                    w[n, r, s, c]
+
+with m = (image, oh, ow) a pixel of the output and n one of its channels.  A step of the loop takes BLOCK_K neighbours
+in memory out of a run of RUN elements, which is all that one filter tap reads of a pixel:
+
+    ordinary         the channels of the group                                        RUN = C / GROUPS
+    PACK_ROW         the taps of a filter row and their channels, as 7 x 3 of a stem  RUN = S C
+    PACK_GROUPS > 1  the channels of neighbouring groups, with a block-diagonal w     RUN = PACK_GROUPS C / GROUPS
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(tile of M, tile of N): GROUP_M tiles of M share a tile of N before the next, so that both stay in L2."""
+    if TILES_N == 1:
+        return index, index * 0
+    band = index // (GROUP_M * TILES_N)
+    first = band * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = index - first * TILES_N
+    return first + within % height, within // height
+
+
+@triton.jit
+def output_channels(tile_n, K: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(pack of groups, its channels' numbers, which of them exist) of a tile of N; no tile spans two packs."""
+    WIDTH: tl.constexpr = K // GROUPS * PACK_GROUPS
+    PER_PACK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    pack = tile_n // PER_PACK
+    local = (tile_n - pack * PER_PACK) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = pack * WIDTH + local
+    return pack, channels, (local < WIDTH) & (channels < K)
+
+
+@triton.jit
+def output_pixels(tile_m, BLOCK_M: tl.constexpr, INDEX64: tl.constexpr):
+    """Numbers of the BLOCK_M output pixels of a tile of M."""
+    if INDEX64:
+        tile_m = tile_m.to(tl.int64)
+    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
+def tap_sums(
+    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+):  # fmt: skip
+    """The sums [BLOCK_M, BLOCK_N], of what `group` of the pack contributes or (not ISOLATE) all of them."""
+    CG: tl.constexpr = C // GROUPS
+    KG: tl.constexpr = K // GROUPS
+    RUN: tl.constexpr = S * C if PACK_ROW else PACK_GROUPS * CG
+    TAPS_W: tl.constexpr = 1 if PACK_ROW else S
+    STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
+    STEPS_OF_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
+    EVEN_RUN: tl.constexpr = RUN % (BLOCK_K * SPLIT_K) == 0 and GROUPS % PACK_GROUPS == 0
+    EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % BLOCK_N == 0 and GROUPS % PACK_GROUPS == 0
+    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    STAGES: tl.constexpr = 1 if ISOLATE else None  # seldom run: no registers for it
+
+    offs_k = tl.arange(0, BLOCK_K)
+    run_end = tl.minimum(RUN, C - pack * RUN) if GROUPS > 1 else RUN
+    in_range = pixels < M
+    if R == 1 and S == 1 and STRIDE_H == 1 and STRIDE_W == 1 and not PADDED:
+        ih0, iw0 = pixels, pixels  # not used
+        x_pixel = pixels
+    else:
+        ih0 = pixels // OW % OH * STRIDE_H - PAD_H
+        iw0 = pixels % OW * STRIDE_W - PAD_W
+        x_pixel = (pixels // OW // OH * H + ih0) * W + iw0  # of the first tap; outside of the image if padded
+    w_row = channels.to(pixels.dtype) * (R * S * CG)
+    group_of_channel = (channels - pack * (PACK_GROUPS * KG)) // KG
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r in tl.range(R, num_stages=STAGES):
+        for s in tl.range(TAPS_W, num_stages=STAGES):
+            row_mask = in_range
+            if PADDED:
+                ih = ih0 + r * DIL_H
+                row_mask = row_mask & (ih >= 0) & (ih < H)
+                if not PACK_ROW:
+                    iw = iw0 + s * DIL_W
+                    row_mask = row_mask & (iw >= 0) & (iw < W)
+            x_tap = (x_pixel + (r * DIL_H * W + s * DIL_W)) * C + pack * RUN
+            w_tap = w_row + (r * TAPS_W + s) * (S * CG // TAPS_W)
+            for step in tl.range(STEPS_OF_SPLIT, num_stages=STAGES):
+                k = (split * STEPS_OF_SPLIT + step) * BLOCK_K + offs_k
+                x_mask = row_mask[:, None]
+                if PACK_ROW and PADDED:
+                    iw = iw0[:, None] + (k // C)[None, :]
+                    x_mask = x_mask & (iw >= 0) & (iw < W)
+                if not EVEN_RUN:
+                    x_mask = x_mask & (k < run_end)[None, :]
+                if ISOLATE:
+                    x_mask = x_mask & (k // CG == group)[None, :]
+                a = tl.load(x_ptr + (x_tap[:, None] + k[None, :]), mask=x_mask, other=0.0)
+
+                w_k = k % CG if PACK_GROUPS > 1 else k
+                w_ptrs = w_ptr + (w_tap[None, :] + w_k[:, None])
+                if PACK_GROUPS > 1:  # zero off the diagonal, and where k is beyond the run: no channel is of that group
+                    diagonal = (k // CG)[:, None] == group_of_channel[None, :]
+                    b = tl.load(w_ptrs, mask=diagonal & channel_mask[None, :], other=0.0)
+                elif EVEN_RUN and EVEN_N:
+                    b = tl.load(w_ptrs)
+                elif EVEN_RUN:
+                    b = tl.load(w_ptrs, mask=channel_mask[None, :], other=0.0)
+                else:
+                    b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def conv_tile(
+    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
+
+    Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are
+    nested, not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
+
+    The zeros of a block-diagonal w make NaN of another group's NaN and infinities.  So, seeing NaN, the tile is
+    computed again with one group at a time.
+    """
+    acc = tap_sums(
+        x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW,
+        C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, False,
+    )  # fmt: skip
+    if PACK_GROUPS > 1:  # noqa: SIM102 (known when compiling; the other is not)
+        if tl.sum((acc != acc).to(tl.int32)) > 0:
+            group_of_channel = channels // (K // GROUPS) - pack * PACK_GROUPS
+            for group in range(PACK_GROUPS):
+                alone = tap_sums(
+                    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
+                    C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
+                    BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, True,
+                )  # fmt: skip
+                acc = tl.where((group_of_channel == group)[None, :], alone, acc)
+    return acc
