@@ -632,7 +632,7 @@ def test_fx_tracing_sees_the_modules() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")  # from torch 2.15 on
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # from torch 2.15 on
 def test_jit_trace() -> None:
     block = own_block("basic-stride").eval()
     input = models.block_input("basic-stride")
