@@ -45,7 +45,7 @@ def test_interpreted_kernels_run_only_on_request() -> None:
     _, rejected = registry.explain_choice(problem(torch.float32))
     assert rejected["triton"] == ["TRITON_INTERPRET=1 interprets the kernels, slowly: only on request"]
     if triton.unavailable_reason() is None:
-        assert registry.choose(problem(torch.float32), "triton") is triton
+        assert registry.choose(problem(torch.float32), "triton")[0] is triton
 
 
 @needs_interpreter
