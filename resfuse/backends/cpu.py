@@ -14,6 +14,7 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import buffer_pool, cpu_kernels, reference
 from resfuse.backends.cpu_conv import (
+    conv_backward,
     conv_bn_act_inference,
     conv_bn_act_repeated,
     conv_forward,
@@ -22,9 +23,7 @@ from resfuse.backends.cpu_conv import (
 from resfuse.backends.registry import Problem
 from resfuse.layout import dense
 
-__all__ = ["conv_bn_act_repeated", "conv_forward"]
-
-conv_backward = reference.conv_backward  # PyTorch's own convolutions are oneDNN's
+__all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]
 
 Pair = tuple[int, int]
 
