@@ -255,6 +255,19 @@ class TestNotFinite:
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
         assert len(looks) == (0 if touch is None else 1)
 
+    def test_a_residual_that_was_overwritten_is_looked_at_again(self, input: Tensor) -> None:
+        """What was found finite is gone, though the tensor is the same and nothing counted a new version of it."""
+        first, last = Layer(), Layer()
+        first.bn.bias.fill_(9)  # every pixel has a positive channel
+        inner = first(input)
+        bad = inner.clone(memory_format=torch.channels_last)
+        bad[1, 5, 3, 4] = float("nan")
+        output = last(bad, input, activation="identity", overwrite_residual=True)
+        assert output.data_ptr() == input.data_ptr() and output.isnan().any()
+        expected = last.eager(inner, output)
+        found = last(inner, output, overwrite_residual=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
     def test_pixels_without_a_positive_channel_are_legitimate(self, input: Tensor) -> None:
         layer = Layer()
         layer.bn.bias.fill_(-100)

@@ -17,8 +17,6 @@ RESFUSE_INLINE bool any_live(const T* values, Lanes lanes) {
   return any != 0;
 }
 
-constexpr int64_t kPrefetchedRows = 24;
-
 template <class T>
 bool rows_live_typed(const RowsLive& args) {
   const T* values = static_cast<const T*>(args.values);
@@ -27,8 +25,6 @@ bool rows_live_typed(const RowsLive& args) {
   parallel_for(0, args.rows, ceil_div(kGrain, kLanes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* pixel = values + row * channels;
-      // One cache line per pixel is too sparse for the processor's own prefetching.
-      if (row + kPrefetchedRows < end) __builtin_prefetch(pixel + kPrefetchedRows * channels);
       // The first sixteen channels nearly always settle it; a second look goes through the rest.
       bool found = channels >= kLanes ? any_live(pixel, Full{}) : any_live(pixel, Part{channels});
       for (int64_t c = kLanes; c < channels && !found; c += kLanes)

@@ -158,7 +158,7 @@ def _infer(
     given, input = input, input.contiguous(memory_format=torch.channels_last)
     if overwrite_residual and residual is not None and residual.is_contiguous(memory_format=torch.channels_last):
         accumulator: Tensor | None = residual
-        residual_finite = _recent_finite.holds(residual) or _all_finite(residual)
+        residual_finite = _recent_finite.take(residual) or _all_finite(residual)
     else:
         accumulator, residual_finite = _accumulator(packed.output_shape, input.dtype, residual)
     fused_relu = relu and packed.finite and residual_finite
@@ -190,8 +190,14 @@ class _RecentlyFinite(threading.local):
         if not tensor.is_inference():  # those have no version counter
             self._seen.append((weakref.ref(tensor), tensor._version))
 
-    def holds(self, tensor: Tensor) -> bool:
-        return any(seen() is tensor and version == tensor._version for seen, version in self._seen)
+    def take(self, tensor: Tensor) -> bool:
+        """Whether it is one of them; it is none any more: it is about to be overwritten, which counts no version."""
+        found = False
+        for entry in list(self._seen):
+            if entry[0]() is tensor:
+                found = found or entry[1] == tensor._version
+                self._seen.remove(entry)
+        return found
 
 
 _recent_finite = _RecentlyFinite()
@@ -234,9 +240,9 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias) by PyTorch's own convolutions, a large grad_input in pooled memory.
 
-    For a 1x1 kernel it is the convolution of grad_output with the transposed weight, which accumulates onto zeros about
-    as fast as oneDNN's own primitive writes, into memory that costs no page faults.  (For a 3x3 kernel too, but in
-    float32 with twice the rounding error.)
+    For a 1x1 kernel it is the convolution of grad_output with the transposed weight, accumulated onto zeros: a little
+    slower than oneDNN's own primitive, but without the page faults of fresh memory, which cost more.  (A 3x3 kernel
+    could be turned likewise; in float32 that doubled the rounding error.)
     """
     conv = (stride, padding, dilation, groups)
     if not (
@@ -247,8 +253,10 @@ def conv_backward(
         and (stride, padding, groups) == ((1, 1), (0, 0), 1)
     ):
         return reference.conv_backward(grad_output, input, conv_weight, *conv, needs_grad)
-    others = (False, needs_grad[1], needs_grad[2])
-    _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, *conv, others)
+    grad_weight = grad_bias = None
+    if needs_grad[1] or needs_grad[2]:
+        others = (False, needs_grad[1], needs_grad[2])
+        _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, *conv, others)
     zeros = _channels_last_empty(input.shape, input.dtype).zero_()
     operands = (grad_output.contiguous(memory_format=torch.channels_last), conv_weight.transpose(0, 1), None)
     grad_input = _convolution_onto(zeros, *operands, padding, stride, dilation, groups, "add", 1.0, None, [], "")

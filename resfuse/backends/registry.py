@@ -126,6 +126,6 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
 def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
     module = backend(name)
     unavailable = module.unavailable_reason()
-    if unavailable is None and automatic and name == "triton":
+    if unavailable is None and automatic and hasattr(module, "only_on_request_reason"):
         unavailable = module.only_on_request_reason()
     return (unavailable,) if unavailable else tuple(module.unsupported_reasons(problem))

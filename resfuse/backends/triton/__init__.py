@@ -1,7 +1,7 @@
 """The Triton kernels, for NVIDIA GPUs from compute capability 8.0.
 
-With TRITON_INTERPRET=1 in the environment the same kernels run on the CPU, in Triton's interpreter: thousands of times
-slower, for tests.  `use_backend("triton")` asks for that; automatic choice never takes it.
+With TRITON_INTERPRET=1 in the environment the same kernels run on the CPU, in Triton's interpreter: very
+slowly, for tests.  `use_backend("triton")` asks for that; automatic choice never takes it.
 
 Triton is imported with the first verb that runs, so that a machine without it, or without a GPU, only learns why not.
 """

@@ -101,7 +101,6 @@ def conv_bn_act_forward(
     eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
     memory_format = conv_memory_format(input, conv_weight)
     x, w = _channels_last(input), _weight_for(conv_weight, input)
     residual = None if residual is None else _channels_last(residual)
@@ -111,10 +110,13 @@ def conv_bn_act_forward(
         assert running[0] is not None and running[1] is not None
         if overwrite_residual and residual is not None:
             output = residual
+        else:
+            output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
         conv_bn_act.eval_forward(
             x, w, running[0], running[1], *vectors, residual, relu, stride, padding, dilation, groups, eps, output
         )  # fmt: skip
         return output.contiguous(memory_format=memory_format), None, None, None
+    output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
     z = torch.empty_like(output)
     mean, invstd = _statistics_like(output), _statistics_like(output)
     conv_bn_act.train_forward(
