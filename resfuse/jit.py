@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from resfuse import _build, _extension
+from resfuse.backends import registry
 
 
 def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool = False) -> dict[str, str | None]:
@@ -36,6 +37,7 @@ def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool
             outcome[name] = settings.skipped.get(name)
             if outcome[name] is None:
                 _compile(name, settings, build_directory, verbose)
+                registry.forget_choices()
     return outcome
 
 

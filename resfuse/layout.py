@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,26 @@ def dense(tensor: Tensor) -> Tensor:
 
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def gapless(tensor: Tensor) -> Tensor:
+    """The tensor itself, of any rank, if its elements fill one block of memory in any order, else such a copy of it."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor  # the quick answer to the usual case
+    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor
+    return torch.empty_like(tensor).copy_(tensor)
+
+
+@overload
+def ordered_like(tensor: Tensor, like: Tensor) -> Tensor: ...
+@overload
+def ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
+def ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """The tensor with the element order of `like`, whose memory has no gaps: by a copy where it has another."""
+    if tensor is None or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 def empty_result(input: Tensor) -> Tensor:

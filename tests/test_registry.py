@@ -139,7 +139,7 @@ def test_environment_variable() -> None:
 
 
 def test_choices_are_made_once_per_problem() -> None:
-    registry.choose.cache_clear()
+    registry.forget_choices()
     tensor = torch.ones(5, 7)
     for _ in range(3):
         resfuse.add_relu(tensor, tensor)

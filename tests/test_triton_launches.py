@@ -20,7 +20,7 @@ if triton.unavailable_reason() is not None:
 import triton.language as tl
 from triton import jit
 
-from resfuse.backends.triton import barrier, bn_act, launch, verbs
+from resfuse.backends.triton import barrier, bn_act, bn_plan, launch, verbs
 from tests import shapes
 from tests.shapes import BOTH_FORMATS, LAYOUTS, Values
 
@@ -139,8 +139,8 @@ def test_the_interpreter_has_no_grid_barrier() -> None:
 def test_offsets_within_a_tile_fit_32_bits() -> None:
     """Those of tiles have 64; here of images with 2^28 and 2^32 pixels, and of 2^32 channels."""
     for shape, layout in (((1, 8, 2**14, 2**14), "nchw"), ((1, 2, 2**16, 2**16), "nchw"), ((3, 2**32, 1, 1), "nhwc")):
-        for work in (bn_act.REDUCTION, bn_act.ELEMENTWISE):
-            cut = bn_act.plan(torch.Size(shape), layout == "nhwc", 2, work, 132)
+        for work in (bn_plan.REDUCTION, bn_plan.ELEMENTWISE):
+            cut = bn_plan.plan(torch.Size(shape), layout == "nhwc", 2, work, 132)
             _, channels, h, w = shape
             if layout == "nhwc":
                 assert (cut.block_m - 1) * channels + cut.block_n <= 2**31 or cut.block_m == 1
@@ -213,8 +213,8 @@ def test_statistics_do_not_depend_on_the_number_of_parts(layout: str, monkeypatc
     x = Values(torch.float32, DEVICE).normal(3, 5, 41, 43, mean=100.0)
     mean, m2 = reference.bn_statistics(x.double())
     for programs in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(bn_act, "INTERPRETED_PROGRAMS", programs)
-        monkeypatch.setattr(bn_act, "REDUCTION", bn_act.Work(32, 16, 8))
+        monkeypatch.setattr(bn_plan, "INTERPRETED_PROGRAMS", programs)
+        monkeypatch.setattr(bn_plan, "REDUCTION", bn_plan.Work(32, 16, 8))
         found_mean, found_m2 = verbs.bn_statistics(LAYOUTS[layout](x))
         torch.testing.assert_close(found_mean.double(), mean, rtol=1e-7, atol=0)  # one rounding, of the result
         torch.testing.assert_close(found_m2.double(), m2, rtol=5e-7, atol=0)

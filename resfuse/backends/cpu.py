@@ -21,7 +21,7 @@ from resfuse.backends.cpu_conv import (
     unsupported_convolution,
 )
 from resfuse.backends.registry import Problem
-from resfuse.layout import dense
+from resfuse.layout import dense, gapless, ordered_like
 
 __all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]
 
@@ -56,16 +56,16 @@ def instruction_set() -> str:
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
-    input = _dense_any_rank(input)
+    input = gapless(input)
     output = buffer_pool.empty_like(input)
-    cpu_kernels.add_relu_forward(input, _ordered_like(residual, input), output)
+    cpu_kernels.add_relu_forward(input, ordered_like(residual, input), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
-    output = _dense_any_rank(output)
+    output = gapless(output)
     grad_input = buffer_pool.empty_like(output)
-    cpu_kernels.add_relu_backward(_ordered_like(grad_output, output), output, grad_input)
+    cpu_kernels.add_relu_backward(ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
 
@@ -82,7 +82,7 @@ def bn_act_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    residual = _ordered_like(residual, input)
+    residual = ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
     if not training:
         cpu_kernels.bn_eval_forward(
@@ -113,7 +113,7 @@ def bn_act_backward(
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
-    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     masked = buffer_pool.empty_like(input) if needs_residual_grad else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
@@ -179,9 +179,7 @@ def bn_apply(
 ) -> Tensor:
     input = dense(input)
     output = buffer_pool.empty_like(input)
-    cpu_kernels.bn_apply(
-        input, _ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output
-    )
+    cpu_kernels.bn_apply(input, ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
     return output
 
 
@@ -189,7 +187,7 @@ def bn_backward_reduce(
     grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
-    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     masked = grad_output if output is None else buffer_pool.empty_like(input)
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(
@@ -210,7 +208,7 @@ def bn_backward_apply(
     count: int | None,
 ) -> Tensor:
     input = dense(input)
-    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = buffer_pool.empty_like(input)
     cpu_kernels.bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
@@ -227,23 +225,3 @@ def _float(vector: Tensor | None) -> Tensor | None:
     if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
         return vector
     return vector.float().contiguous()
-
-
-@overload
-def _ordered_like(tensor: Tensor, like: Tensor) -> Tensor: ...
-@overload
-def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
-def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """The tensor with the strides of `like`, by a copy where it has others."""
-    if tensor is None or tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
-
-
-def _dense_any_rank(tensor: Tensor) -> Tensor:
-    """The tensor itself where its elements fill one block of memory, else such a copy."""
-    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return tensor
-    if torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        return tensor
-    return torch.empty_like(tensor).copy_(tensor)

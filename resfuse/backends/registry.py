@@ -123,6 +123,12 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
     raise RuntimeError(f"no backend can run {problem}:\n{listed}")
 
 
+def forget_choices() -> None:
+    """Choose anew at the next call: a library has been loaded since."""
+    choose.cache_clear()
+    repeating_inference.cache_clear()
+
+
 def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
     module = backend(name)
     unavailable = module.unavailable_reason()

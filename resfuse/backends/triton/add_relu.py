@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse.backends.triton.integers import cdiv
 from resfuse.backends.triton.launch import launch
 
 BLOCK = 4096
@@ -44,4 +45,4 @@ def backward(grad_output: Tensor, output: Tensor, grad_input: Tensor) -> None:
 
 def _launch(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Tensor) -> None:
     size = result.numel()
-    launch(kernel, (triton.cdiv(size, BLOCK),), first, second, result, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch(kernel, (cdiv(size, BLOCK),), first, second, result, size, BLOCK=BLOCK, num_warps=NUM_WARPS)

@@ -18,24 +18,17 @@ at a grid barrier (PHASE 0) before they use the sums; PHASE 1 and 2 are what lie
 x, residual, y, dy, dx: float32, bfloat16 or float16, all of one memory order.  Arithmetic and statistics: float32.
 """
 
-import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse.backends.triton import bn_plan
 from resfuse.backends.triton.barrier import grid_barrier
-from resfuse.backends.triton.launch import (
-    barrier,
-    interpreted,
-    launch,
-    phases,
-    properties,
-    resident_programs,
-)
+from resfuse.backends.triton.epilogue import activate, per_channel
+from resfuse.backends.triton.launch import barrier, launch, phases, properties, resident_programs
 from resfuse.backends.triton.welford import (
     inverse_deviation,
     merge_parts,
@@ -46,20 +39,6 @@ from resfuse.backends.triton.welford import (
 )
 
 LOADS_AHEAD = tl.constexpr(32)  # bits: tiles of 2-byte elements are loaded in pairs, to have as much under way
-INTERPRETED_PROGRAMS = 3  # of a reduction: enough to merge something, and few because each takes long
-INTERPRETED_THREADS = 4  # times as many: what a tile costs there hardly depends on its size
-
-
-class Work(NamedTuple):
-    """Threads of a program, and elements of a tile that each of them has."""
-
-    threads: int
-    elements: int
-    scattered: int
-    """Elements where they have to be addressed one by one."""
-
-
-REDUCTION, ELEMENTWISE = Work(512, 16, 8), Work(128, 32, 8)
 
 
 @triton.jit
@@ -88,22 +67,6 @@ def _part(images, positions, channels, tiles_per_part, BLOCK_M: tl.constexpr, BL
     part = tl.program_id(0) // blocks
     first = part * tiles_per_part
     return part, tl.program_id(0) % blocks * BLOCK_N, first, tl.minimum(tiles - first, tiles_per_part), tiles
-
-
-@triton.jit
-def _vector(ptr, column, mask, default: tl.constexpr):
-    """Per-channel values in float32; `default` where there are none (ptr None)."""
-    if ptr is None:
-        return tl.full(column.shape, default, tl.float32)
-    else:
-        return tl.load(ptr + column, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _activate(a, RELU: tl.constexpr):
-    if RELU:
-        a = tl.where(a <= 0, 0.0, a)  # NaN stays NaN
-    return a
 
 
 @triton.jit
@@ -241,8 +204,8 @@ def bn_train_forward_kernel(
             tl.store(mean_ptr + column, pivot + mean, there)
             tl.store(invstd_ptr + column, invstd, there)
             update_running(running_mean_ptr, running_var_ptr, column, there, pivot + mean, m2, count, momentum)
-        scale = invstd * _vector(weight_ptr, column, there, 1.0)
-        bias = _vector(bias_ptr, column, there, 0.0)
+        scale = invstd * per_channel(weight_ptr, column, there, 1.0)
+        bias = per_channel(bias_ptr, column, there, 0.0)
         for i in tl.range(tile_count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
             offset, offsets, mask = _tile(
                 first + tile_count - 1 - i, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
@@ -251,7 +214,7 @@ def bn_train_forward_kernel(
             a = (u - mean[None, :]) * scale[None, :] + bias[None, :]
             if residual_ptr is not None:
                 a += tl.load(residual_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-            _store(y_ptr, offset, offsets, _activate(a, RELU), mask)
+            _store(y_ptr, offset, offsets, activate(a, RELU), mask)
 
 
 @triton.jit
@@ -268,11 +231,11 @@ def bn_apply_kernel(
     channel = tl.program_id(0) % blocks * BLOCK_N
     column = channel + tl.arange(0, BLOCK_N)
     there = column < channels
-    mean, invstd = _vector(mean_ptr, column, there, 0.0), _vector(spread_ptr, column, there, 1.0)
+    mean, invstd = per_channel(mean_ptr, column, there, 0.0), per_channel(spread_ptr, column, there, 1.0)
     if VARIANCE:
         invstd = inverse_deviation(invstd, eps)
-    scale = invstd * _vector(weight_ptr, column, there, 1.0)
-    bias = _vector(bias_ptr, column, there, 0.0)
+    scale = invstd * per_channel(weight_ptr, column, there, 1.0)
+    bias = per_channel(bias_ptr, column, there, 0.0)
     offset, offsets, mask = _tile(
         tl.program_id(0) // blocks, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
     )
@@ -280,7 +243,7 @@ def bn_apply_kernel(
     a = (x - mean[None, :]) * scale[None, :] + bias[None, :]
     if residual_ptr is not None:
         a += tl.load(residual_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-    _store(y_ptr, offset, offsets, _activate(a, RELU), mask)
+    _store(y_ptr, offset, offsets, activate(a, RELU), mask)
 
 
 @triton.jit
@@ -301,8 +264,8 @@ def bn_backward_kernel(
     part, channel, first, tile_count, _ = _part(images, positions, channels, tiles_per_part, BLOCK_M, BLOCK_N)
     column = channel + tl.arange(0, BLOCK_N)
     there = column < channels
-    mean, invstd = _vector(mean_ptr, column, there, 0.0), _vector(invstd_ptr, column, there, 0.0)
-    scale = invstd * _vector(weight_ptr, column, there, 1.0)
+    mean, invstd = per_channel(mean_ptr, column, there, 0.0), per_channel(invstd_ptr, column, there, 0.0)
+    scale = invstd * per_channel(weight_ptr, column, there, 1.0)
     if PHASE != 2:
         tile_g, tile_g_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in range(tile_count):
@@ -356,76 +319,18 @@ def bn_backward_apply_kernel(
     channel = tl.program_id(0) % blocks * BLOCK_N
     column = channel + tl.arange(0, BLOCK_N)
     there = column < channels
-    mean, invstd = _vector(mean_ptr, column, there, 0.0), _vector(invstd_ptr, column, there, 0.0)
-    scale = invstd * _vector(weight_ptr, column, there, 1.0)
+    mean, invstd = per_channel(mean_ptr, column, there, 0.0), per_channel(invstd_ptr, column, there, 0.0)
+    scale = invstd * per_channel(weight_ptr, column, there, 1.0)
     offset, offsets, mask = _tile(
         tl.program_id(0) // blocks, images, positions, channels, channel, CHANNELS_LAST, BLOCK_M, BLOCK_N
     )
     g = _masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
     if BATCH_STATISTICS:
-        shift = _vector(sum_g_ptr, column, there, 0.0) / count
-        slope = _vector(sum_g_xhat_ptr, column, there, 0.0) / count * invstd
+        shift = per_channel(sum_g_ptr, column, there, 0.0) / count
+        slope = per_channel(sum_g_xhat_ptr, column, there, 0.0) / count * invstd
         x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
         g = g - shift[None, :] - (x - mean[None, :]) * slope[None, :]
     _store(dx_ptr, offset, offsets, scale[None, :] * g, mask)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a tensor is cut into tiles, and the tiles into parts."""
-
-    images: int
-    positions: int
-    channels: int
-    channels_last: bool
-    block_m: int
-    block_n: int
-    num_warps: int
-    parts: int
-    tiles_per_part: int
-
-    @property
-    def channel_blocks(self) -> int:
-        return triton.cdiv(self.channels, self.block_n)
-
-    @property
-    def tiles(self) -> int:
-        return triton.cdiv(self.positions, self.block_m) * self.images
-
-    @property
-    def programs(self) -> int:
-        """Of a reduction."""
-        return self.parts * self.channel_blocks
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {"CHANNELS_LAST": self.channels_last, "BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(shape: torch.Size, channels_last: bool, itemsize: int, work: Work, most_programs: int) -> Plan:
-    """Tiles of 256 bytes or more side by side, where the tensor has them, in parts for `most_programs` at a time."""
-    n, channels, h, w = shape
-    images, positions = (1, n * h * w) if channels_last else (n, h * w)
-    elements = work.scattered if (channels if channels_last else positions) % 16 else work.elements
-    if channels_last:
-        block_n = min(triton.next_power_of_2(channels), 256 // itemsize)
-        block_m = min(triton.next_power_of_2(positions), work.threads * elements // block_n)
-    else:
-        block_m = min(triton.next_power_of_2(positions), 512 // itemsize)
-        block_n = min(triton.next_power_of_2(channels), work.threads * elements // block_m)
-    while block_m > 1 and channels_last and block_m * channels >= 2**31:  # offsets within a tile have 32 bits
-        block_m //= 2
-    while block_n > 1 and not channels_last and block_n * positions >= 2**31:
-        block_n //= 2
-    tiles = triton.cdiv(positions, block_m) * images
-    tiles_per_part = triton.cdiv(tiles, max(1, most_programs // triton.cdiv(channels, block_n)))
-    return Plan(
-        images, positions, channels, channels_last, block_m, block_n,
-        num_warps=max(1, block_m * block_n // (32 * elements)),
-        parts=triton.cdiv(tiles, tiles_per_part),
-        tiles_per_part=tiles_per_part,
-    )  # fmt: skip
 
 
 def train_forward(
@@ -464,7 +369,7 @@ def apply(
     relu: bool,
 ) -> None:
     """Fill y by given statistics; `spread` is the variance, or, where eps is None, already invstd."""
-    cut = _plan(x, ELEMENTWISE)
+    cut = bn_plan.elementwise(x)
     launch(
         bn_apply_kernel, (cut.tiles * cut.channel_blocks,),
         x, residual, y, mean, spread, weight, bias, cut.images, cut.positions, cut.channels,
@@ -512,7 +417,7 @@ def backward_apply(
     count: int | None,
 ) -> None:
     """Fill dx by given sums over `count` values; None: by running statistics."""
-    cut = _plan(x, ELEMENTWISE)
+    cut = bn_plan.elementwise(x)
     launch(
         bn_backward_apply_kernel, (cut.tiles * cut.channel_blocks,),
         dy, x, y, weight, mean, invstd, sum_g, sum_g_xhat, dx, cut.images, cut.positions, cut.channels,
@@ -523,23 +428,14 @@ def backward_apply(
 def _reduce(
     kernel: Any, x: Tensor, pointers: tuple[Any, ...], scalars: tuple[float, ...], launches: int | None, **flags: bool
 ) -> None:
-    cut = _plan(x, REDUCTION)
+    cut = bn_plan.reduction(x)
     resident = resident_programs(properties(x.device), cut.num_warps)
     workspace = torch.empty((cut.parts, 2, cut.channels), dtype=torch.float32, device=x.device)
-    block_parts = min(triton.next_power_of_2(cut.parts), REDUCTION.threads * REDUCTION.elements // cut.block_n)
     for phase in phases(launches, cut.programs <= resident):
         launch(
             kernel, (cut.programs,),
             *pointers, workspace, None if phase else barrier(x.device), cut.images, cut.positions, cut.channels,
             cut.parts, cut.tiles_per_part, *scalars,
-            **flags, **cut.constants, BLOCK_PARTS=block_parts, PHASE=phase,
+            **flags, **cut.constants, BLOCK_PARTS=cut.block_parts, PHASE=phase,
             num_warps=cut.num_warps, cooperative=phase == 0,
         )  # fmt: skip
-
-
-def _plan(x: Tensor, work: Work) -> Plan:
-    if interpreted():
-        work, most_programs = work._replace(threads=work.threads * INTERPRETED_THREADS), INTERPRETED_PROGRAMS
-    else:
-        most_programs = properties(x.device).num_sms
-    return plan(x.shape, x.is_contiguous(memory_format=torch.channels_last), x.element_size(), work, most_programs)

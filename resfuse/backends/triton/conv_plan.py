@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resfuse.backends.triton.configs import conv_config, is_forced
 from resfuse.backends.triton.heuristics import shared_memory
+from resfuse.backends.triton.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.launch import DeviceProperties, interpreted, resident_programs
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
 
@@ -62,7 +63,7 @@ def packing(problem: ConvProblem) -> Packing:
     if problem.groups == 1:
         return Packing(row=problem.group_in < 16 and problem.s > 1 and problem.dilation[1] == 1)
     widest = max(problem.group_in, problem.group_out)
-    return Packing(groups=min(_power_of_two_below(max(1, run // widest)), _power_of_two_above(problem.groups)))
+    return Packing(groups=min(power_of_two_below(max(1, run // widest)), power_of_two_above(problem.groups)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -75,7 +76,7 @@ def tile_problem(problem: ConvProblem) -> ConvProblem:
             stride=(problem.stride[0], 1), padding=(problem.padding[0], 0),
         )  # fmt: skip
     if packed.groups > 1:
-        groups = _cdiv(problem.groups, packed.groups)
+        groups = cdiv(problem.groups, packed.groups)
         wide = groups * packed.groups
         return dataclasses.replace(problem, c=wide * problem.group_in, k=wide * problem.group_out, groups=groups)
     return problem
@@ -86,8 +87,8 @@ def chosen_config(problem: ConvProblem, device: DeviceProperties) -> ConvConfig:
     config = conv_config(problem, device)
     if interpreted():
         config = _interpreters_config(problem, config)
-    steps = _cdiv(problem.group_in, config.block_k)
-    return config if config.split_k <= steps else dataclasses.replace(config, split_k=_power_of_two_below(steps))
+    steps = cdiv(problem.group_in, config.block_k)
+    return config if config.split_k <= steps else dataclasses.replace(config, split_k=power_of_two_below(steps))
 
 
 def _interpreters_config(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
@@ -105,7 +106,7 @@ def _interpreters_config(problem: ConvProblem, config: ConvConfig) -> ConvConfig
 
 def tile_grid(problem: ConvProblem, config: ConvConfig) -> tuple[int, int]:
     """(tiles of M, tiles of N) of a `tile_problem`."""
-    return _cdiv(problem.gemm_m, config.block_m), problem.groups * _cdiv(problem.group_out, config.block_n)
+    return cdiv(problem.gemm_m, config.block_m), problem.groups * cdiv(problem.group_out, config.block_n)
 
 
 def resident(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> int:
@@ -130,8 +131,8 @@ def train_plan(problem: ConvProblem, config: ConvConfig, device: DevicePropertie
     """As many programs as are resident, of a `tile_problem`; only with more tiles of N than that there are more."""
     tiles_m, tiles_n = tile_grid(problem, config)
     programs = resident(problem, config, device)
-    tiles_per_program = _cdiv(tiles_m, max(1, programs // tiles_n))
-    return TrainPlan(tiles_per_program, _cdiv(tiles_m, tiles_per_program), tiles_n <= programs)
+    tiles_per_program = cdiv(tiles_m, max(1, programs // tiles_n))
+    return TrainPlan(tiles_per_program, cdiv(tiles_m, tiles_per_program), tiles_n <= programs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -155,16 +156,4 @@ def geometry_constants(problem: ConvProblem, config: ConvConfig) -> dict[str, An
 
 
 def _block(extent: int) -> int:
-    return max(_SMALLEST_BLOCK, _power_of_two_above(extent))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two_above(value: int) -> int:
-    return 1 << (value - 1).bit_length()
-
-
-def _power_of_two_below(value: int) -> int:
-    return 1 << (value.bit_length() - 1)
+    return max(_SMALLEST_BLOCK, power_of_two_above(extent))

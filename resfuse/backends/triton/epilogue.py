@@ -17,6 +17,14 @@ def per_channel(ptr, channels, mask, DEFAULT: tl.constexpr):
 
 
 @triton.jit
+def activate(a, RELU: tl.constexpr):
+    """relu(a) or a; NaN stays NaN."""
+    if RELU:
+        a = tl.where(a <= 0, 0.0, a)
+    return a
+
+
+@triton.jit
 def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
     """(z - mean) invstd weight + bias for a tile z, with mean and invstd [BLOCK_N]."""
     scale = invstd * per_channel(weight_ptr, channels, mask, 1.0)
@@ -26,11 +34,10 @@ def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
 
 @triton.jit
 def activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, mask, K: tl.constexpr, RELU: tl.constexpr):
-    """out = act(y [+ residual]), rounded once; NaN stays NaN."""
+    """out = act(y [+ residual]), rounded once."""
     offsets = pixels[:, None] * K + channels[None, :]
     inside = (pixels < M)[:, None] & mask[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        y = tl.where(y <= 0, 0.0, y)
+    y = activate(y, RELU)
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)

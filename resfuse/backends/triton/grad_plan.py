@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from resfuse.backends.triton.configs import ConvConfig, ConvProblem, conv_config
+from resfuse.backends.triton.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.launch import interpreted, properties
 
 # Channels of a tile that are worth having: of smaller groups, neighbours are multiplied as one, which costs products
@@ -47,7 +48,7 @@ def packed_groups(problem: ConvProblem) -> int:
     if not problem.uses_tensor_cores:
         width = _FMA_WIDTH
     widest = max(problem.group_in, problem.group_out)
-    return 1 << min(max(1, width // widest).bit_length() - 1, (problem.groups - 1).bit_length())
+    return min(power_of_two_below(max(1, width // widest)), power_of_two_above(problem.groups))
 
 
 def packs_taps(problem: ConvProblem) -> bool:
@@ -64,7 +65,7 @@ def tile_problem(problem: ConvProblem) -> ConvProblem:
             stride=(1, 1), padding=(0, 0), dilation=(1, 1),
         )  # fmt: skip
     packed = packed_groups(problem)
-    groups = _cdiv(problem.groups, packed)
+    groups = cdiv(problem.groups, packed)
     wide = groups * packed
     return dataclasses.replace(problem, c=wide * problem.group_in, k=wide * problem.group_out, groups=groups)
 
@@ -92,7 +93,7 @@ def _for_interpreter(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
         if problem.dtype.itemsize == 2:  # in float32 the short sums of short steps are the accurate ones
             block_k = _INTERPRETED_PIXELS
     else:
-        rows = _cdiv(rows, problem.stride[0] * problem.stride[1])
+        rows = cdiv(rows, problem.stride[0] * problem.stride[1])
     return dataclasses.replace(
         config,
         block_m=min(config.block_m, _block(rows)),
@@ -118,7 +119,7 @@ class Plan:
 def plan(problem: ConvProblem, config: ConvConfig) -> Plan:
     """Worked out once per problem."""
     tiled = tile_problem(problem)
-    columns = _cdiv(tiled.group_in, config.block_n)
+    columns = cdiv(tiled.group_in, config.block_n)
     (stride_h, stride_w), (dil_h, dil_w) = problem.stride, problem.dilation
     constants = {
         "C": problem.c, "K": problem.k, "R": problem.r, "S": problem.s, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
@@ -129,13 +130,13 @@ def plan(problem: ConvProblem, config: ConvConfig) -> Plan:
     }  # fmt: skip
     if problem.kind == "wgrad":
         tiles_m, tiles_n, pixels = (
-            tiled.groups * _cdiv(tiled.group_out, config.block_m),
+            tiled.groups * cdiv(tiled.group_out, config.block_m),
             tiled.taps * columns,
             tiled.gemm_k,
         )
         return Plan(tiles_m * tiles_n, tiles_m, pixels, {**constants, "PACK_TAPS": packs_taps(problem)})
-    pixels = problem.n * _cdiv(problem.h, stride_h) * _cdiv(problem.w, stride_w)
-    tiles_m, tiles_n = stride_h * stride_w * _cdiv(pixels, config.block_m), tiled.groups * columns
+    pixels = problem.n * cdiv(problem.h, stride_h) * cdiv(problem.w, stride_w)
+    tiles_m, tiles_n = stride_h * stride_w * cdiv(pixels, config.block_m), tiled.groups * columns
     vertical, horizontal = phases(stride_h, dil_h), phases(stride_w, dil_w)
     constants |= {"STEP_H": vertical.step, "STEP_W": horizontal.step}
     constants |= {"INVERSE_H": vertical.inverse, "INVERSE_W": horizontal.inverse, "GROUP_M": config.group_m}
@@ -149,8 +150,4 @@ def _needs_index64(problem: ConvProblem) -> bool:
 
 
 def _block(extent: int) -> int:
-    return max(_SMALLEST_BLOCK, 1 << (extent - 1).bit_length())
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return max(_SMALLEST_BLOCK, power_of_two_above(extent))

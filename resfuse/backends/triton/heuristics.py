@@ -13,6 +13,7 @@ import math
 import torch
 
 from resfuse.backends.triton.devices import DeviceProperties
+from resfuse.backends.triton.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem
 
 # (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64
@@ -40,7 +41,7 @@ def every_config(problem: ConvProblem, device: DeviceProperties) -> list[ConvCon
     block_ks = _block_ks(problem)
     found = []
     for block_m, block_n, num_warps in TENSOR_CORE_TILES if problem.uses_tensor_cores else FMA_TILES:
-        if block_n > max(16, _power_of_two(_width(problem))):
+        if block_n > max(16, power_of_two_above(_width(problem))):
             continue
         if block_m * block_n > _most_sums(problem) * 32 * num_warps:
             continue
@@ -89,8 +90,8 @@ def shared_memory(problem: ConvProblem, config: ConvConfig) -> int:
 
 def tiles(problem: ConvProblem, config: ConvConfig) -> int:
     """Output tiles of all groups; a tile of wgrad belongs to one filter tap."""
-    columns = _cdiv(_width(problem), config.block_n) * (problem.taps if problem.kind == "wgrad" else 1)
-    return _cdiv(problem.gemm_m, config.block_m) * columns * problem.groups
+    columns = cdiv(_width(problem), config.block_n) * (problem.taps if problem.kind == "wgrad" else 1)
+    return cdiv(problem.gemm_m, config.block_m) * columns * problem.groups
 
 
 def loop_taps(problem: ConvProblem) -> int:
@@ -98,19 +99,19 @@ def loop_taps(problem: ConvProblem) -> int:
     if problem.kind == "wgrad":
         return 1
     if problem.kind == "dgrad":  # a pixel of a strided convolution's input meets only the taps of its own phase
-        return _cdiv(problem.r, problem.stride[0]) * _cdiv(problem.s, problem.stride[1])
+        return cdiv(problem.r, problem.stride[0]) * cdiv(problem.s, problem.stride[1])
     return problem.taps
 
 
 def split_steps(problem: ConvProblem, config: ConvConfig) -> int:
     """Steps of the main loop that `split_k` programs share: forward convolutions split the channels of every tap."""
-    steps = _cdiv(_step_extent(problem), config.block_k)
+    steps = cdiv(_step_extent(problem), config.block_k)
     return steps if problem.kind in ("forward", "train") else loop_taps(problem) * steps
 
 
 def loop_steps(problem: ConvProblem, config: ConvConfig) -> int:
     """Steps of the main loop of one program."""
-    steps = _cdiv(split_steps(problem, config), config.split_k)
+    steps = cdiv(split_steps(problem, config), config.split_k)
     return loop_taps(problem) * steps if problem.kind in ("forward", "train") else steps
 
 
@@ -121,7 +122,7 @@ def loop_starts(problem: ConvProblem, config: ConvConfig) -> int:
     """
     if problem.kind == "wgrad":
         return 1
-    steps = _cdiv(_cdiv(_step_extent(problem), config.block_k), config.split_k)
+    steps = cdiv(cdiv(_step_extent(problem), config.block_k), config.split_k)
     if problem.kind == "dgrad":
         return loop_taps(problem) if steps > 1 else 1
     return loop_taps(problem) if steps > 1 else problem.r
@@ -145,8 +146,8 @@ def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProper
     output = config.block_m * config.block_n
     tile_count = tiles(problem, config)
     programs = tile_count * config.split_k
-    per_multiprocessor = _cdiv(programs, device.num_sms)
-    rounds = _cdiv(per_multiprocessor, occupancy(problem, config, device))
+    per_multiprocessor = cdiv(programs, device.num_sms)
+    rounds = cdiv(per_multiprocessor, occupancy(problem, config, device))
     steps = loop_steps(problem, config)
     multiply = 2 * output * config.block_k / (_flops(problem, device) * _efficiency(problem, config))
     load = (config.block_m + config.block_n) * config.block_k * size / _L2_BYTES
@@ -176,7 +177,7 @@ def _variants(problem: ConvProblem, tile: ConvConfig, device: DeviceProperties) 
     if problem.kind != "train":  # batch statistics need whole sums
         split_k = 2
         while split_k <= min(MAX_SPLIT_K, steps) and tiles(problem, tile) * split_k <= 8 * device.num_sms:
-            if (split_k - 1) * _cdiv(steps, split_k) < steps:  # every part has work
+            if (split_k - 1) * cdiv(steps, split_k) < steps:  # every part has work
                 found.append(dataclasses.replace(tile, split_k=split_k))
             split_k *= 2
     resident = device.num_sms * occupancy(problem, tile, device)
@@ -190,7 +191,7 @@ def _block_ks(problem: ConvProblem) -> tuple[int, ...]:
     if not problem.uses_tensor_cores:
         return (16,)
     widest = 32 if problem.dtype == torch.float32 else 64
-    block_k = min(widest, max(16, _power_of_two(_step_extent(problem))))
+    block_k = min(widest, max(16, power_of_two_above(_step_extent(problem))))
     return (block_k, block_k // 2) if block_k == 64 else (block_k,)
 
 
@@ -221,12 +222,3 @@ def _flops(problem: ConvProblem, device: DeviceProperties) -> float:
     if problem.dtype != torch.float32:
         return bf16
     return bf16 / 2 if problem.precision == "tf32" else fp32
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(value: int) -> int:
-    """The smallest power of two that is not below `value`."""
-    return 1 << (value - 1).bit_length()

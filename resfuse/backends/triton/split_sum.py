@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse.backends.triton.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.launch import launch, properties
 
 _ELEMENTS = 4096  # of a program's tile
@@ -54,9 +55,9 @@ def column_sum_kernel(
 def sum_splits(parts: Tensor, out: Tensor) -> None:
     """out = parts.sum(0), for dense float32 parts with the element order of `out`."""
     splits, size = parts.shape[0], out.numel()
-    block_splits = min(64, 1 << (splits - 1).bit_length())
+    block_splits = min(64, power_of_two_above(splits))
     block = _ELEMENTS // block_splits
-    grid = (_cdiv(size, block),)
+    grid = (cdiv(size, block),)
     launch(
         sum_splits_kernel, grid, parts, out, size, splits, BLOCK_SPLITS=block_splits, BLOCK=block, num_warps=_NUM_WARPS
     )
@@ -67,17 +68,13 @@ def column_sum(x: Tensor, out: Tensor) -> None:
     channels = x.shape[1]
     rows = x.numel() // channels
     block_rows = _ELEMENTS // _BLOCK_C
-    tiles = _cdiv(channels, _BLOCK_C)
-    splits = max(1, min(_cdiv(rows, 4 * block_rows), 4 * properties(x.device).num_sms // tiles))
-    rows_per_split = _cdiv(_cdiv(rows, splits), block_rows) * block_rows
-    splits = _cdiv(rows, rows_per_split)
+    tiles = cdiv(channels, _BLOCK_C)
+    splits = max(1, min(cdiv(rows, 4 * block_rows), 4 * properties(x.device).num_sms // tiles))
+    rows_per_split = cdiv(cdiv(rows, splits), block_rows) * block_rows
+    splits = cdiv(rows, rows_per_split)
     parts = torch.empty((splits, channels), dtype=torch.float32, device=x.device)
     launch(
         column_sum_kernel, (tiles, splits), x, parts, rows, rows_per_split,
         C=channels, BLOCK_ROWS=block_rows, BLOCK_C=_BLOCK_C, num_warps=_NUM_WARPS,
     )  # fmt: skip
     sum_splits(parts, out)
-
-
-def _cdiv(a: int, b: int) -> int:  # Triton's own takes ten times as long
-    return -(-a // b)

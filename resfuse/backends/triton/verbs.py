@@ -11,22 +11,22 @@ from resfuse.backends.triton import add_relu, bn_act, conv_bn_act
 from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.split_sum import column_sum
 from resfuse.backends.triton.wgrad import wgrad
-from resfuse.layout import conv_memory_format, conv_output_shape, dense, like_strides
+from resfuse.layout import conv_memory_format, conv_output_shape, dense, gapless, like_strides, ordered_like
 
 Pair = tuple[int, int]
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
-    input = _dense_any_rank(input)
+    input = gapless(input)
     output = torch.empty_like(input)
-    add_relu.forward(input, _ordered_like(residual, input), output)
+    add_relu.forward(input, ordered_like(residual, input), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
-    output = _dense_any_rank(output)
+    output = gapless(output)
     grad_input = torch.empty_like(output)
-    add_relu.backward(_ordered_like(grad_output, output), output, grad_input)
+    add_relu.backward(ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
 
@@ -43,7 +43,7 @@ def bn_act_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    residual = _ordered_like(residual, input)
+    residual = ordered_like(residual, input)
     output = torch.empty_like(input)
     weight, bias = _unstrided(weight), _unstrided(bias)
     running = _unstrided(running_mean), _unstrided(running_var)
@@ -69,7 +69,7 @@ def bn_act_backward(
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
-    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input) if needs_input_grad else None
     grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
@@ -188,7 +188,7 @@ def bn_apply(
     input = dense(input)
     output = torch.empty_like(input)
     vectors = _unstrided(mean), _unstrided(invstd), _unstrided(weight), _unstrided(bias)
-    bn_act.apply(input, _ordered_like(residual, input), output, *vectors, None, relu)
+    bn_act.apply(input, ordered_like(residual, input), output, *vectors, None, relu)
     return output
 
 
@@ -214,7 +214,7 @@ def bn_backward_apply(
     count: int | None,
 ) -> Tensor:
     input = dense(input)
-    grad_output, output = _ordered_like(grad_output, input), _ordered_like(output, input)
+    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input)
     bn_act.backward_apply(
         grad_output, input, output, _unstrided(weight), _unstrided(mean), _unstrided(invstd),
@@ -258,21 +258,3 @@ def _unstrided(vector: Tensor | None) -> Tensor | None: ...
 def _unstrided(vector: Tensor | None) -> Tensor | None:
     """Per-channel vectors enter the kernels with a stride of one."""
     return vector if vector is None else vector.contiguous()
-
-
-@overload
-def _ordered_like(tensor: Tensor, like: Tensor) -> Tensor: ...
-@overload
-def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
-def _ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """The tensor with the element order of the dense `like`, by a copy where it has another."""
-    if tensor is None or tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
-
-
-def _dense_any_rank(tensor: Tensor) -> Tensor:
-    """The tensor itself where its elements fill one block of memory, else such a copy."""
-    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        return tensor
-    return torch.empty_like(tensor).copy_(tensor)
