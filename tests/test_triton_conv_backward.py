@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import resfuse
 from resfuse.backends import reference, registry
-from tests import shapes
+from tests import contract, shapes
 from tests.shapes import CONVOLUTIONS, Convolution, Values
 
 if registry.backend("triton").unavailable_reason() is not None:
     pytest.skip("Triton's kernels can not run here", allow_module_level=True)
 
-from resfuse.backends.triton import configs, grad_plan, launch
+from resfuse.backends.triton import bn_act, configs, fused_backward, grad_plan, launch
 from resfuse.backends.triton.configs import ConvConfig
 from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.grad_prologue import BatchNormGrad
@@ -420,3 +423,69 @@ def test_gradients_have_the_layout_of_what_they_are_gradients_of(layout: str) ->
         if like is not None:
             assert grad.stride() == torch.empty_like(like).stride()
     assert triton.conv_backward(dz, x, w, *geometry, (False, False, False)) == (None, None, None)
+
+
+# --- the backward of conv_bn_act without dz in memory ----------------------------------------------------------------
+
+EVERYTHING = ("input", "conv_weight", "weight", "bias", "residual")
+
+
+@HALF
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("needs_grad", [EVERYTHING, ("conv_weight", "bias"), ("input",), ("conv_weight", "residual")])
+def test_fused_backward(
+    needs_grad: tuple[str, ...], training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every gradient meets the contract, whichever are wanted, also where it would not have been chosen."""
+    chosen = []
+    monkeypatch.setattr(fused_backward, "pays", lambda *args, **facts: chosen.append(args) or True)
+    conv = Convolution((2, 24, 7, 6), 40, (3, 3), (2, 2), (1, 1))
+    for activation in ("relu", "identity"):
+        for affine in (True, False):
+            call = shapes.conv_bn_act_call(
+                conv, dtype, DEVICE, layout="nhwc", residual_layout="nchw", affine=affine, training=training,
+                activation=activation,
+            )  # fmt: skip
+            with resfuse.use_backend("triton"):
+                contract.check(call, needs_grad=needs_grad)
+    assert len(chosen) == 4
+
+
+def test_where_the_fused_backward_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory in which the separate verbs keep dz is not there: batch norm's backward writes no input gradient."""
+    written = []
+    backward = bn_act.backward
+
+    def spy(*args: Any, **options: Any) -> None:
+        written.append(args[6] is not None)
+        backward(*args, **options)
+
+    monkeypatch.setattr(bn_act, "backward", spy)
+
+    def dz_is_written(conv: Convolution, needs_grad: tuple[str, ...], layout: str = "nhwc", **options: Any) -> bool:
+        call = shapes.conv_bn_act_call(conv, torch.float32, DEVICE, layout=layout, residual_layout=None, **options)
+        written.clear()
+        with resfuse.use_backend("triton"):
+            contract.check(call, needs_grad=needs_grad)
+        return any(written)
+
+    pointwise = Convolution((2, 16, 7, 7), 32, (1, 1))  # 16 channels: a single tile of them
+    assert not dz_is_written(pointwise, ("conv_weight", "weight", "bias"), training=True)
+    assert not dz_is_written(pointwise, ("input",), training=True)
+    assert not dz_is_written(pointwise, ("input", "conv_weight"), training=False)
+    assert dz_is_written(pointwise, ("input", "conv_weight"), training=True)  # read twice as three tensors
+    assert dz_is_written(CONVOLUTIONS["3x3"], ("input",), training=True)  # read for nine taps
+    assert dz_is_written(pointwise, ("conv_weight",), training=True, layout="nchw")
+    assert dz_is_written(pointwise, ("conv_weight", "conv_bias"), training=True, conv_bias=True)
+
+
+def test_when_computing_dz_pays() -> None:
+    """Counted by hand, in passes over a tensor: separate (reduce, again, write dz, load it), fused (reduce, load)."""
+    pays = functools.partial(fused_backward.pays, relu=True, training=True, sums=True, residual=False)
+    assert pays([1])  # 3 + 3 + 1 + 1 against 3 + 3
+    assert not pays([1, 1])  # 3 + 3 + 1 + 2 against 3 + 6
+    assert not pays([1, 1], residual=True)  # 4 + 2 + 1 + 2 against 4 + 4: gains too little
+    assert pays([1], relu=False)  # 2 + 2 + 1 + 1 against 2 + 2
+    assert pays([1, 1], training=False, sums=False)  # 3 + 1 + 2 against 4: nothing has to be summed
+    assert not pays([1, 1], training=False)  # 3 + 1 + 2 against 3 + 4
+    assert not pays([])

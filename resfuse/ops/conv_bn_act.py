@@ -232,14 +232,19 @@ class ConvBNActFunction(torch.autograd.Function):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, grad_output)
         else:
             run_conv_forward, run_bn_act_backward, run_conv_backward = _backward_verbs(ctx)
-            if z is None:
-                # Where no one reads sum g xhat, any tensor of the right shape will do for z.
-                z = run_conv_forward(input, conv_weight, conv_bias, *ctx.conv) if needs[4] else grad_output
-            grad_z, grad_weight, grad_bias, grad_residual = run_bn_act_backward(
-                grad_output, z, output, weight, mean, invstd, ctx.training, any(needs_conv), needs_residual
-            )
-            if any(needs_conv):
-                grads = run_conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv)
+            if z is None and needs[4]:
+                z = run_conv_forward(input, conv_weight, conv_bias, *ctx.conv)
+            fused = _fused_backward(ctx, grad_output, z, needs_conv, needs_residual)
+            if fused is not None:
+                grads, grad_weight, grad_bias, grad_residual = fused
+            else:
+                if z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
+                    z = grad_output
+                grad_z, grad_weight, grad_bias, grad_residual = run_bn_act_backward(
+                    grad_output, z, output, weight, mean, invstd, ctx.training, any(needs_conv), needs_residual
+                )
+                if any(needs_conv):
+                    grads = run_conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv)
         grad_input, grad_conv_weight, grad_conv_bias = grads
         return (
             grad_input if needs[0] else None,
@@ -265,6 +270,28 @@ def _backward_verbs(ctx: FunctionContext) -> tuple[Callable[..., Any], Callable[
         functools.partial(bn_act.backward, request=request),
         functools.partial(conv_backward, request=request),
     )
+
+
+def _fused_backward(
+    ctx: FunctionContext,
+    grad_output: Tensor,
+    z: Tensor | None,
+    needs_conv: tuple[bool, bool, bool],
+    needs_residual: bool,
+) -> Any:
+    """What the verbs of `_backward_verbs` give, from a backend that has and prefers one verb for all of it, or None."""
+    if torch.compiler.is_compiling() or not any(needs_conv):
+        return None
+    input, conv_weight, _, weight, output, _, mean, invstd = ctx.saved_tensors
+    chosen = backend_for("conv_backward", input, (conv_weight.shape, *ctx.conv), ctx.backend_request)
+    run = getattr(chosen, "conv_bn_act_backward", None)
+    if run is None or backend_for("bn_act_backward", grad_output, request=ctx.backend_request) is not chosen:
+        return None
+    needs_sums = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+    return run(
+        grad_output, input, conv_weight, z, output, weight, mean, invstd, *ctx.conv, ctx.training,
+        needs_conv, needs_sums, needs_residual,
+    )  # fmt: skip
 
 
 def _differentiable_backward(ctx: FunctionContext, grad_output: Tensor) -> Any:

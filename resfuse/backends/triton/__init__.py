@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 VERBS = (
     "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
-    "conv_bn_act_forward", "conv_forward", "conv_backward",
+    "conv_bn_act_forward", "conv_bn_act_backward", "conv_forward", "conv_backward",
     "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it

@@ -85,6 +85,13 @@ def configuration(problem: ConvProblem, device: torch.device, *, fused: bool) ->
     return config
 
 
+def reads_of_dz(problem: ConvProblem, device: torch.device) -> int:
+    """How often a gradient loads each element of dz that it computes: for every tap and tile of N."""
+    config = configuration(problem, device, fused=True)
+    tiled = tile_problem(problem)
+    return tiled.taps * cdiv(tiled.group_in, config.block_n)
+
+
 def _for_interpreter(problem: ConvProblem, config: ConvConfig) -> ConvConfig:
     """The configuration without blocks beyond the (padded) tile problem, and with long steps over pixels."""
     rows, columns, inner, block_k = problem.gemm_m, problem.group_in, problem.group_out, config.block_k

@@ -30,10 +30,10 @@ class BatchNormGrad:
     weight: Tensor | None
     mean: Tensor
     invstd: Tensor
-    sum_g: Tensor
-    sum_g_xhat: Tensor
+    sum_g: Tensor | None
+    sum_g_xhat: Tensor | None
     count: int | None
-    """Values per channel that the sums are over; None: running statistics were used."""
+    """Values per channel that the sums are over; None: running statistics were used, and z and the sums are not."""
 
 
 Grad = Tensor | BatchNormGrad

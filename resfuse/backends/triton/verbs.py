@@ -9,9 +9,12 @@ from torch import Tensor
 
 from resfuse.backends.triton import add_relu, bn_act, conv_bn_act
 from resfuse.backends.triton.dgrad import dgrad
+from resfuse.backends.triton.fused_backward import conv_bn_act_backward
 from resfuse.backends.triton.split_sum import column_sum
 from resfuse.backends.triton.wgrad import wgrad
 from resfuse.layout import conv_memory_format, conv_output_shape, dense, gapless, like_strides, ordered_like
+
+__all__ = ["conv_bn_act_backward"]
 
 Pair = tuple[int, int]
 
