@@ -12,7 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ MMA = {"80": "mma.sync", "90": "wgmma.mma_async", "100": "tcgen05.mma"}
 SPILL = {"80": 16, "90": 16, "100": 512}
 """Bytes of stack per thread, at most.  On sm_100 main loops need few registers, for their sums are in tensor memory;
 what spills is the epilogue, which takes all of them at once."""
+SPILL_OF_TABLES = 32
+"""On sm_80 and sm_90, of what only a table can choose: it has been measured then, spills and all."""
 
 for_hours = pytest.mark.skipif(
     "RESFUSE_TEST_ALL_KERNELS" not in os.environ, reason="RESFUSE_TEST_ALL_KERNELS=1 runs it"
@@ -74,11 +76,11 @@ def shown(row: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in row.items() if value not in ("", "0", "False"))
 
 
-def objections(row: dict[str, str]) -> list[str]:
-    """What is wrong with a compiled kernel."""
+def objections(row: dict[str, str], spill: int) -> list[str]:
+    """What is wrong with a compiled kernel that may spill so many bytes."""
     found = []
     shared, limit = int(row["shared"]), SHARED_MEMORY[row["capability"]]
-    if int(row["spill"]) > SPILL[row["capability"]]:
+    if int(row["spill"]) > spill:
         found.append(f"spills {row['spill']} bytes")
     if shared > limit:
         found.append(f"{shared} bytes of shared memory, of {limit}")
@@ -100,8 +102,9 @@ def objections(row: dict[str, str]) -> list[str]:
     return found
 
 
-def check(rows: list[dict[str, str]]) -> None:
-    wrong = [f"{'; '.join(found)}: {shown(row)}" for row in rows if (found := objections(row))]
+def check(rows: list[dict[str, str]], spill: Mapping[str, int] = SPILL) -> None:
+    found = [(row, objections(row, spill[row["capability"]])) for row in rows]
+    wrong = [f"{'; '.join(faults)}: {shown(row)}" for row, faults in found if faults]
     assert not wrong, f"{len(wrong)} of {len(rows)} kernels\n" + "\n".join(wrong)
 
 
@@ -125,7 +128,10 @@ def test_every_kernel_of_every_layer(arch: str, dtype: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_configuration_that_a_table_may_choose(arch: str, tmp_path: Path) -> None:
-    check(compiled(["--quick", "--tables", "--arch", arch, "--batch", "32", *CONVOLUTION_KINDS], tmp_path))
+    check(
+        compiled(["--quick", "--tables", "--arch", arch, "--batch", "32", *CONVOLUTION_KINDS], tmp_path),
+        {arch: SPILL_OF_TABLES},
+    )
 
 
 def test_nothing_is_compiled_where_triton_interprets(tmp_path: Path) -> None:
