@@ -2,9 +2,10 @@
 
 from resfuse.nn.add_relu import AddReLU
 from resfuse.nn.blocks import BasicBlock, Bottleneck
-from resfuse.nn.bn_act import BNAct2d, SyncBNAct2d
+from resfuse.nn.bn_act import BNAct2d
 from resfuse.nn.conv_bn_act import ConvBNAct2d
 from resfuse.nn.preact_blocks import PreActBasicBlock, PreActBottleneck
+from resfuse.nn.sync_bn_act import SyncBNAct2d
 
 __all__ = [
     "AddReLU",

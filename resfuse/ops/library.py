@@ -48,6 +48,7 @@ class FunctionContext(Protocol):
     training: bool
     relu: bool
     eps: float
+    group: Any
     conv: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
