@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -65,6 +66,7 @@ def bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    pad_residual: bool = False,
 ) -> Tensor:
     """Batch normalisation, an optional residual, and the activation.
 
@@ -84,6 +86,9 @@ def bn_act(
             (unbiased variance), instead of normalising by the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C, as if zeros followed: what is
+            added is `F.pad(residual, (0, 0, 0, 0, 0, C - C'))`, but no such tensor is made (the parameter-free
+            shortcut of He et al. 2016, arXiv:1512.03385, option A).
 
     Returns:
         (N, C, H, W), dtype and layout of `input`.
@@ -105,9 +110,10 @@ def bn_act(
         if _promotes(input.dtype, residual) and _autocast_enabled(input):
             # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
             options: dict[str, Any] = {"activation": "identity", "training": training, "momentum": momentum, "eps": eps}
-            output = bn_act(input, running_mean, running_var, weight, bias, **options) + residual
+            output = bn_act(input, running_mean, running_var, weight, bias, **options)
+            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, input.shape, input)
+        _check_residual(residual, input.shape, input, pad_residual)
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if _needs_grad(input, weight, bias, residual):
         return _bn_act.BNActFunction.apply(*_distinct(*tensors), relu, training, momentum, eps)
@@ -209,6 +215,7 @@ def conv_bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     overwrite_residual: bool = False,
+    pad_residual: bool = False,
 ) -> Tensor:
     """2-D convolution, batch normalisation, an optional residual, and the activation.
 
@@ -234,6 +241,7 @@ def conv_bn_act(
         training, momentum, eps: as in `bn_act`.
         overwrite_residual: allow the residual's memory to be used for the output, for a residual that nobody reads
             afterwards; used only where no gradient is recorded.
+        pad_residual: let the residual have fewer channels, (N, K', OH, OW) with K' <= K, as in `bn_act`.
 
     Returns:
         (N, K, OH, OW), dtype of `input`, channels_last if `input` or `conv_weight` is.
@@ -278,9 +286,11 @@ def conv_bn_act(
                 "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
                 "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
             }  # fmt: skip
-            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options) + residual
+            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options)
+            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, shape, input)
+        _check_residual(residual, shape, input, pad_residual)
+        overwrite_residual = overwrite_residual and residual.shape[1] == shape[1]
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
     if conv_weight.dtype != dtype and (needs_grad or training):
         conv_weight = conv_weight.to(dtype)  # otherwise the backend folds batch norm into the wider weight
@@ -357,10 +367,20 @@ def _check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
         raise ValueError(f"{name}: expected {rank} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
 
 
-def _check_residual(residual: Tensor, shape: Any, input: Tensor) -> None:
+def _padded(residual: Tensor, channels: int) -> Tensor:
+    """The residual with zeros for the channels that it does not have."""
+    missing = channels - residual.shape[1]
+    return F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing > 0 else residual
+
+
+def _check_residual(residual: Tensor, shape: Any, input: Tensor, pad: bool = False) -> None:
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
-    if residual.shape != shape:
+    if pad:
+        size = tuple(residual.shape)
+        if len(size) != 4 or (size[0], *size[2:]) != (shape[0], *shape[2:]) or not 1 <= size[1] <= shape[1]:
+            raise ValueError(f"residual: expected shape {tuple(shape)}, or with fewer channels, got {size}")
+    elif residual.shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.dtype != input.dtype:
         raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")

@@ -58,6 +58,17 @@ def like_strides(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.stride() == result.stride() else result.copy_(tensor)
 
 
+def place_padded(residual: Tensor, output: Tensor) -> Tensor:
+    """`output`, filled with a residual of fewer channels, and zeros in the others.
+
+    A kernel that reads a residual and writes the output element by element can take this one as both.
+    """
+    channels = residual.shape[1]
+    output[:, channels:].zero_()
+    output[:, :channels].copy_(residual)
+    return output
+
+
 def conv_output_shape(
     input_shape: torch.Size,
     weight_shape: torch.Size,

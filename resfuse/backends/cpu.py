@@ -21,7 +21,7 @@ from resfuse.backends.cpu_conv import (
     unsupported_convolution,
 )
 from resfuse.backends.registry import Problem
-from resfuse.layout import dense
+from resfuse.layout import dense, place_padded
 
 __all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]
 
@@ -82,8 +82,11 @@ def bn_act_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    residual = _ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
+    if residual is not None and residual.shape[1] < input.shape[1]:
+        residual = place_padded(residual, output)
+    else:
+        residual = _ordered_like(residual, input)
     if not training:
         cpu_kernels.bn_eval_forward(
             input, residual, _float(running_mean), _float(running_var), _float(weight), _float(bias), eps, relu, output

@@ -42,6 +42,7 @@ def conv_bn_act(
     residual: Tensor | None = None,
     act: nn.Module | None = None,
     overwrite_residual: bool = False,
+    pad_residual: bool = False,
 ) -> Tensor:
     """`act(bn(conv(input)) [+ residual])`, fused where that cannot be noticed.
 
@@ -57,14 +58,15 @@ def conv_bn_act(
         input: (N, C, H, W).
         residual: what is added before the activation: broadcasts to, and is rounded to the dtype of, bn's output.
         overwrite_residual: nobody reads the residual afterwards, so that inference may put the output in its place.
+        pad_residual: a residual of fewer channels is added to the first ones (and does not broadcast).
     """
     activation = activation_of(act)
-    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual)
+    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual, pad_residual)
     if output is None:
         z = conv(input)
-        if synchronises(bn):
+        if not pad_residual and synchronises(bn):
             return bn_act(bn, z, residual, act)
-        return _add_and_activate(_normalise(bn, z), residual, act)
+        return _add_and_activate(_normalise(bn, z), residual, act, pad_residual)
     return output if activation is not None else act(output)  # type: ignore[misc]
 
 
@@ -154,6 +156,7 @@ def _own_conv_bn_act(
     residual: Tensor | None,
     activation: str,
     overwrite_residual: bool,
+    pad_residual: bool,
 ) -> Tensor | None:
     """The operator with the state of both modules; None where it cannot stand for them."""
     kind = batch_norm_kind(bn)
@@ -192,14 +195,14 @@ def _own_conv_bn_act(
             conv_bias=conv_bias, residual=residual, activation=_either(inner, activation),
             stride=stride, padding=padding, dilation=dilation, groups=conv.groups,
             training=training, momentum=momentum, eps=eps, overwrite_residual=overwrite_residual,
+            pad_residual=pad_residual,
         )  # fmt: skip
     except ValueError:
         # Raised before anything is computed.  A residual that broadcasts is right for the modules; the rest is wrong.
         if not kind.frozen:
             count_batch(bn, -1)
-        if residual is None or residual.shape == conv_output_shape(
-            input.shape, conv_weight.shape, stride, padding, dilation
-        ):
+        expected = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+        if residual is None or pad_residual or residual.shape == expected:
             raise
         return None
 
@@ -285,8 +288,12 @@ def _class_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _add_and_activate(output: Tensor, residual: Tensor | None, act: nn.Module | None) -> Tensor:
-    if residual is not None:
+def _add_and_activate(
+    output: Tensor, residual: Tensor | None, act: nn.Module | None, pad_residual: bool = False
+) -> Tensor:
+    if residual is not None and pad_residual:
+        output[:, : residual.shape[1]] += residual
+    elif residual is not None:
         output += residual  # in place, as in torchvision: the dtype is that of the output
     return output if act is None else act(output)
 

@@ -50,5 +50,6 @@ class FunctionContext(Protocol):
     eps: float
     group: Any
     conv: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+    residual_channels: int | None
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
