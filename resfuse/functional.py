@@ -11,6 +11,8 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -18,6 +20,7 @@ from resfuse.layout import conv_output_shape
 from resfuse.ops import add_relu as _add_relu
 from resfuse.ops import bn_act as _bn_act
 from resfuse.ops import conv_bn_act as _conv_bn_act
+from resfuse.ops import sync_bn_act as _sync_bn_act
 
 _ACTIVATIONS = ("relu", "identity")
 
@@ -63,6 +66,7 @@ def bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    pad_residual: bool = False,
 ) -> Tensor:
     """Batch normalisation, an optional residual, and the activation.
 
@@ -82,6 +86,9 @@ def bn_act(
             (unbiased variance), instead of normalising by the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
+        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C, as if zeros followed: what is
+            added is `F.pad(residual, (0, 0, 0, 0, 0, C - C'))`, but no such tensor is made (the parameter-free
+            shortcut of He et al. 2016, arXiv:1512.03385, option A).
 
     Returns:
         (N, C, H, W), dtype and layout of `input`.
@@ -103,9 +110,10 @@ def bn_act(
         if _promotes(input.dtype, residual) and _autocast_enabled(input):
             # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
             options: dict[str, Any] = {"activation": "identity", "training": training, "momentum": momentum, "eps": eps}
-            output = bn_act(input, running_mean, running_var, weight, bias, **options) + residual
+            output = bn_act(input, running_mean, running_var, weight, bias, **options)
+            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, input.shape, input)
+        _check_residual(residual, input.shape, input, pad_residual)
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if _needs_grad(input, weight, bias, residual):
         return _bn_act.BNActFunction.apply(*_distinct(*tensors), relu, training, momentum, eps)
@@ -114,6 +122,78 @@ def bn_act(
     if training:
         return torch.ops.resfuse.bn_act_train(*tensors, relu, momentum, eps)[0]
     return torch.ops.resfuse.bn_act_eval(*tensors, relu, eps)
+
+
+def sync_bn_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: Any = None,
+) -> Tensor:
+    """`bn_act` in training, with the batch statistics of all processes of a group: what SyncBatchNorm does.
+
+    Equivalent to the following, with `inputs` the concatenation of `input` over all processes, and this process's part
+    of its output::
+
+        output = F.batch_norm(inputs, running_mean, running_var, weight, bias, True, momentum, eps)
+        output = output if residual is None else output + residual
+        output = torch.relu(output) if activation == "relu" else output
+
+    All processes of the group have to call it, and then backward, in the same order: forward takes one all-gather of
+    2 C + 1 values per process, backward one all-reduce of 2 C (none where the input needs no gradient).  The gradients
+    of weight and bias are those of this process's part of the batch, as for all other parameters; DDP averages them.
+    There is no second derivative.
+
+    Args:
+        input: (N, C, H, W), floating point; N, H and W may differ between processes, and be 0.
+        running_mean, running_var, weight, bias, residual, activation, momentum, eps: as in `bn_act`.
+        process_group: a `torch.distributed.ProcessGroup` with a backend for the device of `input`; None for that of
+            all processes.
+
+    Returns:
+        (N, C, H, W), dtype and layout of `input`.
+
+    Raises:
+        TypeError, ValueError: as `bn_act`, but one value per channel is an error only in a group of one process.
+        RuntimeError: `torch.distributed` is not initialised.
+
+    Saved for backward: `input`, mean, invstd, the count and, with ReLU, the output.
+    Source: the documentation of `torch.nn.SyncBatchNorm`; Chan, Golub & LeVeque 1983 for merging the statistics.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("process_group: expected torch.distributed to be initialised (see init_process_group)")
+    group: Any = dist.group.WORLD if process_group is None else process_group
+    world_size = dist.get_world_size(group)
+    if world_size < 1:
+        raise ValueError("process_group: expected a group with this process in it")
+    options: dict[str, Any] = {"residual": residual, "activation": activation, "momentum": momentum, "eps": eps}
+    if world_size == 1:
+        return bn_act(input, running_mean, running_var, weight, bias, training=True, **options)
+    relu = _check_activation(activation)
+    _check_input("input", input, 4)
+    _check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, True)
+    if residual is not None:
+        if _promotes(input.dtype, residual) and _autocast_enabled(input):
+            options |= {"residual": None, "activation": "identity", "process_group": group}
+            output = sync_bn_act(input, running_mean, running_var, weight, bias, **options) + residual
+            return torch.relu(output) if relu else output
+        _check_residual(residual, input.shape, input)
+    needs_grad = _needs_grad(input, weight, bias, residual)
+    if torch.compiler.is_compiling():
+        group = group.group_name
+    with torch.no_grad():  # the dependence of the statistics on the input is part of the Function's gradient
+        statistics = _sync_bn_act.statistics(input.detach(), running_mean, running_var, momentum, eps, group)
+    if not needs_grad:
+        return _sync_bn_act.bn_apply(input, *statistics[:2], weight, bias, residual, relu)
+    tensors = _distinct(input, weight, bias, residual)
+    return _sync_bn_act.SyncBNActFunction.apply(tensors[0], *statistics, *tensors[1:], relu, group)
 
 
 def conv_bn_act(
@@ -135,6 +215,7 @@ def conv_bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     overwrite_residual: bool = False,
+    pad_residual: bool = False,
 ) -> Tensor:
     """2-D convolution, batch normalisation, an optional residual, and the activation.
 
@@ -160,6 +241,7 @@ def conv_bn_act(
         training, momentum, eps: as in `bn_act`.
         overwrite_residual: allow the residual's memory to be used for the output, for a residual that nobody reads
             afterwards; used only where no gradient is recorded.
+        pad_residual: let the residual have fewer channels, (N, K', OH, OW) with K' <= K, as in `bn_act`.
 
     Returns:
         (N, K, OH, OW), dtype of `input`, channels_last if `input` or `conv_weight` is.
@@ -204,9 +286,11 @@ def conv_bn_act(
                 "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
                 "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
             }  # fmt: skip
-            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options) + residual
+            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options)
+            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, shape, input)
+        _check_residual(residual, shape, input, pad_residual)
+        overwrite_residual = overwrite_residual and residual.shape[1] == shape[1]
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
     if conv_weight.dtype != dtype and (needs_grad or training):
         conv_weight = conv_weight.to(dtype)  # otherwise the backend folds batch norm into the wider weight
@@ -283,10 +367,20 @@ def _check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
         raise ValueError(f"{name}: expected {rank} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
 
 
-def _check_residual(residual: Tensor, shape: Any, input: Tensor) -> None:
+def _padded(residual: Tensor, channels: int) -> Tensor:
+    """The residual with zeros for the channels that it does not have."""
+    missing = channels - residual.shape[1]
+    return F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing > 0 else residual
+
+
+def _check_residual(residual: Tensor, shape: Any, input: Tensor, pad: bool = False) -> None:
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
-    if residual.shape != shape:
+    if pad:
+        size = tuple(residual.shape)
+        if len(size) != 4 or (size[0], *size[2:]) != (shape[0], *shape[2:]) or not 1 <= size[1] <= shape[1]:
+            raise ValueError(f"residual: expected shape {tuple(shape)}, or with fewer channels, got {size}")
+    elif residual.shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.dtype != input.dtype:
         raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")

@@ -80,6 +80,24 @@ def like_strides(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.stride() == result.stride() else result.copy_(tensor)
 
 
+def place_padded(residual: Tensor, output: Tensor) -> Tensor:
+    """`output`, filled with a residual of fewer channels, and zeros in the others.
+
+    A kernel that reads a residual and writes the output element by element can take this one as both.
+    """
+    channels = residual.shape[1]
+    output[:, channels:].zero_()
+    output[:, :channels].copy_(residual)
+    return output
+
+
+def residual_for(output: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The residual with the element order of `output`; one of fewer channels is placed, padded, in `output` itself."""
+    if residual is not None and residual.shape[1] < output.shape[1]:
+        return place_padded(residual, output)
+    return ordered_like(residual, output)
+
+
 def conv_output_shape(
     input_shape: torch.Size,
     weight_shape: torch.Size,

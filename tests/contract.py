@@ -92,10 +92,17 @@ def eager_bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    pad_residual: bool = False,
 ) -> Tensor:
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None and pad_residual:
+        residual = _zero_padded(residual, output.shape[1])
     output = output if residual is None else output + residual
     return torch.relu(output) if activation == "relu" else output
+
+
+def _zero_padded(residual: Tensor, channels: int) -> Tensor:
+    return F.pad(residual, (0, 0, 0, 0, 0, channels - residual.shape[1]))
 
 
 def eager_conv_bn_act(
@@ -227,6 +234,8 @@ def decided_by_rounding(call: Call) -> Tensor:
         assert residual is not None
         return (truth.input + residual).abs() <= 4 * eps * (truth.input.abs() + residual_size)
     parts = _anatomy(truth)
+    if residual is not None:
+        residual_size = _zero_padded(residual_size, parts.z.shape[1])
     weight = truth.tensors.get("weight")
     scale = parts.invstd.abs() if weight is None else (parts.invstd * weight).abs()
     # Rounded to the dtype: the convolution's output, batch norm's output, and their sum with the residual.  Computed
@@ -271,7 +280,7 @@ def term_sizes(call: Call, grad_output: Tensor) -> Results:
     if bias is not None:
         output = output + _per_channel(bias.abs())
     if residual is not None:
-        output = output + residual.abs()
+        output = output + _zero_padded(residual.abs(), output.shape[1])
     sizes["output"] = output
     if training:
         for name, new in zip(RUNNING, (parts.z.abs().mean((0, 2, 3)), parts.invstd.pow(-2)), strict=True):

@@ -292,6 +292,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "timm": lambda: BatchNormAct2d(8, apply_act=False),
     "timm-relu": lambda: BatchNormAct2d(8),
     "timm-frozen": lambda: FrozenBatchNormAct2d(8, eps=0.01),
+    "synchronised": lambda: nn.SyncBatchNorm(8, momentum=None),  # among several processes: test_distributed
 }
 
 
@@ -443,7 +444,6 @@ UNFUSABLE: dict[str, Callable[[Any], object]] = {
     "statistic is no buffer": _plain_statistic,
     "asymmetric padding": _asymmetric,
     "reflect": _reflect,
-    "SyncBatchNorm": lambda model: setattr(model, "bn", nn.SyncBatchNorm.convert_sync_batchnorm(model.bn)),
     "GroupNorm": _group_norm,
     "InstanceNorm": lambda model: setattr(model, "bn", nn.InstanceNorm2d(8, affine=True)),
     "BatchNormAct2d, other activation": lambda model: setattr(

@@ -61,6 +61,7 @@ def test_all_operators_are_here() -> None:
     assert registered == {
         "add_relu_forward", "add_relu_backward", "bn_act_train", "bn_act_eval", "bn_act_backward",
         "conv_bn_act_train", "conv_bn_act_eval", "conv_forward", "conv_backward",
+        "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
     }  # fmt: skip
 
 
@@ -101,6 +102,20 @@ def test_bn_act_backward(layout: str, grad_layout: str, needs: tuple[bool, bool]
         check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, training, *needs))
     if not needs[1]:
         check("bn_act_backward", (grad_output, input, None, None, mean, invstd, True, *needs))
+
+
+@pytest.mark.parametrize("other_layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_synchronised_batch_norm(layout: str, other_layout: str) -> None:
+    input = tensor(layout)
+    other = lay_out(torch.randn(input.shape), other_layout)
+    mean, invstd, weight, bias = vectors(8)
+    check("bn_statistics", (input,))
+    check("bn_apply", (input, mean, invstd, weight, bias, other, True))
+    check("bn_apply", (input, mean, invstd, None, None, None, False))
+    check("bn_backward_reduce", (other, input, torch.relu(other), mean, invstd))
+    check("bn_backward_reduce", (other, input, None, mean, invstd))
+    check("bn_backward_apply", (other, input, weight, mean, invstd, bias, weight))
 
 
 CONVOLUTIONS = {

@@ -342,3 +342,15 @@ class TestRepeatedCalls:
         layer(input)
         with torch.enable_grad():
             assert layer(input).requires_grad
+
+
+def test_an_overwritten_residual_among_other_tensors_that_were_found_finite() -> None:
+    """They are told apart by identity: comparing them would compare their elements."""
+    seen = cpu_conv._RecentlyFinite()
+    first, second = torch.zeros(2, 3), torch.zeros(2, 3)
+    for tensor in (first, second, first):
+        seen.add(tensor)
+    assert seen.take(second)
+    assert not seen.take(second)
+    assert seen.take(first)
+    assert not seen.take(first)

@@ -21,7 +21,7 @@ from resfuse.backends.cpu_conv import (
     unsupported_convolution,
 )
 from resfuse.backends.registry import Problem
-from resfuse.layout import dense, gapless, ordered_like
+from resfuse.layout import dense, gapless, ordered_like, residual_for
 
 __all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]
 
@@ -82,8 +82,8 @@ def bn_act_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    residual = ordered_like(residual, input)
     output = buffer_pool.empty_like(input)
+    residual = residual_for(output, residual)
     if not training:
         cpu_kernels.bn_eval_forward(
             input, residual, _float(running_mean), _float(running_var), _float(weight), _float(bias), eps, relu, output

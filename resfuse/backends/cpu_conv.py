@@ -28,7 +28,7 @@ from torch import Tensor
 
 from resfuse.backends import buffer_pool, cpu_kernels, reference
 from resfuse.backends.registry import Problem
-from resfuse.layout import conv_memory_format, conv_output_shape
+from resfuse.layout import conv_memory_format, conv_output_shape, place_padded
 
 Pair = tuple[int, int]
 Parameters = tuple[Tensor, Any, Any, Tensor | None, Tensor | None, Tensor | None]
@@ -193,10 +193,12 @@ class _RecentlyFinite(threading.local):
     def take(self, tensor: Tensor) -> bool:
         """Whether it is one of them; it is none any more: it is about to be overwritten, which counts no version."""
         found = False
-        for entry in list(self._seen):
+        for _ in range(len(self._seen)):  # each in its turn: `remove` would compare the tensors behind the references
+            entry = self._seen.popleft()
             if entry[0]() is tensor:
                 found = found or entry[1] == tensor._version
-                self._seen.remove(entry)
+            else:
+                self._seen.append(entry)
         return found
 
 
@@ -271,6 +273,8 @@ def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | 
             return None, True
         return _channels_last_empty(shape, dtype).zero_(), True
     output = _channels_last_empty(shape, dtype)
+    if residual.shape[1] < shape[1]:
+        return place_padded(residual, output), _all_finite(output)
     if residual.stride() == output.stride():
         return output, cpu_kernels.copy_finite(residual, output)
     return output.copy_(residual), _all_finite(output)

@@ -53,6 +53,7 @@ def bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(output, mean, invstd).
 
+    A residual may have fewer channels than the input: the others are zeros, for which no tensor is made.
     With `training` batch statistics are used and the running ones updated in place; without it mean and invstd are
     None: backward takes them from `inference_statistics`.
     """
@@ -116,6 +117,7 @@ def conv_bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); without `training` the last three, which only backward needs, are None.
 
+    A residual may have fewer channels than the output, as in `bn_act_forward`; then it is not overwritten.
     Without `training` the convolution's weight and bias may be float32 where the input is bfloat16 or float16, and
     `overwrite_residual` allows the backend to write the output over the residual.
     """
@@ -263,7 +265,10 @@ def inference_statistics(running_mean: Tensor, running_var: Tensor, eps: float) 
 
 
 def _activate(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    if residual is not None:
+    """act(output + residual), with zeros for the channels that a narrower residual does not have."""
+    if residual is not None and residual.shape[1] < output.shape[1]:
+        output[:, : residual.shape[1]] += residual
+    elif residual is not None:
         output = output + residual
     return output.relu_() if relu else output
 

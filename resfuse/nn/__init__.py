@@ -2,17 +2,26 @@
 
 from resfuse.nn.add_relu import AddReLU
 from resfuse.nn.blocks import BasicBlock, Bottleneck
-from resfuse.nn.bn_act import BNAct2d, SyncBNAct2d
+from resfuse.nn.bn_act import BNAct2d
+from resfuse.nn.bottleneck_v1 import BottleneckV1
 from resfuse.nn.conv_bn_act import ConvBNAct2d
+from resfuse.nn.plain_block import PlainBlock
 from resfuse.nn.preact_blocks import PreActBasicBlock, PreActBottleneck
+from resfuse.nn.projection import Projection
+from resfuse.nn.sync_bn_act import SyncBNAct2d
+from resfuse.nn.zero_pad import ZeroPadShortcut
 
 __all__ = [
     "AddReLU",
     "BNAct2d",
     "BasicBlock",
     "Bottleneck",
+    "BottleneckV1",
     "ConvBNAct2d",
+    "PlainBlock",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "Projection",
     "SyncBNAct2d",
+    "ZeroPadShortcut",
 ]

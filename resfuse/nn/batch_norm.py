@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -14,15 +15,21 @@ class BatchNormKind(NamedTuple):
     """Its affine parameters and statistics are buffers that never change (torchvision's FrozenBatchNorm2d)."""
     activated: bool = False
     """It applies an activation of its own, the child `act` (after the child `drop`, where there is one)."""
+    synchronised: bool = False
+    """Its batch statistics are those of all processes of a group (see `synchronising_group`)."""
 
 
-_KINDS: dict[type[nn.Module], BatchNormKind] = {nn.BatchNorm2d: BatchNormKind()}
+_KINDS: dict[type[nn.Module], BatchNormKind] = {
+    nn.BatchNorm2d: BatchNormKind(),
+    nn.SyncBatchNorm: BatchNormKind(synchronised=True),
+}
 
 # Classes of libraries that may not be imported here, by module and qualified name.
 _FOREIGN = {
     ("torchvision.ops.misc", "FrozenBatchNorm2d"): BatchNormKind(frozen=True),
     ("timm.layers.norm_act", "BatchNormAct2d"): BatchNormKind(activated=True),
     ("timm.layers.norm_act", "FrozenBatchNormAct2d"): BatchNormKind(frozen=True, activated=True),
+    ("timm.layers.norm_act", "SyncBatchNormAct"): BatchNormKind(activated=True, synchronised=True),
 }
 
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
@@ -34,7 +41,7 @@ def register_kind(cls: type[nn.Module], kind: BatchNormKind) -> None:
 
 
 def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
-    """The kind of a batch norm; None for every other module, subclasses and SyncBatchNorm among them."""
+    """The kind of a batch norm; None for every other module, subclasses among them."""
     cls = type(module)
     kind = _KINDS.get(cls)
     return _FOREIGN.get((cls.__module__, cls.__qualname__)) if kind is None else kind
@@ -72,3 +79,11 @@ def count_batch(bn: nn.Module, batches: int = 1) -> None:
         count = bn._buffers["num_batches_tracked"]
         if count is not None:
             count.add_(batches)
+
+
+def synchronising_group(bn: nn.Module, kind: BatchNormKind) -> Any:
+    """The process group whose batch statistics a batch norm uses now; None where it uses its own, or running ones."""
+    if not kind.synchronised or not bn.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None  # type: ignore[arg-type]

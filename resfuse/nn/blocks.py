@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from resfuse.nn.batch_norm import batch_norm_kind
-from resfuse.nn.fused_call import activation_of, conv_bn_act, unobserved
+from resfuse.nn.fused_call import activation_of, conv_bn_act, global_hooks, unobserved
+from resfuse.nn.zero_pad import ZeroPadShortcut
 
 Modules = dict[str, Any]
 
@@ -48,8 +49,8 @@ def basic_block_forward(block: nn.Module, input: Tensor, act1: str, act2: str, c
     """
     modules: Modules = block._modules
     output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
-    residual, overwrite = _shortcut(block, input, consume and _plain(modules["conv1"]))
-    return conv_bn_act(modules["conv2"], modules["bn2"], output, residual, modules[act2], overwrite)
+    shortcut = _shortcut(block, input, consume and plain_convolution(modules["conv1"]))
+    return conv_bn_act(modules["conv2"], modules["bn2"], output, shortcut[0], modules[act2], *shortcut[1:])
 
 
 def bottleneck_forward(
@@ -59,16 +60,23 @@ def bottleneck_forward(
     modules: Modules = block._modules
     output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
     output = conv_bn_act(modules["conv2"], modules["bn2"], output, None, modules[act2])
-    residual, overwrite = _shortcut(block, input, consume and _plain(modules["conv1"]))
-    return conv_bn_act(modules["conv3"], modules["bn3"], output, residual, modules[act3], overwrite)
+    shortcut = _shortcut(block, input, consume and plain_convolution(modules["conv1"]))
+    return conv_bn_act(modules["conv3"], modules["bn3"], output, shortcut[0], modules[act3], *shortcut[1:])
 
 
-def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, bool]:
-    """The residual, and whether it may be overwritten."""
+def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, bool, bool]:
+    """The residual, whether it may be overwritten, and whether zeros are to follow its channels."""
     downsample: Any = block.downsample
     if downsample is None:
-        return input, consume
-    return downsample(input), _returns_new_tensor(downsample)
+        return input, consume, False
+    if pads_with_zeros(downsample):
+        return downsample.select(input), False, True
+    return downsample(input), _returns_new_tensor(downsample), False
+
+
+def pads_with_zeros(downsample: nn.Module | None) -> bool:
+    """Whether the call of a shortcut can be replaced by adding what it selects to the first channels."""
+    return type(downsample) is ZeroPadShortcut and unobserved(downsample) and not global_hooks()
 
 
 def _returns_new_tensor(module: nn.Module) -> bool:
@@ -89,7 +97,7 @@ def ends_unseen(bn: Any, act: nn.Module | None) -> bool:
     return kind is not None and not kind.activated and unobserved(bn) and activation_of(act) is not None
 
 
-def _plain(conv: nn.Module) -> bool:
+def plain_convolution(conv: nn.Module) -> bool:
     """Whether a convolution neither keeps nor shows its input."""
     return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
 

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from resfuse.nn.batch_norm import BatchNormKind, register_kind
 from resfuse.nn.fused_call import activation_of, own_bn_act
+from resfuse.nn.sync_bn_act import SyncBNAct2d
 
 
 def make_activation(activation: str) -> nn.Module:
@@ -74,18 +75,6 @@ class BNAct2d(nn.BatchNorm2d):
                 output += residual
         elif activation is not None:
             return output
-        return self.act(output)
-
-
-class SyncBNAct2d(nn.SyncBatchNorm):
-    """What `SyncBatchNorm.convert_sync_batchnorm` makes of a `BNAct2d`: the same with synchronised statistics."""
-
-    act: nn.Module
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        output = super().forward(input)
-        if residual is not None:
-            output += residual
         return self.act(output)
 
 

@@ -3,8 +3,8 @@
 Everything that is fused in this package runs through here.  The modules stay the owners of all state: their parameters,
 buffers and settings are read at each call, so nothing can go stale.  And wherever calling the operator instead of the
 modules could be noticed, the modules are called: hooks on one of them (or global ones), a class that is not exactly
-`Conv2d`, `BatchNorm2d` or one known to do the same (so subclasses, SyncBatchNorm, and modules with parametrizations,
-whose class is a subclass), a replaced `forward`, tensors or parameters of a special type, and the transformations that
+`Conv2d`, `BatchNorm2d` or one known to do the same (so subclasses, and modules with parametrizations, whose class is a
+subclass), a replaced `forward`, tensors or parameters of a special type, and the transformations that
 want to see PyTorch's own operators: torch.fx, torch.jit.trace, ONNX export, torch.func and forward-mode AD.
 
 The checks take two to three microseconds, less than what the calls of the modules take in Python.
@@ -12,6 +12,7 @@ The checks take two to three microseconds, less than what the calls of the modul
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch.nn.parameter import Parameter
 
 from resfuse import functional
 from resfuse.layout import conv_output_shape
-from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind, count_batch, read_state
+from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind, count_batch, read_state, synchronising_group
 
 _PLAIN_TENSORS = (Tensor, Parameter)
+_PLAIN = BatchNormKind()
 
 # The registries are dictionaries that PyTorch changes in place.
 _global_forward_hooks = _torch_module._global_forward_hooks
@@ -40,6 +42,7 @@ def conv_bn_act(
     residual: Tensor | None = None,
     act: nn.Module | None = None,
     overwrite_residual: bool = False,
+    pad_residual: bool = False,
 ) -> Tensor:
     """`act(bn(conv(input)) [+ residual])`, fused where that cannot be noticed.
 
@@ -55,11 +58,15 @@ def conv_bn_act(
         input: (N, C, H, W).
         residual: what is added before the activation: broadcasts to, and is rounded to the dtype of, bn's output.
         overwrite_residual: nobody reads the residual afterwards, so that inference may put the output in its place.
+        pad_residual: a residual of fewer channels is added to the first ones (and does not broadcast).
     """
     activation = activation_of(act)
-    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual)
+    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual, pad_residual)
     if output is None:
-        return _add_and_activate(bn(conv(input)), residual, act)
+        z = conv(input)
+        if not pad_residual and synchronises(bn):
+            return bn_act(bn, z, residual, act)
+        return _add_and_activate(_normalise(bn, z), residual, act, pad_residual)
     return output if activation is not None else act(output)  # type: ignore[misc]
 
 
@@ -70,33 +77,76 @@ def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn
     if kind is not None and unobserved(bn):
         inner = _inner_activation(bn, kind, residual)
         if inner is not None:
-            output = own_bn_act(bn, input, residual, _either(inner, activation), kind.frozen)
+            output = own_bn_act(bn, input, residual, _either(inner, activation), kind)
     if output is None:
-        return _add_and_activate(bn(input), residual, act)
+        return _add_and_activate(_normalise(bn, input), residual, act)
     return output if activation is not None else act(output)  # type: ignore[misc]
 
 
 def own_bn_act(
-    bn: nn.Module, input: Tensor, residual: Tensor | None, activation: str, frozen: bool = False
+    bn: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    kind: BatchNormKind = _PLAIN,
+    called: bool = False,
 ) -> Tensor | None:
     """The operator with a batch norm's state; None where it cannot be used.
 
     It looks neither at hooks on `bn` nor at an activation that `bn` itself applies, and so serves inside its `forward`.
+    `called` says that it is, where the hooks for all modules have run.
     """
-    if not _fusible_now(input, residual) or (residual is not None and residual.shape != input.shape):
+    if (not called and global_hooks()) or not _fusible_tensors(input, residual):
+        return None
+    if residual is not None and residual.shape != input.shape:
         return None
     try:
-        mean, var, weight, bias, training, momentum, eps = read_state(bn, frozen)
+        mean, var, weight, bias, training, momentum, eps = read_state(bn, kind.frozen)
     except KeyError:
         return None
-    if frozen and (weight is None or weight.dtype is not input.dtype):
+    if kind.frozen and (weight is None or weight.dtype is not input.dtype):
         return None
-    if not frozen:
+    group = synchronising_group(bn, kind)
+    if not kind.frozen:
         count_batch(bn)
+    if group is not None:
+        return functional.sync_bn_act(
+            input, mean, var, weight, bias,
+            residual=residual, activation=activation, momentum=momentum, eps=eps, process_group=group,
+        )  # fmt: skip
     return functional.bn_act(
         input, mean, var, weight, bias,
         residual=residual, activation=activation, training=training, momentum=momentum, eps=eps,
     )  # fmt: skip
+
+
+def synchronises(bn: nn.Module) -> bool:
+    """Whether a batch norm uses the statistics of several processes in its next call."""
+    kind = batch_norm_kind(bn)
+    return kind is not None and synchronising_group(bn, kind) is not None
+
+
+def _normalise(bn: nn.Module, input: Tensor) -> Tensor:
+    """`bn(input)`, where a SyncBatchNorm exchanges with the other processes what the operator exchanges.
+
+    PyTorch's own forward exchanges something else, of the same size, and refuses tensors on the CPU; but what keeps
+    one process from fusing, a hook for example, need not exist on the others.
+    """
+    if type(bn) is not nn.SyncBatchNorm or "forward" in bn.__dict__ or torch.compiler.is_compiling():
+        return bn(input)
+    if not synchronises(bn):
+        return bn(input)
+    bn.forward = functools.partial(synchronised_forward, bn)  # type: ignore[method-assign]
+    try:
+        return bn(input)
+    finally:
+        del bn.forward
+
+
+def synchronised_forward(bn: nn.Module, input: Tensor) -> Tensor:
+    """The forward of a SyncBatchNorm whose hooks have been or will be called."""
+    output = own_bn_act(bn, input, None, "identity", BatchNormKind(synchronised=True), called=True)
+    return nn.SyncBatchNorm.forward(bn, input) if output is None else output  # type: ignore[arg-type]
 
 
 def _own_conv_bn_act(
@@ -106,6 +156,7 @@ def _own_conv_bn_act(
     residual: Tensor | None,
     activation: str,
     overwrite_residual: bool,
+    pad_residual: bool,
 ) -> Tensor | None:
     """The operator with the state of both modules; None where it cannot stand for them."""
     kind = batch_norm_kind(bn)
@@ -116,7 +167,9 @@ def _own_conv_bn_act(
         or "_conv_forward" in conv.__dict__
         or not unobserved(conv)
         or not unobserved(bn)
-        or not _fusible_now(input, residual)
+        or global_hooks()
+        or not _fusible_tensors(input, residual)
+        or (kind.synchronised and synchronising_group(bn, kind) is not None)
     ):
         return None
     inner = _inner_activation(bn, kind, residual)
@@ -142,14 +195,14 @@ def _own_conv_bn_act(
             conv_bias=conv_bias, residual=residual, activation=_either(inner, activation),
             stride=stride, padding=padding, dilation=dilation, groups=conv.groups,
             training=training, momentum=momentum, eps=eps, overwrite_residual=overwrite_residual,
+            pad_residual=pad_residual,
         )  # fmt: skip
     except ValueError:
         # Raised before anything is computed.  A residual that broadcasts is right for the modules; the rest is wrong.
         if not kind.frozen:
             count_batch(bn, -1)
-        if residual is None or residual.shape == conv_output_shape(
-            input.shape, conv_weight.shape, stride, padding, dilation
-        ):
+        expected = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+        if residual is None or pad_residual or residual.shape == expected:
             raise
         return None
 
@@ -235,15 +288,19 @@ def _class_name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _add_and_activate(output: Tensor, residual: Tensor | None, act: nn.Module | None) -> Tensor:
-    if residual is not None:
+def _add_and_activate(
+    output: Tensor, residual: Tensor | None, act: nn.Module | None, pad_residual: bool = False
+) -> Tensor:
+    if residual is not None and pad_residual:
+        output[:, : residual.shape[1]] += residual
+    elif residual is not None:
         output += residual  # in place, as in torchvision: the dtype is that of the output
     return output if act is None else act(output)
 
 
-def _fusible_now(input: Tensor, residual: Tensor | None) -> bool:
+def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
     """Whether the inputs and what PyTorch is doing at the moment allow for an operator in the modules' place."""
-    if global_hooks() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from resfuse.nn.blocks import check_basic_block, conv1x1, conv3x3
-from resfuse.nn.fused_call import bn_act, conv_bn_act
+from resfuse.nn.blocks import check_basic_block, conv1x1, conv3x3, pads_with_zeros, plain_convolution
+from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks
+from resfuse.nn.zero_pad import ZeroPadShortcut
 
 
 class PreActBasicBlock(nn.Module):
@@ -24,12 +25,16 @@ class PreActBasicBlock(nn.Module):
 
     Args:
         inplanes, planes, stride, groups, base_width, dilation, norm_layer: as for `BasicBlock`.
-        downsample: what brings the (pre-activated) input to the output's shape, where they differ: a convolution
-            without batch norm, which would not be an identity.
+        downsample: what brings the input to the output's shape, where they differ: a convolution (without batch norm,
+            which would not be an identity), of the pre-activated input; or a `ZeroPadShortcut`, of the input itself.
+        preactivated: the input has been through a batch norm and ReLU already, so the block has no `bn1`: the first
+            block of a network, whose BN and ReLU follow the stem's convolution (and fuse with it).
 
     Raises:
         ValueError: `groups` is not 1 or `base_width` not 64.
         NotImplementedError: `dilation` is more than 1.
+
+    The convolution's output, which nobody else sees, is what the shortcut is added to.
 
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 4 (e); a
     projection takes the pre-activated input, as in its authors' code (its section 4.1: for shortcuts that are none).
@@ -47,11 +52,13 @@ class PreActBasicBlock(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        preactivated: bool = False,
     ) -> None:
         super().__init__()
         check_basic_block(groups, base_width, dilation)
         norm_layer = norm_layer or nn.BatchNorm2d
-        self.bn1 = norm_layer(inplanes)
+        self.bn1 = None if preactivated else norm_layer(inplanes)
         self.conv1 = conv3x3(inplanes, planes, stride)
         self.bn2 = norm_layer(planes)
         self.conv2 = conv3x3(planes, planes)
@@ -62,7 +69,11 @@ class PreActBasicBlock(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         preactivated = _preactivate(self, input)
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
-        return self.conv2(output) + _shortcut(self, input, preactivated)
+        return _add_shortcut(self, self.conv2, output, input, preactivated)
+
+    def zero_init_last(self) -> None:
+        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
+        nn.init.zeros_(self.conv2.weight)
 
 
 class PreActBottleneck(nn.Module):
@@ -79,7 +90,7 @@ class PreActBottleneck(nn.Module):
 
     Args:
         inplanes, planes, stride, groups, base_width, dilation, norm_layer: as for `Bottleneck`.
-        downsample: as for `PreActBasicBlock`.
+        downsample, preactivated: as for `PreActBasicBlock`.
 
     Source: He et al. 2016 (arXiv:1603.05027), as for `PreActBasicBlock`.
     """
@@ -96,11 +107,13 @@ class PreActBottleneck(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        preactivated: bool = False,
     ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        self.bn1 = norm_layer(inplanes)
+        self.bn1 = None if preactivated else norm_layer(inplanes)
         self.conv1 = conv1x1(inplanes, width)
         self.bn2 = norm_layer(width)
         self.conv2 = conv3x3(width, width, stride, groups, dilation)
@@ -114,14 +127,33 @@ class PreActBottleneck(nn.Module):
         preactivated = _preactivate(self, input)
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
         output = conv_bn_act(self.conv2, self.bn3, output, None, self.relu)
-        return self.conv3(output) + _shortcut(self, input, preactivated)
+        return _add_shortcut(self, self.conv3, output, input, preactivated)
+
+    def zero_init_last(self) -> None:
+        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
+        nn.init.zeros_(self.conv3.weight)
 
 
 def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Tensor) -> Tensor:
     """relu(bn1(input)), which the convolutions and a projection share."""
-    return bn_act(block.bn1, input, None, block.relu)
+    return input if block.bn1 is None else bn_act(block.bn1, input, None, block.relu)
 
 
-def _shortcut(block: PreActBasicBlock | PreActBottleneck, input: Tensor, preactivated: Tensor) -> Tensor:
-    """The input itself, or the projection of what the convolutions see."""
-    return input if block.downsample is None else block.downsample(preactivated)
+def _add_shortcut(
+    block: PreActBasicBlock | PreActBottleneck, conv: nn.Module, output: Tensor, input: Tensor, preactivated: Tensor
+) -> Tensor:
+    """conv(output) + shortcut, in the convolution's own output where nobody else can get hold of that one."""
+    downsample, z = block.downsample, conv(output)
+    own = plain_convolution(conv) and not global_hooks() and type(z) is Tensor
+    if own and pads_with_zeros(downsample) and z.dtype == input.dtype:
+        residual = downsample.select(input)  # type: ignore[union-attr, operator]
+        first = z[:, : residual.shape[1]]
+        if first.shape != residual.shape:
+            raise ValueError(f"input: the shortcut gives {tuple(residual.shape)}, the convolutions {tuple(z.shape)}")
+        first += residual
+        return z
+    if downsample is None:
+        residual = input
+    else:
+        residual = downsample(input if isinstance(downsample, ZeroPadShortcut) else preactivated)
+    return z.add_(residual) if own and z.dtype == residual.dtype and z.shape == residual.shape else z + residual

@@ -143,6 +143,11 @@ define(
 )
 
 
+def gradient_of_residual(ctx: FunctionContext, grad: Tensor) -> Tensor:
+    """What of the masked gradient belongs to the residual: the channels it has."""
+    return grad if ctx.residual_channels == grad.shape[1] else grad[:, : ctx.residual_channels]
+
+
 class BNActFunction(torch.autograd.Function):
     """Saves the input, mean and invstd, and, where there is a ReLU, the output as the source of its mask."""
 
@@ -175,6 +180,7 @@ class BNActFunction(torch.autograd.Function):
             assert running_mean is not None and running_var is not None
             mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
         ctx.training, ctx.relu, ctx.eps = training, relu, eps
+        ctx.residual_channels = None if residual is None else residual.shape[1]
         ctx.save_for_backward(input, output if relu else None, weight, mean, invstd)
         return output
 
@@ -197,7 +203,7 @@ class BNActFunction(torch.autograd.Function):
             None,
             grad_weight if needs[3] else None,
             grad_bias if needs[4] else None,
-            (grad_residual if ctx.relu else grad_output) if needs[5] else None,
+            gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs[5] else None,
             None,
             None,
             None,

@@ -218,6 +218,7 @@ class ConvBNActFunction(torch.autograd.Function):
             assert running_mean is not None and running_var is not None
             mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
         ctx.training, ctx.relu, ctx.eps, ctx.conv = training, relu, eps, conv
+        ctx.residual_channels = None if residual is None else residual.shape[1]
         ctx.save_for_backward(input, conv_weight, conv_bias, weight, output if relu else None, z, mean, invstd)
         return output
 
@@ -254,7 +255,7 @@ class ConvBNActFunction(torch.autograd.Function):
             grad_weight if needs[4] else None,
             grad_bias if needs[5] else None,
             grad_conv_bias if needs[6] else None,
-            (grad_residual if ctx.relu else grad_output) if needs[7] else None,
+            bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs[7] else None,
             *(None,) * 8,
         )
 

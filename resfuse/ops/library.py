@@ -48,6 +48,8 @@ class FunctionContext(Protocol):
     training: bool
     relu: bool
     eps: float
+    group: Any
     conv: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+    residual_channels: int | None
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from resfuse.nn import BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck
+from resfuse.models import CifarPreActResNet, CifarResNet, ResNet, Stage
+from resfuse.nn import (
+    BasicBlock,
+    Bottleneck,
+    ConvBNAct2d,
+    PlainBlock,
+    PreActBasicBlock,
+    PreActBottleneck,
+    Projection,
+)
 from resfuse.surgery.fused import FORMER_STRIDES, fused_class, is_fused, is_fused_class
 from resfuse.surgery.optimizers import follow_strides
 from resfuse.surgery.patterns import Candidate, find_candidate, is_norm, opaque_reason
@@ -16,7 +25,10 @@ from resfuse.surgery.weights import restore_strides, to_channels_last
 
 Filter = Callable[[nn.Module, str], bool]
 
-_OWN = (BasicBlock, Bottleneck, ConvBNAct2d, PreActBasicBlock, PreActBottleneck)
+_OWN = (
+    *(BasicBlock, Bottleneck, ConvBNAct2d, PlainBlock, PreActBasicBlock, PreActBottleneck, Projection),
+    *(CifarPreActResNet, CifarResNet, ResNet, Stage),
+)
 
 
 def fuse_(
@@ -106,7 +118,7 @@ def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Mod
         if opaque is not None:
             report.left.append(LeftModule(name, opaque))
             continue
-        candidate = find_candidate(module)
+        candidate = None if isinstance(module, _OWN) else find_candidate(module)
         if candidate is None:
             reason = _unknown_reason(module)
             if reason is not None:

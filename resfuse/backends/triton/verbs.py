@@ -12,7 +12,16 @@ from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.fused_backward import conv_bn_act_backward
 from resfuse.backends.triton.split_sum import column_sum
 from resfuse.backends.triton.wgrad import wgrad
-from resfuse.layout import conv_memory_format, conv_output_shape, dense, gapless, like_strides, ordered_like
+from resfuse.layout import (
+    conv_memory_format,
+    conv_output_shape,
+    dense,
+    gapless,
+    like_strides,
+    ordered_like,
+    place_padded,
+    residual_for,
+)
 
 __all__ = ["conv_bn_act_backward"]
 
@@ -46,8 +55,8 @@ def bn_act_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    residual = ordered_like(residual, input)
     output = torch.empty_like(input)
+    residual = residual_for(output, residual)
     weight, bias = _unstrided(weight), _unstrided(bias)
     running = _unstrided(running_mean), _unstrided(running_var)
     if not training:
@@ -106,20 +115,23 @@ def conv_bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     memory_format = conv_memory_format(input, conv_weight)
     x, w = _channels_last(input), _weight_for(conv_weight, input)
-    residual = None if residual is None else _channels_last(residual)
+    conv = (stride, padding, dilation, groups)
+    output = None
+    if residual is not None and residual.shape[1] < conv_weight.shape[0]:
+        residual = output = place_padded(residual, _conv_output(input, conv_weight, conv))
+    elif residual is not None:
+        residual = _channels_last(residual)
+        output = residual if overwrite_residual and not training else None
+    if output is None:
+        output = _conv_output(input, conv_weight, conv)
     vectors = _unstrided(weight), _unstrided(bias), _unstrided(conv_bias)
     running = _unstrided(running_mean), _unstrided(running_var)
     if not training:
         assert running[0] is not None and running[1] is not None
-        if overwrite_residual and residual is not None:
-            output = residual
-        else:
-            output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
         conv_bn_act.eval_forward(
             x, w, running[0], running[1], *vectors, residual, relu, stride, padding, dilation, groups, eps, output
         )  # fmt: skip
         return output.contiguous(memory_format=memory_format), None, None, None
-    output = _conv_output(input, conv_weight, (stride, padding, dilation, groups))
     z = torch.empty_like(output)
     mean, invstd = _statistics_like(output), _statistics_like(output)
     conv_bn_act.train_forward(

@@ -1,0 +1,125 @@
+"""Pre-activation networks for small images: the residual path is an identity from the first block to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfuse.models.cifar import blocks_per_stage
+from resfuse.models.initialization import check_sizes, initialize
+from resfuse.models.shortcuts import check_shortcut, make_shortcut
+from resfuse.models.stage import Stage
+from resfuse.nn import PreActBasicBlock, PreActBottleneck
+from resfuse.nn.blocks import conv1x1
+from resfuse.nn.fused_call import bn_act, conv_bn_act
+
+_BLOCKS: dict[str, type[PreActBasicBlock] | type[PreActBottleneck]] = {
+    "basic": PreActBasicBlock,
+    "bottleneck": PreActBottleneck,
+}
+
+
+class CifarPreActResNet(nn.Module):
+    """A pre-activation network for images of about 32x32, of fused blocks in three stages.
+
+    The first BN and ReLU come right after the stem's convolution, before the paths part, and fuse with it; so the first
+    block has none of its own.  After the last addition comes one more BN and ReLU.
+
+    Shapes: input (N, in_channels, H, W), of any H and W; output (N, num_classes).
+
+    Equivalent to::
+
+        x = relu(bn1(conv1(x)))                              # 3x3 convolution
+        x = layer3(layer2(layer1(x)))                        # `blocks` blocks each, the first of the last two halves
+        return fc(avgpool(relu(bn2(x))).flatten(1))
+
+    Args:
+        block: `PreActBasicBlock` or `PreActBottleneck` of `resfuse.nn`.
+        blocks: number of blocks of each stage.
+        num_classes: length of the output.
+        in_channels: of the images, 3 for RGB.
+        width: channels of the stem; a block of stage i has `planes = width * 2**i`.
+        shortcut: "B": where the shape changes, a 1x1 convolution of the pre-activated input.  "A": there the identity
+            with zeros for the additional channels.  "C": the convolution in every block, which the paper found worse.
+        zero_init_residual: start with the last convolution of every block at zero, so that the block is its shortcut.
+        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
+        checkpoint: compute activations again in backward, keeping the input of every so many blocks; see `Stage`.
+
+    Raises:
+        ValueError: `shortcut` is none of the three, or a size is not positive.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 4 (e) and the
+    appendix.  A block's stride is on its 3x3 convolution (the first one of a basic block).
+    """
+
+    def __init__(
+        self,
+        block: type[PreActBasicBlock] | type[PreActBottleneck],
+        blocks: int,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 16,
+        shortcut: str = "B",
+        zero_init_residual: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        checkpoint: int = 0,
+    ) -> None:
+        super().__init__()
+        check_shortcut(shortcut)
+        check_sizes(blocks=blocks, num_classes=num_classes, in_channels=in_channels, width=width)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(width)
+        self.relu = nn.ReLU(inplace=True)
+        inplanes, stages = width, []
+        for i in range(3):
+            modules = []
+            planes = width * 2**i
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                outplanes = planes * block.expansion
+                downsample = make_shortcut(shortcut, inplanes, outplanes, stride, projection=conv1x1)
+                first = i == 0 and j == 0
+                modules.append(block(inplanes, planes, stride, downsample, norm_layer=norm_layer, preactivated=first))
+                inplanes = outplanes
+            stages.append(Stage(modules, checkpoint))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn2 = norm_layer(inplanes)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(inplanes, num_classes)
+        initialize(self, zero_init_residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = bn_act(self.bn2, x, None, self.relu)
+        x = self.avgpool(x)
+        return self.fc(torch.flatten(x, 1))
+
+
+def cifar_preact_resnet(depth: int, block: str | None = None, **options: Any) -> CifarPreActResNet:
+    """The pre-activation network of `depth` layers for small images; `options` are those of `CifarPreActResNet`.
+
+    Parameters: 110 (basic) and 164 (bottleneck): 1.7 M, 1001 (bottleneck): 10.3 M.
+
+    Args:
+        depth: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+        block: "basic" or "bottleneck"; None is what the paper has: bottlenecks from 164 layers on.
+        options: of `CifarPreActResNet`.
+
+    Raises:
+        ValueError: `depth` is not of that form, with a positive n, or `block` is neither of the two.
+
+    Source: He et al. 2016 (arXiv:1603.05027), tables 3 to 5.
+    """
+    if block is None:
+        block = "bottleneck" if depth >= 164 else "basic"
+    if block not in _BLOCKS:
+        raise ValueError(f'block: expected "basic", "bottleneck" or None, got {block!r}')
+    return CifarPreActResNet(_BLOCKS[block], blocks_per_stage(depth, 6 if block == "basic" else 9), **options)

@@ -1,0 +1,241 @@
+"""sync_bn_act: bn_act with the batch statistics of all processes of a group.
+
+The four split verbs do the work on each process; between them stand two collectives, whatever the number of processes:
+an all-gather of (mean, M2, count) per channel in forward, and an all-reduce of (sum g, sum g xhat) in backward.  Counts
+travel with the statistics, so that batches may have unequal sizes, or be empty on some of the processes, and stay on
+the device, so that no process waits for its GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from resfuse.backends import registry
+from resfuse.layout import as_result, empty_result
+from resfuse.ops.bn_act import _fake_statistics
+from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
+
+Group = Any
+"""A ProcessGroup; while compiling, its name."""
+
+
+def statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: Group,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, invstd, count) over the inputs of all processes, bit for bit the same on each; updates the running ones.
+
+    One all-gather.  `count`, the number of values per channel, is a tensor of one element.
+    """
+    channels = input.shape[1]
+    mean, m2, count = merge(_all_gather(_own_statistics(input), group).view(-1, 2 * channels + 1))
+    if running_mean is not None:
+        _update(running_mean, mean, momentum)
+    if running_var is not None:
+        _update(running_var, m2 / (count - 1), momentum)
+    return mean, (m2 / count + eps).rsqrt(), count
+
+
+def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, M2, count) of several sets from a row (mean, M2, count) for each; a set of no values may have any mean.
+
+    Chan's formula for all of them at once; the first mean is taken off before the means are averaged, so that these
+    lose nothing to their size.
+    Source: Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", section 3.
+    """
+    channels = (parts.shape[1] - 1) // 2
+    means, m2s, counts = parts.split((channels, channels, 1), dim=1)
+    count = counts.sum(0)
+    mean = means[0] + (counts * (means - means[0])).sum(0) / count
+    m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)
+    return mean, m2, count
+
+
+def _own_statistics(input: Tensor) -> Tensor:
+    """(mean, M2, count) of this process as one vector, in float32 or wider."""
+    channels = input.shape[1]
+    if input.numel() == 0:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
+    mean, m2 = bn_statistics(input)
+    return torch.cat((mean, m2, mean.new_full((1,), input.numel() // channels)))
+
+
+def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+    running.copy_(torch.lerp(running.to(value.dtype), value, momentum))
+
+
+def _all_gather(vector: Tensor, group: Group) -> Tensor:
+    """The vectors of all processes, one after the other."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional_collectives
+
+        return functional_collectives.all_gather_tensor(vector, 0, group)
+    gathered = vector.new_empty(vector.numel() * dist.get_world_size(group))
+    dist.all_gather_into_tensor(gathered, vector, group)
+    return gathered
+
+
+def _all_reduce(vector: Tensor, group: Group) -> Tensor:
+    """The sum over all processes; may be computed in place."""
+    if torch.compiler.is_compiling():
+        from torch.distributed import _functional_collectives as functional_collectives
+
+        return functional_collectives.all_reduce(vector, "sum", group)
+    dist.all_reduce(vector, group=group)
+    return vector
+
+
+def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return torch.ops.resfuse.bn_statistics(input)
+    return backend_for("bn_statistics", input).bn_statistics(input)
+
+
+def bn_apply(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    args = (input, mean, invstd, weight, bias, residual, relu)
+    if torch.compiler.is_compiling():
+        return torch.ops.resfuse.bn_apply(*args)
+    return backend_for("bn_apply", input).bn_apply(*args)
+
+
+def bn_backward_reduce(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor, request: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (grad_output, input, output, mean, invstd)
+    if not torch.compiler.is_compiling():
+        return backend_for("bn_backward_reduce", input, request=request).bn_backward_reduce(*args)
+    sum_g, sum_g_xhat, masked = torch.ops.resfuse.bn_backward_reduce(*args)
+    return sum_g, sum_g_xhat, grad_output if output is None else masked
+
+
+def bn_backward_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mean_g: Tensor,
+    mean_g_xhat: Tensor,
+    request: str | None,
+) -> Tensor:
+    """The verb with averages in place of sums, whose count is then one."""
+    vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
+    if torch.compiler.is_compiling():
+        return torch.ops.resfuse.bn_backward_apply(grad_output, input, *vectors)
+    chosen = backend_for("bn_backward_apply", input, request=request)
+    return chosen.bn_backward_apply(grad_output, input, None, *vectors, 1)
+
+
+# Registered operators return what their fakes promise: new tensors only, with the strides of `empty_result`.
+
+
+def _apply(input: Tensor, *rest: Any) -> Tensor:
+    return as_result(backend_for("bn_apply", input).bn_apply(input, *rest), input)
+
+
+def _backward_reduce(grad_output: Tensor, input: Tensor, output: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    chosen = backend_for("bn_backward_reduce", input)
+    sum_g, sum_g_xhat, masked = chosen.bn_backward_reduce(grad_output, input, output, *rest)
+    return sum_g, sum_g_xhat, input.new_empty(0) if output is None else as_result(masked, input)
+
+
+def _backward_apply(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    chosen = backend_for("bn_backward_apply", input)
+    return as_result(chosen.bn_backward_apply(grad_output, input, None, *rest, 1), input)
+
+
+define(
+    "bn_statistics(Tensor input) -> (Tensor, Tensor)",
+    lambda input: backend_for("bn_statistics", input).bn_statistics(input),
+    lambda input: _fake_statistics(input, input.shape[1]),
+)
+define(
+    "bn_apply(Tensor input, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, bool relu) "
+    "-> Tensor",
+    _apply,
+    lambda input, *_: empty_result(input),
+)
+define(
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_reduce,
+    lambda grad_output, input, output, mean, invstd: (
+        torch.empty_like(mean),
+        torch.empty_like(mean),
+        input.new_empty(0) if output is None else empty_result(input),
+    ),
+)
+define(
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
+    "Tensor mean_g, Tensor mean_g_xhat) -> Tensor",
+    _backward_apply,
+    lambda grad_output, input, *_: empty_result(input),
+)
+
+
+class SyncBNActFunction(torch.autograd.Function):
+    """Normalisation by given statistics of all processes, whose dependence on the input enters the gradient.
+
+    Saves the input, mean, invstd and count, and, where there is a ReLU, the output as the source of its mask.  The
+    gradients of weight and bias are this process's own, as those of all other parameters are (DDP averages them).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionContext,
+        input: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        count: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        group: Group,
+    ) -> Tensor:
+        output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
+        if not torch.compiler.is_compiling():
+            ctx.backend_request = registry.requested_backend()
+        ctx.relu, ctx.group = relu, group
+        ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+        input, output, weight, mean, invstd, count = ctx.saved_tensors
+        request = IN_FORCE if torch.compiler.is_compiling() else ctx.backend_request
+        grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, mean, invstd, request)
+        needs, grad_input = ctx.needs_input_grad, None
+        if needs[0]:
+            mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / count).chunk(2)
+            grad_input = bn_backward_apply(masked, input, weight, mean, invstd, mean_g, mean_g_xhat, request)
+        return (
+            grad_input,
+            None,
+            None,
+            None,
+            grad_weight if needs[4] else None,
+            grad_bias if needs[5] else None,
+            masked if needs[6] else None,
+            None,
+            None,
+        )
