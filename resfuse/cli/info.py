@@ -110,7 +110,7 @@ def _machine() -> dict[str, str | None]:
     return {
         "platform": platform.platform(),
         "processor": processor_name(),
-        "cores": f"{os.cpu_count()} ({_usable_cores()} usable by this process)",
+        "cores": f"{os.cpu_count()} ({_build.usable_cores()} usable by this process)",
         "torch threads": f"{torch.get_num_threads()} (inter-op {torch.get_num_interop_threads()})",
         "torch's kernels": torch.backends.cpu.get_cpu_capability(),
         "resfuse's kernels": _instruction_set(),
@@ -125,10 +125,6 @@ def processor_name() -> str:
     except OSError:
         found = ""
     return found or platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _instruction_set() -> str | None:
