@@ -1,8 +1,6 @@
 // torch <-> resfuse.h for CUDA tensors, on torch's stable ABI: no Python.h, no ATen, one binary for many torch
 // versions. Schemas are defined in resfuse/backends/cuda.py; here are only the implementations.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include "bindings_cuda.h"
 
 #include "resfuse.h"
 
@@ -28,7 +26,7 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 // The kernels walk all tensors with one flat index, so sizes and strides must agree. A stride along a dimension of one
 // element addresses nothing and may differ.
 void check_same_layout(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
-  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
+  check_device(tensor, name);
   STD_TORCH_CHECK(tensor.get_device_index() == other.get_device_index(), name, " must be on the device of ",
                   other_name);
   STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name);
@@ -40,27 +38,21 @@ void check_same_layout(const Tensor& tensor, const char* name, const Tensor& oth
   }
 }
 
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
 void add_relu_forward(const Tensor& input, const Tensor& residual, Tensor output) {
-  STD_TORCH_CHECK(input.is_cuda(), "input must be a CUDA tensor");
+  check_device(input, "input");
   check_same_layout(residual, "residual", input, "input");
   check_same_layout(output, "output", input, "input");
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const DeviceGuard guard(input.get_device_index());
   cuda::add_relu_forward(
       {input.data_ptr(), residual.data_ptr(), output.data_ptr(), input.numel(), dtype_of(input, "input")},
       current_stream(input.get_device_index()));
 }
 
 void add_relu_backward(const Tensor& grad_output, const Tensor& output, Tensor grad_input) {
-  STD_TORCH_CHECK(output.is_cuda(), "output must be a CUDA tensor");
+  check_device(output, "output");
   check_same_layout(grad_output, "grad_output", output, "output");
   check_same_layout(grad_input, "grad_input", output, "output");
-  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
+  const DeviceGuard guard(output.get_device_index());
   cuda::add_relu_backward(
       {grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr(), output.numel(), dtype_of(output, "output")},
       current_stream(output.get_device_index()));
@@ -69,7 +61,7 @@ void add_relu_backward(const Tensor& grad_output, const Tensor& output, Tensor g
 }  // namespace
 }  // namespace resfuse
 
-STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, RESFUSE_DISPATCH_KEY, m) {
   m.impl("add_relu_forward", TORCH_BOX(&resfuse::add_relu_forward));
   m.impl("add_relu_backward", TORCH_BOX(&resfuse::add_relu_backward));
 }

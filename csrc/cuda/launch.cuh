@@ -55,6 +55,26 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_by
 
 }  // namespace resfuse::cuda
 
+#else  // tests/emulator, whose header the compiler includes first
+
+#define RESFUSE_DYNAMIC_SHARED(name) unsigned char* name = emu::dyn_smem()
+
+namespace resfuse::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
+            Arguments... arguments) {
+  (void)stream;
+  emu::launch([=] { kernel(static_cast<Parameters>(arguments)...); }, grid, block, shared_bytes, cooperative);
+}
+
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), int, size_t) {
+  return 4;
+}
+
+}  // namespace resfuse::cuda
+
 #endif  // RESFUSE_CUDA_EMULATOR
 
 namespace resfuse::cuda {

@@ -34,9 +34,25 @@ class Problem(NamedTuple):
     """(weight shape, stride, padding, dilation, groups) of a convolution, None for the other verbs."""
 
 
+_registered: dict[str, ModuleType] = {}
+
+
+def register(name: str, module: ModuleType) -> None:
+    """Add a backend from outside the package.  It has no rank: `use_backend` takes it, automatic choice never does.
+
+    Args:
+        name: what `use_backend` calls it; a name that is taken stays with its owner.
+        module: implements the verbs, `unavailable_reason()` and `unsupported_reasons(problem)`.
+    """
+    if name in PREFERENCE or _registered.get(name, module) is not module:
+        raise ValueError(f"a backend named {name!r} exists already")
+    _registered[name] = module
+
+
 def _validated(name: str | None) -> str | None:
-    if name is not None and name not in PREFERENCE:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
+    names = (*PREFERENCE, *_registered)
+    if name is not None and name not in names:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
     return name
 
 
@@ -46,7 +62,7 @@ _request: ContextVar[str | None] = ContextVar("resfuse_backend", default=_from_e
 
 def backend(name: str) -> ModuleType:
     """The module that implements a backend's verbs."""
-    return importlib.import_module(f"resfuse.backends.{name}")
+    return _registered.get(name) or importlib.import_module(f"resfuse.backends.{name}")
 
 
 def requested_backend() -> str | None:
@@ -90,7 +106,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
     """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
     chosen, rejected = choose(problem, request)
-    return chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
+    return request or chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
 
 
 @functools.cache
