@@ -1,7 +1,8 @@
 """Which backend runs a problem: decided here, in one place, once per problem, and with reasons.
 
-Automatic choice takes the first backend in `PREFERENCE` that supports the problem and logs why it passed over the
-others; an explicit request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises.
+Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `ranking.TABLE` has a faster
+one, and logs why it passed over the others; an explicit request (`use_backend`, or the environment variable
+RESFUSE_BACKEND) that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from resfuse.backends import ranking
 
 logger = logging.getLogger("resfuse")
 
@@ -130,6 +133,8 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
     rejected: dict[str, tuple[str, ...]] = {}
     for name in PREFERENCE if request is None else (request,):
         reasons = _reasons_against(name, problem, automatic=request is None)
+        if not reasons and request is None:
+            reasons = _reasons_to_pass_over(name, problem)
         if not reasons:
             if rejected:
                 logger.debug("%s runs on %r: %s", problem, name, rejected)
@@ -145,3 +150,12 @@ def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str,
     if unavailable is None and automatic and hasattr(module, "only_on_request_reason"):
         unavailable = module.only_on_request_reason()
     return (unavailable,) if unavailable else tuple(module.unsupported_reasons(problem))
+
+
+def _reasons_to_pass_over(name: str, problem: Problem) -> tuple[str, ...]:
+    """Why another backend, which can run the problem, is preferred to this one."""
+    return tuple(
+        str(entry)
+        for entry in ranking.exceptions(name, problem)
+        if not _reasons_against(entry.preferred, problem, automatic=True)
+    )
