@@ -32,6 +32,12 @@ struct Activation {
   DType dtype;
 };
 
+// Values per channel, contiguous, in float32 or in the dtype of the activations.
+struct ChannelVector {
+  void* data;  // or null
+  DType dtype;
+};
+
 // Per-channel vectors are float32.  Pointers marked `or null` switch a term off.
 
 // mean and m2 = sum (input - mean)^2 per channel.
