@@ -77,6 +77,8 @@ def codes(binary: Path) -> list[Code]:
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", following)
         if line.startswith(" Function ") and usage is not None:
             registers, stack, shared, local = map(int, usage.groups())
+            if arch >= 90 and shared >= RESERVED:  # since sm_90 counted with every kernel that uses any
+                shared -= RESERVED
             name = line.removeprefix(" Function ").removesuffix(":")
             found.append(Code(arch, name, registers, stack + local, shared))
     return found
