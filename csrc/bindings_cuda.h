@@ -106,6 +106,8 @@ inline Activation activation(const Tensor& tensor, const char* name) {
   const bool nchw = images_dense && (size[3] == 1 || stride[3] == 1) && (size[2] == 1 || stride[2] == size[3]) &&
                     (channels == 1 || stride[1] == pixels);
   STD_TORCH_CHECK(nhwc || nchw, name, " must be dense, in NHWC or NCHW order");
+  STD_TORCH_CHECK(tensor.numel() > 0, name, " must not be empty");
+  STD_TORCH_CHECK(channels < 1 << 30 && pixels < 1 << 30, name, " must have less than 2^30 channels and 2^30 pixels");
   return {size[0], channels, pixels, nhwc, dtype_of(tensor, name)};
 }
 
