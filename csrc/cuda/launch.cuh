@@ -106,7 +106,7 @@ inline bool can_cooperate() { return device_attribute(cudaDevAttrCooperativeLaun
 
 #else  // tests/emulator, whose header the compiler includes first
 
-#define RESFUSE_DYNAMIC_SHARED(name) unsigned char* name = emu::dyn_smem()
+#define RESFUSE_DYNAMIC_SHARED(name) unsigned char* name = emu::dynamic_shared()
 
 namespace resfuse::cuda {
 
@@ -120,8 +120,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 inline size_t shared_memory_limit() { return 163 * 1024; }  // of compute capability 8.0
 
 template <class... Parameters>
-int resident_blocks(void (*)(Parameters...), int, size_t) {
-  return 4;
+int resident_blocks(void (*)(Parameters...), int threads, size_t shared_bytes) {
+  return emu::resident_blocks(threads, shared_bytes);
 }
 
 inline bool can_cooperate() { return true; }
