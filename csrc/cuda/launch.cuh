@@ -22,15 +22,22 @@
 
 namespace resfuse::cuda {
 
-// The name of a kernel as it is written in the source, for messages.
+// The name of a kernel as it is written in the source, for messages: without namespaces in parentheses and parameters.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;
   if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
   int status = 0;
   char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
-  const std::string name = demangled == nullptr ? mangled : demangled;
+  std::string name = demangled == nullptr ? mangled : demangled;
   std::free(demangled);
-  return name.substr(0, name.find('('));  // without the parameters
+  const std::string unnamed = "(anonymous namespace)::";
+  for (size_t at = name.find(unnamed); at != std::string::npos; at = name.find(unnamed)) name.erase(at, unnamed.size());
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
 }
 
 inline void check(cudaError_t status, const char* call, const void* kernel = nullptr) {
@@ -47,8 +54,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// The most dynamic shared memory that a block of a kernel without static shared memory can have.
-inline size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+// The most dynamic shared memory that a kernel without static shared memory is given: a KiB less than a block can have,
+// for what CUDA reserves per block is counted with the kernel's own on sm_90.
+inline size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024; }
 
 // More than 48 KiB of dynamic shared memory have to be asked for; once per kernel and device all there is.
 inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
@@ -60,11 +68,8 @@ inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
   bool& done = allowed[{kernel, device}];
   if (done) return;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes", kernel);
-  const size_t most = shared_memory_limit() - attributes.sharedSizeBytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
-        "cudaFuncSetAttribute", kernel);
+  const auto most = static_cast<int>(shared_memory_limit());
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute", kernel);
   done = true;
 }
 
