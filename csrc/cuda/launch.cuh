@@ -69,7 +69,8 @@ inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
   bool& done = allowed[{kernel, device}];
   if (done) return;
   const auto most = static_cast<int>(shared_memory_limit());
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute", kernel);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute",
+        kernel);
   done = true;
 }
 
