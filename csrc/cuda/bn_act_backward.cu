@@ -19,7 +19,8 @@ namespace resfuse::cuda {
 namespace {
 
 constexpr int kApplyThreads = 256;
-constexpr int kUnroll = 2;  // items under way, of up to three activations
+template <int N>
+constexpr int kGroup = N == 1 ? 8 : 2;  // items under way, of up to three activations
 
 // Per channel: dx = scale g - (x - mean) slope - shift.
 struct Gradient {
@@ -103,20 +104,22 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
   const Gradients<N> of(vectors, t, share);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   Walk walk(t, share, 0);
-  for (int i = 0; i < share.steps; i += kUnroll) {
-    Item<T, N> items[kUnroll];
-    int64_t offsets[kUnroll];
+  for_each_group<kGroup<N>>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    Item<T, N> items[kGroup<N>];
+    int64_t offsets[kGroup<N>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < share.steps) {
+    for (int u = 0; u < kGroup<N>; ++u) {
+      if (kFull || first + u < share.steps) {
         offsets[u] = walk.offset;
         items[u].template load<false>(dy, y, x, walk.offset);
         walk.next(t);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < share.steps) {
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = first + u;
+      if (kFull || step < share.steps) {
         float g[N], values[N];
         items[u].g(y != nullptr, g);
         E::unpack(items[u].x, values);
@@ -126,9 +129,9 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
           sums[k].second = fmaf(g[k], values[k] - of.mean[k], sums[k].second);
         }
         const typename E::Word masked_dy = E::pack(g);
-        if (i + u < kept) {
-          keep[(2 * (i + u)) * threads + thread] = masked_dy;
-          keep[(2 * (i + u) + 1) * threads + thread] = items[u].x;
+        if (step < kept) {
+          keep[2 * step * threads + thread] = masked_dy;
+          keep[(2 * step + 1) * threads + thread] = items[u].x;
         }
         if (dresidual != nullptr) E::store(dresidual + offsets[u], masked_dy);
         if (dx != nullptr) {
@@ -137,7 +140,7 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
         }
       }
     }
-  }
+  });
   if (t.lanes == 1)  // NCHW: they are all of one channel
 #pragma unroll
     for (int half = N / 2; half > 0; half /= 2)
@@ -155,29 +158,30 @@ __device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const
   const Gradients<N> of(vectors, t, share);
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   Walk walk(t, share, share.steps);
-  for (int i = share.steps - 1; i >= 0; i -= kUnroll) {
-    Item<T, N> items[kUnroll];
-    int64_t offsets[kUnroll];
+  for_each_group<kGroup<N>>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    Item<T, N> items[kGroup<N>];
+    int64_t offsets[kGroup<N>];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int j = i - u;
-      if (j >= 0) {
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = share.steps - 1 - first - u;
+      if (kFull || step >= 0) {
         walk.previous(t);
         offsets[u] = walk.offset;
-        if (j < kept) {
-          items[u].dy = keep[2 * j * threads + thread];
-          items[u].x = keep[(2 * j + 1) * threads + thread];
+        if (step < kept) {
+          items[u].dy = keep[2 * step * threads + thread];
+          items[u].x = keep[(2 * step + 1) * threads + thread];
         } else {
           items[u].template load<kSecondPass>(dy, y, x, walk.offset);
         }
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int j = i - u;
-      if (j >= 0) {
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = share.steps - 1 - first - u;
+      if (kFull || step >= 0) {
         float g[N], values[N];
-        items[u].g(y != nullptr && j >= kept, g);
+        items[u].g(y != nullptr && step >= kept, g);
         if (x != nullptr) {
           E::unpack(items[u].x, values);
           of.apply(g, values);
@@ -187,11 +191,11 @@ __device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const
         E::template store<kSecondPass>(dx + offsets[u], E::pack(g));
       }
     }
-  }
+  });
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kTwoPassThreads<N>, 1)
+__global__ void __launch_bounds__(kTwoPassThreads, 1)
     bn_backward_kernel(const BnBackward args, const ChannelTiles t, const int kept, const Phase phase) {
   RESFUSE_DYNAMIC_SHARED(shared);
   const TwoPassShared<T, N, Gradient, SumPair> memory(shared, t);

@@ -34,6 +34,8 @@ struct Affine {
   float mean, scale, shift;
 };
 
+__device__ float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
+
 // The median of three of a channel's values, the same for all parts: deviations from it are as small as those from the
 // mean and, where the mean is large, exact. A single outlier is never chosen.
 template <class T>
@@ -48,49 +50,61 @@ struct Pivot {
   __device__ float operator()(int channel) const {
     const T* from = input + channel * channel_stride;
     const float a = to_float(from[offsets[0]]), b = to_float(from[offsets[1]]), c = to_float(from[offsets[2]]);
-    return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c));
+    return median(a, b, c);
   }
 };
 
-// Moments of the thread's items, as distances to the pivot, by Welford's update: of the n-th value u, with d = u -
-// mean, mean += d / n, M2 += d (u - mean). The first `kept` items stay in `keep`.
+// Moments of the thread's items, the mean as its distance to the pivot. Of d = x - centre, with the mean of the
+// thread's first few items for a centre, the sums S = sum d and Q = sum d^2 are enough: mean = centre + S / n, M2 = Q -
+// S^2 / n, which can cancel only as far as the values drift within one thread. The first `kept` items stay in `keep`.
 template <class T, int N>
 __device__ void thread_moments(const T* input, const Pivot<T>& pivot, const ChannelTiles& t, const ThreadShare& share,
                                int kept, typename Elements<T, N>::Word* keep, Moments (&moments)[N]) {
   using E = Elements<T, N>;
-  constexpr int kUnroll = N == 1 ? 8 : 4;  // items under way: bytes for the latency of memory
-  float centre[N], mean[N] = {}, m2[N] = {};
-  if (share.steps > 0)
-#pragma unroll
-    for (int k = 0; k < N; ++k) centre[k] = pivot(share.channel + (t.lanes == 1 ? 0 : k));
+  constexpr int kGroup = N == 1 ? 16 : 4;  // items under way: bytes for the latency of memory
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  float centre[N] = {}, sum[N] = {}, squares[N] = {};
   Walk walk(t, share, 0);
-  for (int i = 0; i < share.steps; i += kUnroll) {
-    typename E::Word words[kUnroll];
+  for_each_group<kGroup>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    typename E::Word words[kGroup];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < share.steps) {
+    for (int u = 0; u < kGroup; ++u) {
+      if (kFull || first + u < share.steps) {
         words[u] = E::load(input + walk.offset);
         walk.next(t);
       }
     }
+    if (first == 0) {
+      float second[N], third[N];
+      E::unpack(words[0], centre);
+      E::unpack(kFull || share.steps > 1 ? words[1] : words[0], second);
+      E::unpack(kFull || share.steps > 2 ? words[2] : words[0], third);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i + u < share.steps) {
-        if (i + u < kept) keep[(i + u) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)] = words[u];
-        const float part = __fdividef(1.f, static_cast<float>(i + u + 1));
+      for (int k = 0; k < N; ++k) centre[k] = median(centre[k], second[k], third[k]);
+    }
+#pragma unroll
+    for (int u = 0; u < kGroup; ++u) {
+      if (kFull || first + u < share.steps) {
+        if (first + u < kept) keep[(first + u) * threads + thread] = words[u];
         float x[N];
         E::unpack(words[u], x);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          const float value = x[k] - centre[k], delta = value - mean[k];
-          mean[k] = fmaf(delta, part, mean[k]);
-          m2[k] = fmaf(delta, value - mean[k], m2[k]);
+          const float d = x[k] - centre[k];
+          sum[k] += d;
+          squares[k] = fmaf(d, d, squares[k]);
         }
       }
     }
-  }
+  });
+  if (share.steps == 0) return;
+  const auto count = static_cast<float>(share.steps);
 #pragma unroll
-  for (int k = 0; k < N; ++k) moments[k] = {static_cast<float>(share.steps), mean[k], m2[k]};
+  for (int k = 0; k < N; ++k) {
+    const float mean = sum[k] / count, to_pivot = centre[k] - pivot(share.channel + (t.lanes == 1 ? 0 : k));
+    moments[k] = {count, to_pivot + mean, fmaf(-sum[k], mean, squares[k])};
+  }
   if (t.lanes == 1)  // NCHW: they are all of one channel
 #pragma unroll
     for (int half = N / 2; half > 0; half /= 2)
@@ -126,7 +140,8 @@ __device__ void normalise(const T* input, const T* residual, T* output, bool wit
                           const ThreadShare& share, const Affine* affine, int kept,
                           const typename Elements<T, N>::Word* keep) {
   using E = Elements<T, N>;
-  constexpr int kUnroll = 4;
+  constexpr int kGroup = N == 1 ? 8 : 4;
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const float lowest = with_relu ? 0.f : -INFINITY;
   float mean[N], scale[N], shift[N];
 #pragma unroll
@@ -137,17 +152,18 @@ __device__ void normalise(const T* input, const T* residual, T* output, bool wit
     shift[k] = of.shift;
   }
   Walk walk(t, share, share.steps);
-  for (int i = share.steps - 1; i >= 0; i -= kUnroll) {
-    typename E::Word words[kUnroll], others[kUnroll];
-    int64_t offsets[kUnroll];
+  for_each_group<kGroup>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    typename E::Word words[kGroup], others[kGroup];
+    int64_t offsets[kGroup];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int j = i - u;
-      if (j >= 0) {
+    for (int u = 0; u < kGroup; ++u) {
+      const int step = share.steps - 1 - first - u;
+      if (kFull || step >= 0) {
         walk.previous(t);
         offsets[u] = walk.offset;
-        if (j < kept) {
-          words[u] = keep[j * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
+        if (step < kept) {
+          words[u] = keep[step * threads + thread];
         } else {
           words[u] = E::template load<kSecondPass>(input + walk.offset);
         }
@@ -155,8 +171,8 @@ __device__ void normalise(const T* input, const T* residual, T* output, bool wit
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (i - u >= 0) {
+    for (int u = 0; u < kGroup; ++u) {
+      if (kFull || first + u < share.steps) {
         float x[N], added[N] = {};
         E::unpack(words[u], x);
         if (residual != nullptr) E::unpack(others[u], added);
@@ -168,11 +184,11 @@ __device__ void normalise(const T* input, const T* residual, T* output, bool wit
         E::template store<kSecondPass>(output + offsets[u], E::pack(x));
       }
     }
-  }
+  });
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kTwoPassThreads<N>, 1)
+__global__ void __launch_bounds__(kTwoPassThreads, 1)
     bn_train_forward_kernel(const BnTrainForward args, const ChannelTiles t, const int kept, const Phase phase) {
   RESFUSE_DYNAMIC_SHARED(shared);
   const TwoPassShared<T, N, Affine, Moments> memory(shared, t);
@@ -214,7 +230,7 @@ __global__ void __launch_bounds__(kTwoPassThreads<N>, 1)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kTwoPassThreads<N>, 1)
+__global__ void __launch_bounds__(kTwoPassThreads, 1)
     bn_statistics_kernel(const BnStatistics args, const ChannelTiles t, const int, const Phase phase) {
   RESFUSE_DYNAMIC_SHARED(shared);
   const TwoPassShared<T, N, Affine, Moments> memory(shared, t);
@@ -255,7 +271,7 @@ __global__ void __launch_bounds__(kApplyThreads) bn_apply_kernel(const BnApply a
 }  // namespace
 
 int64_t bn_workspace_size(int64_t channels) {
-  const int blocks = resident_blocks(bn_statistics_kernel<float, 1>, kTwoPassThreads<1>, shared_memory_limit());
+  const int blocks = resident_blocks(bn_statistics_kernel<float, 1>, kTwoPassThreads, shared_memory_limit());
   return most_part_values(channels, blocks);
 }
 

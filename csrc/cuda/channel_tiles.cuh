@@ -14,6 +14,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "vector.cuh"
@@ -110,6 +111,15 @@ struct Walk {
     }
   }
 };
+
+// Calls group(first, full) for every kGroup steps, to be loaded together. `full` is a constant: without questions
+// whether a step exists the loop is a third shorter.
+template <int kGroup, class Group>
+__device__ __forceinline__ void for_each_group(int steps, const Group& group) {
+  int first = 0;
+  for (; first + kGroup <= steps; first += kGroup) group(first, std::true_type{});
+  if (first < steps) group(first, std::false_type{});
+}
 
 // One pixel is NHWC, one channel NCHW with a single image, whatever the strides said.
 inline Activation simplified(Activation shape) {

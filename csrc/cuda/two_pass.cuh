@@ -10,10 +10,8 @@ namespace resfuse::cuda {
 // What a launch does: all, or the part before or after the barrier.
 enum class Phase : int32_t { both, first, second };
 
-// One block per processor: the fewer parts, the less there is to merge. A single element needs more threads to keep
-// as many bytes under way.
-template <int N>
-constexpr int kTwoPassThreads = N == 1 ? 1024 : 512;
+// One block per processor: the fewer parts, the less there is to merge.
+constexpr int kTwoPassThreads = 512;
 
 // A block's shared memory: a Vector per channel of the tile, room for merging Values, and what was kept of the items.
 //
@@ -43,7 +41,7 @@ template <class T, int N, class Vector, class Value, class Args>
 void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args& args, int words, void* stream) {
   using Shared = TwoPassShared<T, N, Vector, Value>;
   const size_t limit = shared_memory_limit();
-  const ChannelTiles t = cut(args.shape, N, kTwoPassThreads<N>, resident_blocks(kernel, kTwoPassThreads<N>, limit));
+  const ChannelTiles t = cut(args.shape, N, kTwoPassThreads, resident_blocks(kernel, kTwoPassThreads, limit));
   const auto run = [&](Phase phase, int kept, size_t bytes) {
     const bool cooperative = phase == Phase::both && t.parts > 1;
     launch(kernel, dim3(t.grid()), dim3(t.threads()), bytes, stream, cooperative, args, t, kept, phase);
