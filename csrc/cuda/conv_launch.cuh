@@ -7,12 +7,16 @@
 
 namespace resfuse::cuda {
 
-// The tiles, by the names (block_m, block_n) that ConvConfig asks for.  Where values are not copied 16 bytes at a time
-// there is one: loading takes the time there.
-using Tile128x128 = Tile<128, 128, 2, 2, 2>;
-using Tile128x64 = Tile<128, 64, 2, 2, 3>;
-using Tile64x64 = Tile<64, 64, 2, 2, 4>;
-using Tile32x64 = Tile<32, 64, 2, 2, 4>;
+// The tiles, by the names (block_m, block_n) that ConvConfig asks for.  Multiply-add on the ordinary cores keeps more
+// in registers than an mma, so there the large tiles have more threads, or fewer blocks per processor.  Where values
+// are not copied 16 bytes at a time there is one tile: loading takes the time.
+template <class Math>
+struct Tiles {
+  using Of128x128 = std::conditional_t<Math::kTensorCores, Tile<128, 128, 2, 2, 2>, Tile<128, 128, 2, 4, 1>>;
+  using Of128x64 = std::conditional_t<Math::kTensorCores, Tile<128, 64, 2, 2, 3>, Tile<128, 64, 2, 2, 2>>;
+  using Of64x64 = Tile<64, 64, 2, 2, 4>;
+  using Of32x64 = Tile<32, 64, 2, 2, 4>;
+};
 
 // Whether input and weight can be copied 16 bytes at a time.
 inline bool copies_vectors(const Convolution& conv, const void* input, const void* weight) {
@@ -148,27 +152,29 @@ void launch_train(const ConvTrainForward& args, void* stream) {
 }
 
 // Calls run(tile, vectors), both of which carry compile-time constants.
-template <class Run>
+template <class Math, class Run>
 void with_tile(const ConvConfig& config, bool vectors, const Run& run) {
-  const int m = config.block_m, n = config.block_n;
-  if (!vectors) return run(Tile64x64{}, std::false_type{});
-  if (m == 128 && n == 128) return run(Tile128x128{}, std::true_type{});
-  if (m == 128 && n == 64) return run(Tile128x64{}, std::true_type{});
-  if (m == 64 && n == 64) return run(Tile64x64{}, std::true_type{});
-  if (m == 32 && n == 64) return run(Tile32x64{}, std::true_type{});
-  throw std::runtime_error("convolution: there is no tile of " + std::to_string(m) + " x " + std::to_string(n));
+  const auto is = [&](int m, int n) { return config.block_m == m && config.block_n == n; };
+  if (!vectors) return run(typename Tiles<Math>::Of64x64{}, std::false_type{});
+  if (is(128, 128)) return run(typename Tiles<Math>::Of128x128{}, std::true_type{});
+  if (is(128, 64)) return run(typename Tiles<Math>::Of128x64{}, std::true_type{});
+  if (is(64, 64)) return run(typename Tiles<Math>::Of64x64{}, std::true_type{});
+  if (is(32, 64)) return run(typename Tiles<Math>::Of32x64{}, std::true_type{});
+  throw std::runtime_error("convolution: there is no tile of " + std::to_string(config.block_m) + " x " +
+                           std::to_string(config.block_n));
 }
 
 template <class Math>
 void conv_inference(const ConvInferenceForward& args, void* stream) {
-  with_tile(args.config, copies_vectors(args.conv, args.input, args.weight),
-            [&](auto tile, auto vectors) { launch_inference<Math, decltype(tile), vectors.value>(args, stream); });
+  with_tile<Math>(args.config, copies_vectors(args.conv, args.input, args.weight), [&](auto tile, auto vectors) {
+    launch_inference<Math, decltype(tile), vectors.value>(args, stream);
+  });
 }
 
 template <class Math>
 void conv_train(const ConvTrainForward& args, void* stream) {
-  with_tile(args.config, copies_vectors(args.conv, args.input, args.weight),
-            [&](auto tile, auto vectors) { launch_train<Math, decltype(tile), vectors.value>(args, stream); });
+  with_tile<Math>(args.config, copies_vectors(args.conv, args.input, args.weight),
+                  [&](auto tile, auto vectors) { launch_train<Math, decltype(tile), vectors.value>(args, stream); });
 }
 
 }  // namespace resfuse::cuda

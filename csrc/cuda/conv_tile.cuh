@@ -235,7 +235,7 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
     // The same outputs per thread as an mma has: 2 kMmaM rows, 2 kMmaN columns, 4 values of k at a time.  Those are
     // summed by themselves: one addition more, and a sum of n products is rounded n / 4 times at its full size.
     const int g = lane / 4, t = lane % 4;
-#pragma unroll
+#pragma unroll 1  // or operands are loaded so far ahead that accumulators no longer fit the registers
     for (int chunk = 0; chunk < 4; ++chunk) {
       float4 rows[T::kMmaM][2];
 #pragma unroll
