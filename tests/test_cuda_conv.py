@@ -5,6 +5,7 @@ addresses, TF32, and the choice of a configuration.  Run in the emulator, and on
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -361,6 +362,63 @@ def test_offsets_beyond_32_bits(channels: int, device: str) -> None:
     z = cuda_conv.conv_forward(x, w, None, (stride, stride), (0, 0), (1, 1), 1)
     expected = F.conv2d(pixels.double(), w.cpu().double())
     torch.testing.assert_close(z.cpu().double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64, rounded once
+
+
+EMULATED = pytest.mark.skipif("cpu" not in DEVICES, reason="the emulator does not run here")
+
+
+@EMULATED
+def test_launches() -> None:
+    """One wherever all blocks are resident: always in inference, and in training with up to 4 tiles of channels."""
+    small, large = Convolution((1, 32, 3, 3), 24, (3, 3)), Convolution((3, 8, 17, 16), 80, (3, 3), padding=(1, 1))
+    columns = Convolution((1, 8, 3, 3), 64 * 5, (1, 1))
+    for conv, config, training, expected in (
+        (large, None, False, 1),
+        (small, ConvConfig(64, 64, 4), False, 1),
+        (large, ConvConfig(64, 64, 2), False, 2),  # splits of more tiles than can wait for each other
+        (small, None, True, 1),
+        (large, ConvConfig(32, 64), True, 1),
+        (large, ConvConfig(32, 64, launches=2), True, 2),
+        (columns, ConvConfig(64, 64), True, 2),
+    ):
+        given = operands(conv, torch.bfloat16, "cpu", training, conv_bias=True)
+        with emulator.launches() as counted, use_config(config):
+            run(cuda_conv, given)
+        assert counted.launches == expected, (conv, config, training)
+
+
+@EMULATED
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int]) -> None:
+    for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        given = operands(conv, dtype, "cpu")
+        with emulator.launches() as counted, use_config(ConvConfig(*tile)):
+            run(cuda_conv, given)
+        assert counted.ldmatrix_cycles == counted.ldmatrix_phases > 0
+
+
+@EMULATED
+@MODES
+@pytest.mark.parametrize("config", [*TILES, (64, 64, 4)], ids=str)
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(config: tuple[int, ...], training: bool) -> None:
+    for conv in (Convolution((2, 24, 9, 8), 16, (3, 3), (2, 1), (1, 1)), Convolution((3, 9, 7, 7), 16, (1, 1))):
+        given = operands(conv, torch.bfloat16, "cpu", training)
+        with use_config(ConvConfig(*config)):
+            expected = run(cuda_conv, given)
+            for seed in (1, 2, 3):
+                with emulator.device(seed=seed):
+                    assert same(run(cuda_conv, given), expected)
+
+
+@EMULATED
+@pytest.mark.parametrize("resident", [1, 2, 3, 64])
+def test_any_number_of_resident_blocks(resident: int) -> None:
+    """Tiles are dealt to as many blocks as there are, and both forms of the launch to the same ones."""
+    given = operands(Convolution((3, 8, 9, 11), 72, (1, 1)), torch.float32, "cpu", training=True)
+    with emulator.device(resident_blocks=resident):
+        found = check(given, ConvConfig(32, 64))
+        assert same(found, check(given, ConvConfig(32, 64, launches=2)))
 
 
 def inference_arguments(**changes: Any) -> list[Any]:
