@@ -24,8 +24,9 @@ from resfuse import _build
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = HERE / "runtime"
-CSRC = HERE.parent.parent / "csrc"
-OUT = HERE.parent.parent / "build" / "emulator"
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+OUT = ROOT / "build" / "emulator"
 
 COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-pthread", "-Wall", "-DRESFUSE_CUDA_EMULATOR"]
 # Kernels reinterpret memory and unroll loops by pragmas, as nvcc has it; -g1 names lines, which errors are told with.

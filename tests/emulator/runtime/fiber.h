@@ -29,6 +29,9 @@ void adopt_thread(Fiber& fiber);
 // Leaves `from`, which is the one that runs. No memory is ordered by it: for TSan, fibers are threads.
 void switch_to(Fiber& from, Fiber& to, bool final = false);
 void destroy(Fiber& fiber);
+// What was destroyed can serve again from now on. In the same launch it can not: one TSan thread that runs as threads
+// of two blocks, one after the other, would hide their races.
+void begin_launch();
 
 // What TSan is told of barriers: whatever happened before release(object) happens before what follows acquire(object).
 #ifdef EMU_TSAN

@@ -116,6 +116,7 @@ void launch(void (*body)(const void*), const void* closure, dim3 grid, dim3 bloc
   if (seed != 0) std::shuffle(indices.begin(), indices.end(), random);
   statistics.blocks += static_cast<long>(indices.size());
 
+  begin_launch();
   release(&grid_start);
   std::vector<std::unique_ptr<Resident>> residents;
   for (const uint3 index : indices) {
