@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks import cubin
 from resfuse.backends.triton.devices import A100, H100, DeviceProperties
 from resfuse.backends.triton.specs import KernelSpec
 
@@ -33,8 +33,6 @@ DEVICES = {80: A100, 90: H100, 100: B200}
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """The tensor-core instruction that suits each; a kernel with any other wastes the GPU."""
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfuse" / "triton_resources.json"
-RESERVED = 1024
-"""Bytes of shared memory that CUDA takes for itself, per program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +118,7 @@ def measure(job: Job) -> Usage:
     compiled = job.spec().compile(job.capability)
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     shared, warps, ptx = compiled.metadata.shared, compiled.metadata.num_warps, compiled.asm["ptx"]
-    device = DEVICES[job.capability]
-    occupancy = min(
-        device.registers // (-(-registers // 8) * 8 * 32 * warps),
-        device.warps // warps,
-        (device.shared_memory + RESERVED) // (shared + RESERVED),
-    )
+    occupancy = cubin.occupancy(DEVICES[job.capability], registers, warps, shared)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\w+)", ptx)
     bulk_loads, bulk_stores = (
         ptx.count("shared::cluster.global"),
@@ -152,17 +145,12 @@ def _wide(ptx: str, instruction: str) -> int:
     return len(re.findall(instruction + r"\.global[\w.:]*\.(?:v4\.[a-z]32|v2\.[a-z]64|v8\.[a-z]16)\b", ptx))
 
 
-def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
-    from triton import knobs
-
+def _registers_and_stack(compiled: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), int(found[2]) + int(found[3])
+        (code,) = cubin.codes(Path(file.name))
+    return code.registers, code.stack
 
 
 @functools.cache

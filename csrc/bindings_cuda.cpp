@@ -1,75 +1,131 @@
 // torch <-> resfuse.h for CUDA tensors, on torch's stable ABI: no Python.h, no ATen, one binary for many torch
 // versions. Schemas are defined in resfuse/backends/cuda.py; here are only the implementations.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "resfuse.h"
+#include "bindings_cuda.h"
 
 namespace resfuse {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-  }
-}
-
-// The kernels walk all tensors with one flat index, so sizes and strides must agree. A stride along a dimension of one
-// element addresses nothing and may differ.
-void check_same_layout(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
-  STD_TORCH_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
-  STD_TORCH_CHECK(tensor.get_device_index() == other.get_device_index(), name, " must be on the device of ",
-                  other_name);
-  STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name);
-  STD_TORCH_CHECK(tensor.dim() == other.dim(), name, " must have the shape of ", other_name);
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    STD_TORCH_CHECK(tensor.size(d) == other.size(d), name, " must have the shape of ", other_name);
-    STD_TORCH_CHECK(tensor.size(d) <= 1 || tensor.stride(d) == other.stride(d), name, " must have the strides of ",
-                    other_name);
-  }
-}
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
 void add_relu_forward(const Tensor& input, const Tensor& residual, Tensor output) {
-  STD_TORCH_CHECK(input.is_cuda(), "input must be a CUDA tensor");
-  check_same_layout(residual, "residual", input, "input");
-  check_same_layout(output, "output", input, "input");
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  check_device(input, "input");
+  check_like(residual, "residual", input, "input");
+  check_like(output, "output", input, "input");
+  const Place place(input);
   cuda::add_relu_forward(
       {input.data_ptr(), residual.data_ptr(), output.data_ptr(), input.numel(), dtype_of(input, "input")},
-      current_stream(input.get_device_index()));
+      place.stream);
 }
 
 void add_relu_backward(const Tensor& grad_output, const Tensor& output, Tensor grad_input) {
-  STD_TORCH_CHECK(output.is_cuda(), "output must be a CUDA tensor");
-  check_same_layout(grad_output, "grad_output", output, "output");
-  check_same_layout(grad_input, "grad_input", output, "output");
-  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
+  check_device(output, "output");
+  check_like(grad_output, "grad_output", output, "output");
+  check_like(grad_input, "grad_input", output, "output");
+  const Place place(output);
   cuda::add_relu_backward(
       {grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr(), output.numel(), dtype_of(output, "output")},
-      current_stream(output.get_device_index()));
+      place.stream);
+}
+
+int64_t bn_workspace_size(const Tensor& input) {
+  const Activation shape = activation(input, "input");
+  const Place place(input);
+  return cuda::bn_workspace_size(shape.channels);
+}
+
+// To be called with the device of `input` as the current one.
+float* checked_workspace(const Tensor& workspace, const Tensor& input, const Activation& shape) {
+  check_same_device(workspace, "workspace", input, "input");
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.dim() == 1 && workspace.stride(0) == 1,
+                  "workspace must be a contiguous float32 vector");
+  const int64_t needed = cuda::bn_workspace_size(shape.channels);
+  STD_TORCH_CHECK(workspace.size(0) >= needed, "workspace must have at least ", needed, " elements");
+  return static_cast<float*>(workspace.data_ptr());
+}
+
+int32_t checked_launches(int64_t launches) {
+  STD_TORCH_CHECK(launches >= 0 && launches <= 2, "launches must be 1, 2 or 0 (as few as possible)");
+  return static_cast<int32_t>(launches);
+}
+
+void bn_statistics(const Tensor& input, Tensor mean, Tensor m2, Tensor workspace, int64_t launches) {
+  const Activation shape = activation(input, "input");
+  const Place place(input);
+  cuda::bn_statistics(
+      {shape, input.data_ptr(), float_vector(mean, "mean", shape, input), float_vector(m2, "m2", shape, input),
+       checked_workspace(workspace, input, shape), checked_launches(launches)},
+      place.stream);
+}
+
+void bn_train_forward(const Tensor& input, OptionalTensor residual, OptionalTensor running_mean,
+                      OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, bool relu,
+                      double momentum, double eps, Tensor output, Tensor mean, Tensor invstd, Tensor workspace,
+                      int64_t launches) {
+  const Activation shape = activation(input, "input");
+  STD_TORCH_CHECK(shape.batch * shape.pixels > 1, "input must have more than one value per channel");
+  check_like(output, "output", input, "input");
+  const Place place(input);
+  cuda::bn_train_forward(
+      {shape, input.data_ptr(), data_like(residual, "residual", input, "input"),
+       channel_vector(weight, "weight", shape, input), channel_vector(bias, "bias", shape, input),
+       channel_vector(running_mean, "running_mean", shape, input),
+       channel_vector(running_var, "running_var", shape, input), momentum, eps, relu, output.data_ptr(),
+       float_vector(mean, "mean", shape, input), float_vector(invstd, "invstd", shape, input),
+       checked_workspace(workspace, input, shape), checked_launches(launches)},
+      place.stream);
+}
+
+void bn_apply(const Tensor& input, OptionalTensor residual, const Tensor& mean, const Tensor& spread,
+              OptionalTensor weight, OptionalTensor bias, bool relu, bool spread_is_variance, double eps,
+              Tensor output) {
+  const Activation shape = activation(input, "input");
+  check_like(output, "output", input, "input");
+  const Place place(input);
+  cuda::bn_apply({shape, input.data_ptr(), data_like(residual, "residual", input, "input"),
+                  channel_vector(weight, "weight", shape, input), channel_vector(bias, "bias", shape, input),
+                  channel_vector(mean, "mean", shape, input), channel_vector(spread, "spread", shape, input),
+                  spread_is_variance, eps, relu, output.data_ptr()},
+                 place.stream);
+}
+
+void bn_backward(const Tensor& grad_output, const Tensor& input, OptionalTensor output, OptionalTensor weight,
+                 const Tensor& mean, const Tensor& invstd, bool batch_statistics, OptionalTensor grad_input,
+                 OptionalTensor grad_residual, Tensor sum_g, Tensor sum_g_xhat, Tensor workspace, int64_t launches) {
+  const Activation shape = activation(input, "input");
+  check_like(grad_output, "grad_output", input, "input");
+  const Place place(input);
+  cuda::bn_backward(
+      {shape, grad_output.data_ptr(), input.data_ptr(), data_like(output, "output", input, "input"),
+       channel_vector(weight, "weight", shape, input), channel_vector(mean, "mean", shape, input),
+       channel_vector(invstd, "invstd", shape, input), batch_statistics,
+       data_like(grad_input, "grad_input", input, "input"), data_like(grad_residual, "grad_residual", input, "input"),
+       float_vector(sum_g, "sum_g", shape, input), float_vector(sum_g_xhat, "sum_g_xhat", shape, input),
+       checked_workspace(workspace, input, shape), checked_launches(launches)},
+      place.stream);
+}
+
+void bn_backward_apply(const Tensor& grad_output, const Tensor& input, OptionalTensor output, OptionalTensor weight,
+                       const Tensor& mean, const Tensor& invstd, const Tensor& sum_g, const Tensor& sum_g_xhat,
+                       double count, Tensor grad_input) {
+  const Activation shape = activation(input, "input");
+  check_like(grad_output, "grad_output", input, "input");
+  check_like(grad_input, "grad_input", input, "input");
+  const Place place(input);
+  cuda::bn_backward_apply({shape, grad_output.data_ptr(), input.data_ptr(), data_like(output, "output", input, "input"),
+                           channel_vector(weight, "weight", shape, input), channel_vector(mean, "mean", shape, input),
+                           channel_vector(invstd, "invstd", shape, input), channel_vector(sum_g, "sum_g", shape, input),
+                           channel_vector(sum_g_xhat, "sum_g_xhat", shape, input), count, grad_input.data_ptr()},
+                          place.stream);
 }
 
 }  // namespace
 }  // namespace resfuse
 
-STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, RESFUSE_DISPATCH_KEY, m) {
   m.impl("add_relu_forward", TORCH_BOX(&resfuse::add_relu_forward));
   m.impl("add_relu_backward", TORCH_BOX(&resfuse::add_relu_backward));
+  m.impl("bn_workspace_size", TORCH_BOX(&resfuse::bn_workspace_size));
+  m.impl("bn_statistics", TORCH_BOX(&resfuse::bn_statistics));
+  m.impl("bn_train_forward", TORCH_BOX(&resfuse::bn_train_forward));
+  m.impl("bn_apply", TORCH_BOX(&resfuse::bn_apply));
+  m.impl("bn_backward", TORCH_BOX(&resfuse::bn_backward));
+  m.impl("bn_backward_apply", TORCH_BOX(&resfuse::bn_backward_apply));
 }

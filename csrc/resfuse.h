@@ -32,6 +32,12 @@ struct Activation {
   DType dtype;
 };
 
+// Values per channel, contiguous, in float32 or in the dtype of the activations.
+struct ChannelVector {
+  void* data;  // or null
+  DType dtype;
+};
+
 // Per-channel vectors are float32.  Pointers marked `or null` switch a term off.
 
 // mean and m2 = sum (input - mean)^2 per channel.
@@ -140,10 +146,135 @@ bool snapshot_matches(const SnapshotSource& source, const uint8_t* taken, int64_
 const char* instruction_set();
 }  // namespace cpu
 
+// Batch norm on a GPU: values per channel in either dtype, so that no launch converts them.  The workspace is float32
+// memory of `bn_workspace_size`; `launches` 1 or 2 is a request for tests, 0 takes one wherever that works.
+namespace cuda {
+
+// mean and m2 = sum (input - mean)^2 per channel.
+struct BnStatistics {
+  Activation shape;
+  const void* input;
+  float *mean, *m2;
+  float* workspace;
+  int32_t launches;
+};
+
+// Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, and
+// output = act(weight (input - mean) invstd + bias + residual).
+struct BnTrainForward {
+  Activation shape;
+  const void* input;
+  const void* residual;  // or null
+  ChannelVector weight, bias, running_mean, running_var;
+  double momentum, eps;
+  bool relu;
+  void* output;
+  float *mean, *invstd;
+  float* workspace;
+  int32_t launches;
+};
+
+// The same output by given statistics: `spread` is the variance, or invstd.
+struct BnApply {
+  Activation shape;
+  const void* input;
+  const void* residual;  // or null
+  ChannelVector weight, bias, mean, spread;
+  bool spread_is_variance;
+  double eps;
+  bool relu;
+  void* output;
+};
+
+// With g = grad_output where output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g xhat,
+// grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) by statistics of the
+// batch, weight invstd g by running ones.
+struct BnBackward {
+  Activation shape;
+  const void* grad_output;
+  const void* input;
+  const void* output;  // the ReLU's output, or null without a ReLU
+  ChannelVector weight, mean, invstd;
+  bool batch_statistics;
+  void* grad_input;     // or null
+  void* grad_residual;  // or null
+  float *sum_g, *sum_g_xhat;
+  float* workspace;
+  int32_t launches;
+};
+
+// grad_input alone, by given sums over `count` values per channel; count 0: by running statistics, without the sums.
+struct BnBackwardApply {
+  Activation shape;
+  const void* grad_output;
+  const void* input;
+  const void* output;  // the ReLU's output, or null where grad_output is masked already
+  ChannelVector weight, mean, invstd, sum_g, sum_g_xhat;
+  double count;
+  void* grad_input;
+};
+
+}  // namespace cuda
+
+// A convolution on NHWC memory: input (batch, height, width, channels), weight (filters, kernel_h, kernel_w,
+// channels / groups), output (batch, out_height, out_width, filters).
+struct Convolution {
+  int64_t batch, height, width, channels;
+  int64_t filters, kernel_h, kernel_w;
+  int64_t out_height, out_width;
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t groups;
+  DType dtype;
+  bool tf32;  // float32 only: products of 11 significant bits, on tensor cores
+};
+
+// How a convolution is cut up: one of the tiles that csrc/cuda/conv_launch.cuh lists; `splits` blocks share the steps
+// of a tile (inference only); `launches` 1 or 2 is a request for tests, 0 takes one wherever all blocks are resident.
+struct ConvConfig {
+  int32_t block_m, block_n, splits, launches;
+};
+
+// output = act(BN(conv(input, weight) + conv_bias) + residual) with running statistics; all of BN may be absent.
+struct ConvInferenceForward {
+  Convolution conv;
+  ConvConfig config;
+  const void *input, *weight;
+  const void* residual;  // or null; may be `output`
+  void* output;
+  ChannelVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
+  double eps;
+  bool relu;
+  void* workspace;  // float32; or null with one split
+  int64_t workspace_size;
+};
+
+// The same with the statistics of the batch: z = conv(input, weight) + conv_bias is kept, mean and invstd are float32.
+struct ConvTrainForward {
+  Convolution conv;
+  ConvConfig config;
+  const void *input, *weight;
+  const void* residual;  // or null
+  void *z, *output;
+  ChannelVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
+  float *mean, *invstd;
+  double momentum, eps;
+  bool relu;
+  void* workspace;  // float32
+  int64_t workspace_size;
+};
+
 // `stream` is a cudaStream_t; the CUDA types stay out of this header.
 namespace cuda {
 void add_relu_forward(const AddReluForward& args, void* stream);
 void add_relu_backward(const AddReluBackward& args, void* stream);
+void bn_statistics(const BnStatistics& args, void* stream);
+void bn_train_forward(const BnTrainForward& args, void* stream);
+void bn_apply(const BnApply& args, void* stream);
+void bn_backward(const BnBackward& args, void* stream);
+void bn_backward_apply(const BnBackwardApply& args, void* stream);
+int64_t bn_workspace_size(int64_t channels);  // floats, on the current device
+void conv_inference_forward(const ConvInferenceForward& args, void* stream);
+void conv_train_forward(const ConvTrainForward& args, void* stream);
 }  // namespace cuda
 
 }  // namespace resfuse

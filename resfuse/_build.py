@@ -58,6 +58,7 @@ class Settings:
     compiler: str | None
     toolkit: Toolkit | None
     arch_list: str
+    max_jobs: int
     debug: bool
     skipped: Mapping[str, str]
 
@@ -75,7 +76,7 @@ class Settings:
     def __str__(self) -> str:
         lines = [
             f"torch      {self.torch or 'not installed'} (CUDA {self.torch_cuda or 'none'})",
-            f"compiler   {self.compiler or 'none'}{' (DEBUG)' if self.debug else ''}",
+            f"compiler   {self.compiler or 'none'}{' (DEBUG)' if self.debug else ''}, {self.max_jobs} at a time",
         ]
         if "_cuda" in self.libraries and self.toolkit:
             lines.append(f"toolkit    CUDA {self.toolkit.version} at {self.toolkit.home} for {self.arch_list}")
@@ -89,16 +90,22 @@ def flag_set(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: as many compilers run at once where MAX_JOBS does not say how many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def csrc_dir() -> Path:
     """The C++/CUDA sources: beside this file in an installed package, one level up in a checkout."""
     return next((p for p in (HERE / "csrc", HERE.parent / "csrc") if p.is_dir()), HERE.parent / "csrc")
 
 
 def sources(name: str) -> list[Path]:
-    """Absolute paths of the sources of `_cpu` or `_cuda`, sorted."""
+    """Absolute paths of the sources of `_cpu` or `_cuda`: bindings_cuda*.cpp and so on, then the kernels, sorted."""
     csrc = csrc_dir()
+    bindings = [csrc / f"bindings{name}.cpp", *csrc.glob(f"bindings{name}_*.cpp")]
     kernels = csrc.glob("cpu/*.cpp") if name == "_cpu" else csrc.glob("cuda/*.cu")
-    return [csrc / f"bindings{name}.cpp", *sorted(kernels)]
+    return [*sorted(bindings), *sorted(kernels)]
 
 
 def compile_flags(name: str, debug: bool) -> dict[str, list[str]]:
@@ -215,7 +222,7 @@ def decide(
 
     Args:
         env: environment variables: RESFUSE_SKIP_CPU_BUILD, RESFUSE_SKIP_CUDA_BUILD, FORCE_CUDA, CUDA_HOME, CUDA_PATH,
-            TORCH_CUDA_ARCH_LIST, CXX, DEBUG and PATH are read.
+            TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS, DEBUG and PATH are read.
         torch: torch.__version__, or None where torch is not installed.
         torch_cuda: torch.version.cuda, None for a CPU-only torch.
         site_packages: where to look for a toolkit installed by pip; sys.path if None.
@@ -253,6 +260,7 @@ def decide(
         compiler=compiler,
         toolkit=toolkit,
         arch_list=env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST,
+        max_jobs=int(env["MAX_JOBS"]) if env.get("MAX_JOBS", "").isdigit() else usable_cores(),
         debug=flag_set(env, "DEBUG"),
         skipped={name: reason for name, reason in reasons.items() if reason},
     )
@@ -261,7 +269,7 @@ def decide(
 @contextlib.contextmanager
 def build_environment(settings: Settings) -> Iterator[None]:
     """Let torch.utils.cpp_extension see these settings: it reads them from the environment and from its CUDA_HOME."""
-    changes = {"TORCH_CUDA_ARCH_LIST": settings.arch_list}
+    changes = {"TORCH_CUDA_ARCH_LIST": settings.arch_list, "MAX_JOBS": str(settings.max_jobs)}
     if settings.compiler:
         changes["CXX"] = settings.compiler
     if settings.toolkit:

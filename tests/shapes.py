@@ -18,6 +18,7 @@ import resfuse
 from resfuse.backends import registry, triton
 from resfuse.layout import conv_output_shape
 from tests.contract import Call
+from tests.emulator import backend as emulator
 
 Shape4 = tuple[int, int, int, int]
 Pair = tuple[int, int]
@@ -217,6 +218,10 @@ def conv_bn_act_call(
     return Call("conv_bn_act", tensors, {**conv.options, **options})
 
 
+# Those of this machine, and the CUDA kernels in their emulator.
+registry.register("cuda_emulator", emulator)
+BACKENDS = resfuse.available_backends() + (["cuda_emulator"] if emulator.unavailable_reason() is None else [])
+
 VERBS = {
     "add_relu": ("add_relu_forward", "add_relu_backward"),
     "bn_act": ("bn_act_forward", "bn_act_backward"),
@@ -231,7 +236,7 @@ def devices_of(backend: str) -> list[str]:
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if backend == "triton" and triton.INTERPRETED:
         return ["cpu"]
-    return ["cpu" if backend == "cpu" else "cuda"]
+    return ["cpu" if backend in ("cpu", "cuda_emulator") else "cuda"]
 
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
@@ -250,7 +255,7 @@ def implementations(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Par
     """(backend, device, dtype) of everything on this machine that runs an operator."""
     return [
         pytest.param(backend, device, dtype, id="-".join([backend, device, str(dtype)[6:]]))
-        for backend in resfuse.available_backends()
+        for backend in BACKENDS
         for device in devices_of(backend)
         for dtype in dtypes
         if supports(backend, op, dtype, device)

@@ -145,10 +145,12 @@ def test_the_presence_of_a_gpu_decides_nothing(
     assert len(outcomes) == 1
 
 
-def test_arch_list_and_debug_come_from_the_environment(compiler_only: dict[str, str]) -> None:
-    settings = decide({**compiler_only, "TORCH_CUDA_ARCH_LIST": "9.0a", "DEBUG": "1"})
-    assert (settings.arch_list, settings.debug) == ("9.0a", True)
+def test_arch_list_jobs_and_debug_come_from_the_environment(compiler_only: dict[str, str]) -> None:
+    settings = decide({**compiler_only, "TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "7", "DEBUG": "1"})
+    assert (settings.arch_list, settings.max_jobs, settings.debug) == ("9.0a", 7, True)
     assert decide({**compiler_only, "DEBUG": "0"}).debug is False
+    for unset in ({}, {"MAX_JOBS": ""}):
+        assert decide({**compiler_only, **unset}).max_jobs == _build.usable_cores() >= 1
     assert "-O0" in _build.compile_flags("_cpu", debug=True)["cxx"]
     assert "-O3" in _build.compile_flags("_cpu", debug=False)["cxx"]
 
@@ -171,17 +173,27 @@ def test_cudart_of_a_pip_toolkit_is_bridged(tmp_path: Path) -> None:
 
 def test_build_environment_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CXX", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
     before = cpp_extension.CUDA_HOME
     toolkit = _build.Toolkit(tmp_path, "13.0")
-    settings = _build.Settings("2.11.0", "13.0", "c++", toolkit, "9.0a", debug=False, skipped={})
+    settings = _build.Settings("2.11.0", "13.0", "c++", toolkit, "9.0a", max_jobs=3, debug=False, skipped={})
     with _build.build_environment(settings):
         assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0a"
         assert os.environ["CXX"] == "c++"
+        assert os.environ["MAX_JOBS"] == "3"
         assert str(tmp_path) == cpp_extension.CUDA_HOME
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
     assert "CXX" not in os.environ
+    assert "MAX_JOBS" not in os.environ
     assert before == cpp_extension.CUDA_HOME
+
+
+def test_every_source_is_compiled() -> None:
+    """Into exactly one of the libraries; all that csrc has besides is included by them."""
+    compiled = [path for name in _build.LIBRARIES for path in _build.sources(name)]
+    in_tree = [path for pattern in ("*.cpp", "*.cu") for path in _build.csrc_dir().rglob(pattern)]
+    assert sorted(compiled) == sorted(in_tree)
 
 
 # --- the run-time build ----------------------------------------------------------------------------------------------

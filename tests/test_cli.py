@@ -83,7 +83,10 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["backends"]["reference"] == "available"
     assert set(facts["backends"]) == set(registry.PREFERENCE)
     assert set(facts["libraries"]) == {"_cpu", "_cuda"}
-    assert {"versions", "machine", "gpus", "backends", "libraries", "build", "environment"} == set(facts)
+    sections = {"versions", "machine", "gpus", "backends", "exceptions", "libraries", "build", "environment"}
+    assert sections == set(facts)
+    assert "triton before cuda for conv_bn_act_forward and conv_forward on" in facts["exceptions"][0]
+    assert all("(predicted, not measured)" in text or "(measured on " in text for text in facts["exceptions"])
 
 
 def test_info_of_a_pure_python_installation(

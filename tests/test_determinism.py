@@ -13,7 +13,7 @@ from tests import shapes
 
 COMPLETE = [
     name
-    for name in resfuse.available_backends()
+    for name in shapes.BACKENDS
     if shapes.supports(name, "conv_bn_act", torch.float32, shapes.devices_of(name)[0])
 ]
 

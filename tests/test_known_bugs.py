@@ -204,7 +204,7 @@ def test_kernels_run_on_the_current_stream() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("backend", resfuse.available_backends())
+@pytest.mark.parametrize("backend", shapes.BACKENDS)
 @pytest.mark.parametrize("size", [(5, 1), (1, 5), (1, 1), (6, 2)])
 @pytest.mark.parametrize("stride", [(2, 2), (3, 3)])
 def test_bfloat16_weight_gradient_of_narrow_inputs(

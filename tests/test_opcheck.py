@@ -21,9 +21,7 @@ PLAIN = ("test_schema", "test_faketensor")  # the operators have no autograd for
 Arguments = tuple[Any, ...]
 
 
-@pytest.fixture(
-    params=[name for name in resfuse.available_backends() if "cpu" in shapes.devices_of(name)], autouse=True
-)
+@pytest.fixture(params=[name for name in shapes.BACKENDS if "cpu" in shapes.devices_of(name)], autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with resfuse.use_backend(request.param):
         yield request.param

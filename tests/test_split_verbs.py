@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import Tensor
 
 from resfuse import contract as rule
 from resfuse.backends import reference, registry
-from tests import contract, shapes
+from tests import contract, shapes, split
 from tests.shapes import ACTIVATIONS, FAST_DTYPES, Values, bn_act_call, implementations
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 IMPLEMENTATIONS = pytest.mark.parametrize(("backend", "device", "dtype"), implementations("split", FAST_DTYPES))
 LAYOUT = pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
-
-
-def merge(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[int, Tensor, Tensor]:
-    """(count, mean, M2) of several sets, by Chan's formula: what the processes of a group do with each other's."""
-    count, mean, m2 = parts[0]
-    for other_count, other_mean, other_m2 in parts[1:]:
-        total, delta = count + other_count, other_mean - mean
-        mean = mean + delta * other_count / total
-        m2 = m2 + other_m2 + delta.square() * count * other_count / total
-        count = total
-    return count, mean, m2
-
-
-def invstd_of(count: int, m2: Tensor, eps: float = 1e-5) -> Tensor:
-    return (m2 / count + eps).rsqrt()
 
 
 @IMPLEMENTATIONS
@@ -61,33 +43,8 @@ def test_parts_equal_the_whole(
         (5, 13, 6, 7), dtype, device, layout=layout, residual_layout=layout, affine=affine, activation=activation,
         training=True,
     )  # fmt: skip
-    run, relu = registry.backend(backend), activation == "relu"
-    input, residual, weight, bias = (call.tensors.get(name) for name in ("input", "residual", "weight", "bias"))
-    assert input is not None and residual is not None
     grad_output = contract.random_grad_output(call, torch.Generator().manual_seed(1))
-
-    shares = [slice(0, 2), slice(2, 5)]
-    statistics = [(input[share].numel() // 13, *run.bn_statistics(input[share])) for share in shares]
-    count, mean, m2 = merge(statistics)
-    invstd = invstd_of(count, m2)
-    outputs = [run.bn_apply(input[share], mean, invstd, weight, bias, residual[share], relu) for share in shares]
-    masks = outputs if relu else [None, None]
-    sums = [
-        run.bn_backward_reduce(grad_output[share], input[share], mask, mean, invstd)
-        for share, mask in zip(shares, masks, strict=True)
-    ]
-    sum_g, sum_g_xhat = (torch.stack(part).sum(0) for part in list(zip(*sums, strict=True))[:2])
-    grads = [
-        run.bn_backward_apply(grad_output[share], input[share], mask, weight, mean, invstd, sum_g, sum_g_xhat, count)
-        for share, mask in zip(shares, masks, strict=True)
-    ]
-    found = {
-        "output": torch.cat(outputs),
-        "grad_input": torch.cat(grads),
-        "grad_residual": torch.cat([s[2] for s in sums]),
-    }
-    if affine:
-        found |= {"grad_weight": sum_g_xhat, "grad_bias": sum_g}
+    found = split.results(backend, call, grad_output, [slice(0, 2), slice(2, 5)])
 
     eager = contract.results(contract.EAGER, call, grad_output)
     truth = contract.results(contract.EAGER, call.truth(), grad_output.double())

@@ -11,14 +11,67 @@
 
 #ifndef RESFUSE_CUDA_EMULATOR
 
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <utility>
+
 #define RESFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 namespace resfuse::cuda {
 
-inline void check(cudaError_t status, const char* call) {
+// The name of a kernel as it is written in the source, for messages: without namespaces in parentheses and parameters.
+inline std::string kernel_name(const void* kernel) {
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
+  int status = 0;
+  char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
+  std::string name = demangled == nullptr ? mangled : demangled;
+  std::free(demangled);
+  const std::string unnamed = "(anonymous namespace)::";
+  for (size_t at = name.find(unnamed); at != std::string::npos; at = name.find(unnamed)) name.erase(at, unnamed.size());
+  int depth = 0;
+  for (size_t i = 0; i < name.size(); ++i) {
+    depth += (name[i] == '<') - (name[i] == '>');
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
+}
+
+inline void check(cudaError_t status, const char* call, const void* kernel = nullptr) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // clear it: the error is reported here, not again by the next innocent call
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+  const std::string of = kernel == nullptr ? "" : " of " + kernel_name(kernel);
+  throw std::runtime_error(call + of + ": " + cudaGetErrorString(status));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// The most dynamic shared memory that a kernel without static shared memory is given: a KiB less than a block can have,
+// for what CUDA reserves per block is counted with the kernel's own on sm_90.
+inline size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024; }
+
+// More than 48 KiB of dynamic shared memory have to be asked for; once per kernel and device all there is.
+inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  bool& done = allowed[{kernel, device}];
+  if (done) return;
+  const auto most = static_cast<int>(shared_memory_limit());
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute",
+        kernel);
+  done = true;
 }
 
 // Runs kernel(arguments...) on `stream`. cudaLaunchKernelEx reports the errors of the launch itself; those of the
@@ -26,9 +79,8 @@ inline void check(cudaError_t status, const char* call) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
             Arguments... arguments) {
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute");
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(function, shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = cooperative;
@@ -39,19 +91,46 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx", function);
 }
 
 // The largest grid of which all blocks are resident at once on the current device.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
-  int device = 0, processors = 0, per_processor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  allow_shared_memory(function, shared_bytes);
+  int per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return processors * per_processor;
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", function);
+  return device_attribute(cudaDevAttrMultiProcessorCount) * per_processor;
 }
+
+// Whether blocks of a grid can wait for each other.
+inline bool can_cooperate() { return device_attribute(cudaDevAttrCooperativeLaunch) != 0; }
+
+}  // namespace resfuse::cuda
+
+#else  // tests/emulator, whose header the compiler includes first
+
+#define RESFUSE_DYNAMIC_SHARED(name) unsigned char* name = emu::dynamic_shared()
+
+namespace resfuse::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
+            Arguments... arguments) {
+  (void)stream;
+  emu::launch([=] { kernel(static_cast<Parameters>(arguments)...); }, grid, block, shared_bytes, cooperative);
+}
+
+inline size_t shared_memory_limit() { return 163 * 1024; }  // of compute capability 8.0
+
+template <class... Parameters>
+int resident_blocks(void (*)(Parameters...), int threads, size_t shared_bytes) {
+  return emu::resident_blocks(threads, shared_bytes);
+}
+
+inline bool can_cooperate() { return true; }
 
 }  // namespace resfuse::cuda
 

@@ -1,23 +1,69 @@
-"""The C++/CUDA kernels of csrc/cuda, called through the operators that the `_cuda` library registers."""
+"""The C++/CUDA kernels of csrc/cuda, called through the operators that the `_cuda` library registers.
+
+Here are layouts and allocation: the kernels read tensors that are dense, NHWC or NCHW, and fill what they are given.
+`resfuse.backends.reference` specifies each verb; convolutions are in `resfuse.backends.cuda_conv`.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from resfuse import _extension
+from resfuse.backends import cuda_conv
+from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
 from resfuse.backends.registry import Problem
+from resfuse.layout import dense
 
-VERBS = ("add_relu_forward", "add_relu_backward")
+__all__ = ["conv_backward", "conv_bn_act_forward", "conv_forward"]
+
+BATCH_NORM_VERBS = (
+    "bn_act_forward", "bn_act_backward", "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+)  # fmt: skip
+VERBS = ("add_relu_forward", "add_relu_backward", *BATCH_NORM_VERBS, *cuda_conv.VERBS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
+MOST_CHANNELS_OR_PIXELS = 2**30 - 1
 
-# Schemas live here, implementations in csrc/bindings_cuda.cpp. Results are arguments, so that torch allocates them.
+# Schemas live here, implementations in csrc/bindings_cuda.cpp. Results and workspaces are arguments, so that torch
+# allocates them. `launches` 1 or 2 asks for that form of a kernel, 0 is as few as possible.
 _LIBRARY = torch.library.Library("resfuse_cuda", "DEF")
 _LIBRARY.define("add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()")
 _LIBRARY.define("add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()")
+_LIBRARY.define("bn_workspace_size(Tensor input) -> int")
+_LIBRARY.define("bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2, Tensor(c!) workspace, int launches) -> ()")
+_LIBRARY.define(
+    "bn_train_forward(Tensor input, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor? weight, Tensor? bias, bool relu, float momentum, float eps, Tensor(c!) output, Tensor(d!) mean, "
+    "Tensor(e!) invstd, Tensor(f!) workspace, int launches) -> ()"
+)
+_LIBRARY.define(
+    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor spread, Tensor? weight, Tensor? bias, bool relu, "
+    "bool spread_is_variance, float eps, Tensor(a!) output) -> ()"
+)
+_LIBRARY.define(
+    "bn_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
+    "bool batch_statistics, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!) sum_g, "
+    "Tensor(d!) sum_g_xhat, Tensor(e!) workspace, int launches) -> ()"
+)
+_LIBRARY.define(
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
+    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()"
+)
+_OPERATORS = torch.ops.resfuse_cuda
+_add_relu_forward = _OPERATORS.add_relu_forward.default
+_add_relu_backward = _OPERATORS.add_relu_backward.default
+_bn_statistics = _OPERATORS.bn_statistics.default
+_bn_train_forward = _OPERATORS.bn_train_forward.default
+_bn_apply = _OPERATORS.bn_apply.default
+_bn_backward = _OPERATORS.bn_backward.default
+_bn_backward_apply = _OPERATORS.bn_backward_apply.default
+
+_launches = 0
+"""The form that batch norm's kernels run in: tests compare 1 and 2."""
 
 
 def unavailable_reason() -> str | None:
@@ -29,7 +75,7 @@ def unavailable_reason() -> str | None:
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.verb not in VERBS:
-        reasons.append(f"cuda implements {' and '.join(VERBS)}, not {problem.verb}")
+        reasons.append(f"cuda implements {', '.join(VERBS)}, not {problem.verb}")
     if problem.dtype not in DTYPES:
         reasons.append(f"cuda computes in float32, bfloat16 and float16, not {problem.dtype}")
     if problem.device.type != "cuda":
@@ -38,34 +84,198 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(
             f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, _capability(problem.device)))}"
         )
+    if 0 in problem.shape or (problem.conv is not None and 0 in problem.conv[0]):
+        reasons.append("cuda has no kernel for an empty tensor")
+    elif problem.conv is not None:
+        reasons.extend(cuda_conv.unsupported_reasons(problem))
+    elif problem.verb in BATCH_NORM_VERBS:
+        reasons.extend(_unsupported_activation(problem.shape))
     return reasons
+
+
+def _unsupported_activation(shape: torch.Size) -> list[str]:
+    if len(shape) != 4:
+        return [f"cuda normalises (N, C, H, W) tensors, not shape {tuple(shape)}"]
+    if max(shape[1], shape[2] * shape[3]) > MOST_CHANNELS_OR_PIXELS:
+        return [f"cuda normalises up to {MOST_CHANNELS_OR_PIXELS} channels and pixels, not shape {tuple(shape)}"]
+    return []
 
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
     """relu(input + residual), in the layout of `input`."""
     output = torch.empty_like(input)
-    torch.ops.resfuse_cuda.add_relu_forward(_laid_out_as(output, input), _laid_out_as(output, residual), output)
+    _add_relu_forward(_laid_out_as(output, input), _laid_out_as(output, residual), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     """The gradient of both summands: grad_output where output > 0 (or is NaN, as in torch.relu), else 0."""
     grad_input = torch.empty_like(output)
-    torch.ops.resfuse_cuda.add_relu_backward(
-        _laid_out_as(grad_input, grad_output), _laid_out_as(grad_input, output), grad_input
+    _add_relu_backward(_laid_out_as(grad_input, grad_output), _laid_out_as(grad_input, output), grad_input)
+    return grad_input
+
+
+def bn_act_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(output, mean, invstd); the last two are None without `training`."""
+    input = dense(input)
+    residual = _laid_out_as(input, residual)
+    output = torch.empty_like(input)
+    weight, bias = _vector(weight, input), _vector(bias, input)
+    means, variances = _vector(running_mean, input), _vector(running_var, input)
+    if not training:
+        assert means is not None and variances is not None
+        _bn_apply(input, residual, means, variances, weight, bias, relu, True, eps, output)
+        return output, None, None
+    mean, invstd = _empty_vector(input), _empty_vector(input)
+    _bn_train_forward(
+        input, residual, means, variances, weight, bias, relu, momentum, eps, output, mean, invstd,
+        _workspace(input), _launches,
+    )  # fmt: skip
+    for statistic, updated in ((running_mean, means), (running_var, variances)):
+        if statistic is not None and updated is not None and updated is not statistic:
+            statistic.copy_(updated)  # a view, or of a dtype that no kernel writes
+    return output, mean, invstd
+
+
+def bn_act_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    needs_input_grad: bool,
+    needs_residual_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias, grad_residual); without a ReLU (`output`) the last is `grad_output`."""
+    input = dense(input)
+    grad_input = torch.empty_like(input) if needs_input_grad else None
+    grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
+    sum_g, sum_g_xhat = _empty_vector(input), _empty_vector(input)
+    _bn_backward(
+        _laid_out_as(input, grad_output), input, _laid_out_as(input, output), _vector(weight, input),
+        _vector(mean, input), _vector(invstd, input), training, grad_input, grad_residual, sum_g, sum_g_xhat,
+        _workspace(input), _launches,
+    )  # fmt: skip
+    if needs_residual_grad and output is None:
+        grad_residual = grad_output
+    return grad_input, sum_g_xhat, sum_g, grad_residual
+
+
+def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, M2) per channel."""
+    input = dense(input)
+    mean, m2 = _empty_vector(input), _empty_vector(input)
+    _bn_statistics(input, mean, m2, _workspace(input), _launches)
+    return mean, m2
+
+
+def bn_apply(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """act(weight (input - mean) invstd + bias [+ residual])."""
+    input = dense(input)
+    output = torch.empty_like(input)
+    vectors = _vector(mean, input), _vector(invstd, input), _vector(weight, input), _vector(bias, input)
+    _bn_apply(input, _laid_out_as(input, residual), *vectors, relu, False, 0.0, output)
+    return output
+
+
+def bn_backward_reduce(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum g, sum g xhat, g)."""
+    _, sum_g_xhat, sum_g, masked = bn_act_backward(grad_output, input, output, None, mean, invstd, False, False, True)
+    assert masked is not None
+    return sum_g, sum_g_xhat, masked
+
+
+def bn_backward_apply(
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_g: Tensor,
+    sum_g_xhat: Tensor,
+    count: int | None,
+) -> Tensor:
+    """grad_input from given sums over `count` values per channel; None: running statistics were used."""
+    input = dense(input)
+    grad_input = torch.empty_like(input)
+    vectors = (_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
+    _bn_backward_apply(
+        _laid_out_as(input, grad_output), input, _laid_out_as(input, output), *vectors, float(count or 0), grad_input
     )
     return grad_input
 
 
-def _laid_out_as(target: Tensor, tensor: Tensor) -> Tensor:
+@overload
+def _laid_out_as(target: Tensor, tensor: Tensor) -> Tensor: ...
+@overload
+def _laid_out_as(target: Tensor, tensor: Tensor | None) -> Tensor | None: ...
+def _laid_out_as(target: Tensor, tensor: Tensor | None) -> Tensor | None:
     """`tensor` with the strides of the dense `target`: itself, or a copy where the element order differs.
 
     The kernels address all operands with one flat index.
     """
+    if tensor is None or tensor.stride() == target.stride():
+        return tensor
     pairs = zip(tensor.shape, tensor.stride(), target.stride(), strict=True)
     if all(size <= 1 or stride == wanted for size, stride, wanted in pairs):
         return tensor
     return torch.empty_like(target).copy_(tensor)
+
+
+@overload
+def _vector(vector: Tensor, input: Tensor) -> Tensor: ...
+@overload
+def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None: ...
+def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """A per-channel vector as the kernels read it: contiguous, in float32 or in the dtype of the input."""
+    if vector is None:
+        return None
+    if vector.dtype != torch.float32 and vector.dtype != input.dtype:
+        vector = vector.float()
+    return vector.contiguous()
+
+
+def _empty_vector(input: Tensor) -> Tensor:
+    return torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+
+
+_workspace_sizes: dict[tuple[torch.device, int], int] = {}
+
+
+def _workspace(input: Tensor) -> Tensor:
+    """Memory in which the blocks of a reduction give each other their parts.
+
+    New for every call: torch's allocator knows which stream, or which captured graph, it belongs to.
+    """
+    key = (input.device, input.shape[1])
+    size = _workspace_sizes.get(key)
+    if size is None:
+        size = _workspace_sizes[key] = _OPERATORS.bn_workspace_size(input)
+    return torch.empty(size, dtype=torch.float32, device=input.device)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Which backend runs a problem: decided here, in one place, once per problem, and with reasons.
 
-Automatic choice takes the first backend in `PREFERENCE` that supports the problem and logs why it passed over the
-others; an explicit request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises.
+Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `ranking.TABLE` has a faster
+one, and logs why it passed over the others; an explicit request (`use_backend`, or the environment variable
+RESFUSE_BACKEND) that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from resfuse.backends import ranking
 
 logger = logging.getLogger("resfuse")
 
@@ -34,9 +37,25 @@ class Problem(NamedTuple):
     """(weight shape, stride, padding, dilation, groups) of a convolution, None for the other verbs."""
 
 
+_registered: dict[str, ModuleType] = {}
+
+
+def register(name: str, module: ModuleType) -> None:
+    """Add a backend from outside the package.  It has no rank: `use_backend` takes it, automatic choice never does.
+
+    Args:
+        name: what `use_backend` calls it; a name that is taken stays with its owner.
+        module: implements the verbs, `unavailable_reason()` and `unsupported_reasons(problem)`.
+    """
+    if name in PREFERENCE or _registered.get(name, module) is not module:
+        raise ValueError(f"a backend named {name!r} exists already")
+    _registered[name] = module
+
+
 def _validated(name: str | None) -> str | None:
-    if name is not None and name not in PREFERENCE:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, PREFERENCE))} or None, got {name!r}")
+    names = (*PREFERENCE, *_registered)
+    if name is not None and name not in names:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
     return name
 
 
@@ -46,7 +65,7 @@ _request: ContextVar[str | None] = ContextVar("resfuse_backend", default=_from_e
 
 def backend(name: str) -> ModuleType:
     """The module that implements a backend's verbs."""
-    return importlib.import_module(f"resfuse.backends.{name}")
+    return _registered.get(name) or importlib.import_module(f"resfuse.backends.{name}")
 
 
 def requested_backend() -> str | None:
@@ -90,7 +109,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
     """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
     chosen, rejected = choose(problem, request)
-    return chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
+    return request or chosen.__name__.rpartition(".")[2], {name: list(reasons) for name, reasons in rejected.items()}
 
 
 @functools.cache
@@ -114,6 +133,8 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[ModuleType, di
     rejected: dict[str, tuple[str, ...]] = {}
     for name in PREFERENCE if request is None else (request,):
         reasons = _reasons_against(name, problem, automatic=request is None)
+        if not reasons and request is None:
+            reasons = _reasons_to_pass_over(name, problem)
         if not reasons:
             if rejected:
                 logger.debug("%s runs on %r: %s", problem, name, rejected)
@@ -135,3 +156,12 @@ def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str,
     if unavailable is None and automatic and hasattr(module, "only_on_request_reason"):
         unavailable = module.only_on_request_reason()
     return (unavailable,) if unavailable else tuple(module.unsupported_reasons(problem))
+
+
+def _reasons_to_pass_over(name: str, problem: Problem) -> tuple[str, ...]:
+    """Why another backend, which can run the problem, is preferred to this one."""
+    return tuple(
+        str(entry)
+        for entry in ranking.exceptions(name, problem)
+        if not _reasons_against(entry.preferred, problem, automatic=True)
+    )

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import registry
+from resfuse.backends import ranking, registry
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
 VARIABLES = (
@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "machine": _machine(),
         "gpus": _gpus(),
         "backends": {name: reason or "available" for name, reason in reasons.items()},
+        "exceptions": [_condition(entry) for entry in ranking.TABLE],
         "libraries": {name: _extension.load(name) or "loaded" for name in _build.LIBRARIES},
         "build": _extension.build_info(),
         "environment": {
@@ -65,6 +66,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
     gpus = {f"cuda:{index}": gpu for index, gpu in enumerate(facts["gpus"])}
     _print_section(console, "GPUs", gpus or {"none": "torch.cuda sees no device"})
     _print_section(console, "backends, best first", facts["backends"], good="available")
+    exceptions = {str(number): text for number, text in enumerate(facts["exceptions"], 1)}
+    _print_section(console, "exceptions to that order", exceptions)
     _print_section(console, "compiled libraries", facts["libraries"], good="loaded")
     _print_section(console, "build settings", _flatten(facts["build"]) or {"none": "this copy was never built"})
     _print_section(console, "environment variables", facts["environment"] or {"none": "nothing that resfuse reads"})
@@ -83,6 +86,13 @@ def _print_section(
         table.add_row(name, text)
     console.print(table)
     console.print()
+
+
+def _condition(entry: ranking.Entry) -> str:
+    majors = ", ".join(f"{major}.x" for major in entry.majors)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
+    where = f"{' and '.join(entry.verbs)} on compute capability {majors} in {dtypes}"
+    return f"{entry.preferred} before {entry.passed_over} for {where}: {entry}"
 
 
 def _versions() -> dict[str, str | None]:
@@ -110,7 +120,7 @@ def _machine() -> dict[str, str | None]:
     return {
         "platform": platform.platform(),
         "processor": processor_name(),
-        "cores": f"{os.cpu_count()} ({_usable_cores()} usable by this process)",
+        "cores": f"{os.cpu_count()} ({_build.usable_cores()} usable by this process)",
         "torch threads": f"{torch.get_num_threads()} (inter-op {torch.get_num_interop_threads()})",
         "torch's kernels": torch.backends.cpu.get_cpu_capability(),
         "resfuse's kernels": _instruction_set(),
@@ -125,10 +135,6 @@ def processor_name() -> str:
     except OSError:
         found = ""
     return found or platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _instruction_set() -> str | None:

@@ -1,0 +1,285 @@
+// The gradients of batch norm, residual and activation. Per channel over N, H, W, with g = dy where y > 0 (or NaN),
+// else 0, and xhat = (x - mean) invstd:
+//
+//   sum_g = sum g,  sum_g_xhat = sum g xhat,  dresidual = g
+//   dx = weight invstd (g - sum_g / count - xhat sum_g_xhat / count)     by statistics of the batch
+//   dx = weight invstd g                                                 by running ones
+//
+// bn_backward         one cooperative launch: g and the sums of each block's part, dresidual, and dx where it needs no
+//                     sums | all blocks wait | merged in a fixed order, then dx. Reads dy, x and y; of g and x each
+//                     block keeps as much in shared memory as fits, the rest is read once more (dresidual for dy and
+//                     y), backwards: what was read last is still in L2. Bytes: 3 to 6 activations and what is written.
+// bn_backward_apply   dx by given sums. Reads dy, y and, by statistics of the batch, x; writes dx.
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "two_pass.cuh"
+#include "vector.cuh"
+
+namespace resfuse::cuda {
+namespace {
+
+constexpr int kApplyThreads = 256;
+template <int N>
+constexpr int kGroup = N == 1 ? 8 : 2;  // items under way, of up to three activations
+
+// Per channel: dx = scale g - (x - mean) slope - shift.
+struct Gradient {
+  float mean, scale, slope, shift;
+};
+
+// The same for the N elements of a thread's items.
+template <int N>
+struct Gradients {
+  float mean[N], scale[N], slope[N], shift[N];
+
+  __device__ Gradients(const Gradient* vectors, const ChannelTiles& t, const ThreadShare& share) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Gradient of = vectors[share.slot * t.lanes + (t.lanes == 1 ? 0 : k)];
+      mean[k] = of.mean;
+      scale[k] = of.scale;
+      slope[k] = of.slope;
+      shift[k] = of.shift;
+    }
+  }
+
+  // g becomes dx by statistics of the batch.
+  __device__ __forceinline__ void apply(float (&g)[N], const float (&x)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) g[k] = fmaf(scale[k], g[k], -fmaf(x[k] - mean[k], slope[k], shift[k]));
+  }
+
+  // By running ones: x, which may be infinite, must not enter.
+  __device__ __forceinline__ void apply(float (&g)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) g[k] *= scale[k];
+  }
+};
+
+// What dx takes from the sums of a channel over `count` values; once per channel, so in double precision.
+template <class T, class Args>
+__device__ Gradient gradient(const Args& args, int channel, double sum_g, double sum_g_xhat, double count) {
+  const float mean = channel_value<T>(args.mean, channel, 0.f), invstd = channel_value<T>(args.invstd, channel, 1.f);
+  const double scale = static_cast<double>(invstd) * channel_value<T>(args.weight, channel, 1.f);
+  const double slope = scale * sum_g_xhat / count * invstd, shift = scale * sum_g / count;
+  return {mean, static_cast<float>(scale), static_cast<float>(slope), static_cast<float>(shift)};
+}
+
+// What a thread reads of an item at a time: dy, y and x, of which `g` makes the masked gradient.
+template <class T, int N>
+struct Item {
+  using E = Elements<T, N>;
+  typename E::Word dy, y, x;
+
+  template <bool kLast>
+  __device__ __forceinline__ void load(const T* dy_from, const T* y_from, const T* x_from, int64_t offset) {
+    dy = E::template load<kLast>(dy_from + offset);
+    if (y_from != nullptr) y = E::template load<kLast>(y_from + offset);
+    if (x_from != nullptr) x = E::template load<kLast>(x_from + offset);
+  }
+
+  __device__ __forceinline__ void g(bool with_relu, float (&values)[N]) const {
+    E::unpack(dy, values);
+    if (with_relu) {
+      float output[N];
+      E::unpack(y, output);
+#pragma unroll
+      for (int k = 0; k < N; ++k) values[k] = masked(values[k], output[k]);
+    }
+  }
+};
+
+// Sums of g and of g (x - mean) over the thread's items; writes dresidual, and dx = scale g where asked. Of the first
+// `kept` items g and x stay in `keep`.
+template <class T, int N>
+__device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const ThreadShare& share,
+                            const Gradient* vectors, int kept, typename Elements<T, N>::Word* keep,
+                            SumPair (&sums)[N]) {
+  using E = Elements<T, N>;
+  const auto* dy = static_cast<const T*>(args.grad_output);
+  const auto* y = static_cast<const T*>(args.output);
+  const auto* x = static_cast<const T*>(args.input);
+  auto* dresidual = static_cast<T*>(args.grad_residual);
+  auto* dx = args.batch_statistics ? nullptr : static_cast<T*>(args.grad_input);
+  const Gradients<N> of(vectors, t, share);
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  Walk walk(t, share, 0);
+  for_each_group<kGroup<N>>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    Item<T, N> items[kGroup<N>];
+    int64_t offsets[kGroup<N>];
+#pragma unroll
+    for (int u = 0; u < kGroup<N>; ++u) {
+      if (kFull || first + u < share.steps) {
+        offsets[u] = walk.offset;
+        items[u].template load<false>(dy, y, x, walk.offset);
+        walk.next(t);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = first + u;
+      if (kFull || step < share.steps) {
+        float g[N], values[N];
+        items[u].g(y != nullptr, g);
+        E::unpack(items[u].x, values);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          sums[k].first += g[k];
+          sums[k].second = fmaf(g[k], values[k] - of.mean[k], sums[k].second);
+        }
+        const typename E::Word masked_dy = E::pack(g);
+        if (step < kept) {
+          keep[2 * step * threads + thread] = masked_dy;
+          keep[(2 * step + 1) * threads + thread] = items[u].x;
+        }
+        if (dresidual != nullptr) E::store(dresidual + offsets[u], masked_dy);
+        if (dx != nullptr) {
+          of.apply(g);
+          E::store(dx + offsets[u], E::pack(g));
+        }
+      }
+    }
+  });
+  if (t.lanes == 1)  // NCHW: they are all of one channel
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int k = 0; k < half; ++k) sums[k].merge(sums[k + half]);
+}
+
+// Writes dx for the thread's items, the last first; of the first `kept` g and x are in `keep`. y null: dy is g already;
+// x null: by running statistics.
+template <class T, int N, bool kSecondPass>
+__device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const ChannelTiles& t,
+                               const ThreadShare& share, const Gradient* vectors, int kept,
+                               const typename Elements<T, N>::Word* keep) {
+  using E = Elements<T, N>;
+  const Gradients<N> of(vectors, t, share);
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  Walk walk(t, share, share.steps);
+  for_each_group<kGroup<N>>(share.steps, [&](int first, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    Item<T, N> items[kGroup<N>];
+    int64_t offsets[kGroup<N>];
+#pragma unroll
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = share.steps - 1 - first - u;
+      if (kFull || step >= 0) {
+        walk.previous(t);
+        offsets[u] = walk.offset;
+        if (step < kept) {
+          items[u].dy = keep[2 * step * threads + thread];
+          items[u].x = keep[(2 * step + 1) * threads + thread];
+        } else {
+          items[u].template load<kSecondPass>(dy, y, x, walk.offset);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kGroup<N>; ++u) {
+      const int step = share.steps - 1 - first - u;
+      if (kFull || step >= 0) {
+        float g[N], values[N];
+        items[u].g(y != nullptr && step >= kept, g);
+        if (x != nullptr) {
+          E::unpack(items[u].x, values);
+          of.apply(g, values);
+        } else {
+          of.apply(g);
+        }
+        E::template store<kSecondPass>(dx + offsets[u], E::pack(g));
+      }
+    }
+  });
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kTwoPassThreads, 1)
+    bn_backward_kernel(const BnBackward args, const ChannelTiles t, const int kept, const Phase phase) {
+  RESFUSE_DYNAMIC_SHARED(shared);
+  const TwoPassShared<T, N, Gradient, SumPair> memory(shared, t);
+  const ThreadShare share(t);
+  const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
+  const bool has_channel = static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels;
+  if (phase != Phase::second) {
+    if (has_channel) memory.vectors[threadIdx.x] = gradient<T>(args, channel, 0., 0., 1.);
+    __syncthreads();
+    SumPair sums[N];
+    thread_sums<T, N>(args, t, share, memory.vectors, kept, memory.kept, sums);
+    merge_members(sums, t.lanes, share.slot, t.slots, share.member, t.members, memory.scratch);
+    if (share.member == 0 && share.channel < t.channels)
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (k < t.lanes) store_part(args.workspace, t, share.part, share.channel + k, sums[k].first, sums[k].second);
+  }
+  if (phase == Phase::first) return;
+  if (phase == Phase::both) wait_for_parts(t.parts);
+  const bool second_pass = args.batch_statistics && args.grad_input != nullptr;
+  if (share.part != 0 && !second_pass) return;
+
+  const auto pair = [](int, float first, float second) { return SumPair{first, second}; };
+  const SumPair sums = merge_parts<SumPair>(args.workspace, t, share, memory.scratch, pair);
+  if (has_channel) {
+    const float sum_g_xhat = sums.second * channel_value<T>(args.invstd, channel, 1.f);
+    const auto count = static_cast<double>(t.count());
+    memory.vectors[threadIdx.x] = gradient<T>(args, channel, sums.first, sum_g_xhat, count);
+    if (share.part == 0) {
+      args.sum_g[channel] = sums.first;
+      args.sum_g_xhat[channel] = sum_g_xhat;
+    }
+  }
+  if (!second_pass) return;
+  __syncthreads();
+  const auto* dresidual = static_cast<const T*>(args.grad_residual);  // is g, where there is one
+  input_gradient<T, N, true>(dresidual != nullptr ? dresidual : static_cast<const T*>(args.grad_output),
+                             dresidual != nullptr ? nullptr : static_cast<const T*>(args.output),
+                             static_cast<const T*>(args.input), static_cast<T*>(args.grad_input), t, share,
+                             memory.vectors, kept, memory.kept);
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kApplyThreads)
+    bn_backward_apply_kernel(const BnBackwardApply args, const ChannelTiles t) {
+  RESFUSE_DYNAMIC_SHARED(shared);
+  auto* vectors = reinterpret_cast<Gradient*>(shared);
+  const ThreadShare share(t);
+  const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
+    const bool batch_statistics = args.count > 0;
+    const float sum_g = batch_statistics ? channel_value<T>(args.sum_g, channel, 0.f) : 0.f;
+    const float sum_g_xhat = batch_statistics ? channel_value<T>(args.sum_g_xhat, channel, 0.f) : 0.f;
+    const double count = batch_statistics ? args.count : 1.;
+    vectors[threadIdx.x] = gradient<T>(args, channel, sum_g, sum_g_xhat, count);
+  }
+  __syncthreads();
+  input_gradient<T, N, false>(static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
+                              static_cast<const T*>(args.input), static_cast<T*>(args.grad_input), t, share, vectors, 0,
+                              nullptr);
+}
+
+}  // namespace
+
+void bn_backward(const BnBackward& args, void* stream) {
+  const bool all_aligned = aligned(args.grad_output, args.input, args.output, args.grad_input, args.grad_residual);
+  with_elements(args.shape, all_aligned, [&](auto element, auto size) {
+    using T = decltype(element);
+    constexpr int N = decltype(size)::value;
+    const int words = args.batch_statistics && args.grad_input != nullptr ? 2 : 0;  // of an item: g and x
+    launch_two_pass<T, N, Gradient, SumPair>(bn_backward_kernel<T, N>, args, words, stream);
+  });
+}
+
+void bn_backward_apply(const BnBackwardApply& args, void* stream) {
+  const bool all_aligned = aligned(args.grad_output, args.input, args.output, args.grad_input);
+  with_elements(args.shape, all_aligned, [&](auto element, auto size) {
+    using T = decltype(element);
+    constexpr int N = decltype(size)::value;
+    auto* kernel = bn_backward_apply_kernel<T, N>;
+    constexpr size_t kShared = kTileChannels * sizeof(Gradient);
+    const ChannelTiles t = cut(args.shape, N, kApplyThreads, resident_blocks(kernel, kApplyThreads, kShared));
+    launch(kernel, dim3(t.grid()), dim3(t.threads()), kShared, stream, false, args, t);
+  });
+}
+
+}  // namespace resfuse::cuda

@@ -1,0 +1,8 @@
+#include "conv_launch.cuh"
+
+namespace resfuse::cuda {
+
+template void conv_inference<Bf16>(const ConvInferenceForward& args, void* stream);
+template void conv_train<Bf16>(const ConvTrainForward& args, void* stream);
+
+}  // namespace resfuse::cuda

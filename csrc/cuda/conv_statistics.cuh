@@ -1,0 +1,108 @@
+// Batch statistics of a convolution's output as (count, mean, M2), M2 = sum (z - mean)^2: per tile from the
+// accumulators, then merged by Chan's formula in a fixed order (Chan, Golub, LeVeque 1983, "Algorithms for computing
+// the sample variance", (2.1)).  A block's tiles are merged to one part, parts travel through a workspace
+// [parts][2][filters].
+#pragma once
+#include "conv_epilogue.cuh"
+
+namespace resfuse::cuda {
+
+struct Moments {
+  float count = 0, mean = 0, m2 = 0;
+
+  __device__ __forceinline__ void merge(float other_count, float other_mean, float other_m2) {
+    const float total = count + other_count, delta = other_mean - mean, share = other_count / total;
+    mean += delta * share;
+    m2 += other_m2 + delta * (delta * (count * share));
+    count = total;
+  }
+};
+
+// Shared memory of a block's reductions.
+template <class T>
+struct StatisticsScratch {
+  float sums[2][T::kWarpsM][T::kBlockN];
+  float centre[T::kBlockN];
+};
+
+// Adds `sums`, one per channel of the thread's runs, over the rows of a warp and leaves the results in `to`.
+template <class T>
+__device__ __forceinline__ void sum_rows(float (&sums)[kSlabs<T>][kRun], float (&to)[T::kWarpsM][T::kBlockN]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs<T>; ++slab)
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      float sum = sums[slab][k];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane < 4) to[warp % T::kWarpsM][warp / T::kWarpsM * T::kWarpN + slab * 32 + lane * kRun + k] = sum;
+    }
+}
+
+// Thread c < kBlockN gets the mean and M2 of channel c over the tile's first `rows` rows.
+template <class T>
+__device__ __forceinline__ void tile_moments(Accumulators<T>& acc, int rows, StatisticsScratch<T>& scratch, float& mean,
+                                             float& m2) {
+  float sums[kSlabs<T>][kRun] = {}, squares[kSlabs<T>][kRun] = {};
+  for_each_run<T>(acc, [&](int slab, int, int row, int, const float (&values)[kRun]) {
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) sums[slab][k] += row < rows ? values[k] : 0.f;
+  });
+  sum_rows<T>(sums, scratch.sums[0]);
+  __syncthreads();
+  const int channel = threadIdx.x;
+  const auto total = [&](int which) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < T::kWarpsM; ++w) sum += scratch.sums[which][w][channel];
+    return sum;
+  };
+  if (channel < T::kBlockN) scratch.centre[channel] = total(0) / rows;
+  __syncthreads();
+#pragma unroll
+  for (int slab = 0; slab < kSlabs<T>; ++slab)
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) sums[slab][k] = 0;
+  for_each_run<T>(acc, [&](int slab, int, int row, int first, const float (&values)[kRun]) {
+#pragma unroll
+    for (int k = 0; k < kRun; ++k) {
+      const float deviation = row < rows ? values[k] - scratch.centre[first + k] : 0.f;
+      sums[slab][k] += deviation;
+      squares[slab][k] += deviation * deviation;
+    }
+  });
+  sum_rows<T>(sums, scratch.sums[0]);
+  sum_rows<T>(squares, scratch.sums[1]);
+  __syncthreads();
+  if (channel < T::kBlockN) {
+    // The centre is as large as the mean and rounded accordingly: what it is off by shows in the deviations.
+    const float error = total(0) / rows;
+    mean = scratch.centre[channel] + error;
+    m2 = total(1) - rows * error * error;
+  }
+  __syncthreads();  // the scratch is free again
+}
+
+// How the tiles of a column (the same channels) are dealt to blocks.
+struct TrainPlan {
+  int parts;           // blocks of a column
+  int tiles_per_part;  // neighbouring tiles of M; the last part may have fewer
+};
+
+// All parts of a channel, in their order.
+template <class T>
+__device__ __forceinline__ Moments merge_parts(const float* workspace, const ConvGeometry& conv, const TrainPlan& plan,
+                                               int filter) {
+  Moments all;
+  const int64_t part_pixels = static_cast<int64_t>(plan.tiles_per_part) * T::kBlockM;
+#pragma unroll 4
+  for (int part = 0; part < plan.parts; ++part) {
+    const int64_t left = conv.pixels - part * part_pixels;
+    const float* row = workspace + static_cast<int64_t>(part) * 2 * conv.filters + filter;
+    all.merge(static_cast<float>(left < part_pixels ? left : part_pixels), row[0], row[conv.filters]);
+  }
+  return all;
+}
+
+}  // namespace resfuse::cuda

@@ -1,0 +1,98 @@
+// Reductions in a fixed order, so that results repeat bit for bit: over the threads of a block in shared memory, and
+// over the blocks of a grid through a workspace [parts][2][channels] of float32.
+#pragma once
+#include <cooperative_groups.h>
+
+#include "channel_tiles.cuh"
+
+namespace resfuse::cuda {
+
+// (count, mean, M2) of a set of values, M2 = sum (x - mean)^2, merged by Chan's formula (Chan, Golub, LeVeque 1983,
+// "Algorithms for computing the sample variance", (2.1)).
+struct Moments {
+  float count = 0.f, mean = 0.f, m2 = 0.f;
+
+  __device__ void merge(const Moments& other) {
+    const float total = count + other.count;
+    if (total == 0.f) return;
+    const float share = other.count / total, delta = other.mean - mean;
+    mean += delta * share;
+    m2 += other.m2 + delta * delta * (count * share);
+    count = total;
+  }
+};
+
+// Two sums.
+struct SumPair {
+  float first = 0.f, second = 0.f;
+
+  __device__ void merge(const SumPair& other) {
+    first += other.first;
+    second += other.second;
+  }
+};
+
+// Shared memory that `merge_members` needs for `lanes` values per thread: half of the threads hand theirs over.
+template <class Value>
+__host__ __device__ size_t merge_bytes(int slots, int members, int lanes) {
+  return sizeof(Value) * lanes * slots * ((members + 1) / 2);
+}
+
+// The first `lanes` values of member 0 become the merger over all members of its slot: in every round the second half
+// of the members hands its values to the first.
+template <class Value, int N>
+__device__ void merge_members(Value (&values)[N], int lanes, int slot, int slots, int member, int members,
+                              Value* scratch) {
+  for (int count = members; count > 1; count = (count + 1) / 2) {
+    const int half = (count + 1) / 2;
+    __syncthreads();  // the scratch is free
+    if (member >= half && member < count)
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (k < lanes) scratch[(k * half + member - half) * slots + slot] = values[k];
+    __syncthreads();
+    if (member + half < count)
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (k < lanes) values[k].merge(scratch[(k * half + member) * slots + slot]);
+  }
+}
+
+// Waits for all blocks that have parts of the same channels.
+__device__ inline void wait_for_parts(int parts) {
+  if (parts > 1) {
+    cooperative_groups::this_grid().sync();
+  } else {
+    __syncthreads();  // the block has all of its channels
+  }
+}
+
+// Row `part` of the workspace: two values per channel.
+__device__ inline void store_part(float* workspace, const ChannelTiles& t, int part, int channel, float first,
+                                  float second) {
+  float* row = workspace + static_cast<int64_t>(part) * 2 * t.channels;
+  row[channel] = first;
+  row[t.channels + channel] = second;
+}
+
+// Thread c gets channel c of the block's tile, merged over all parts; what the others get is of no use. Past L1, which
+// may not see what other processors wrote: load(row) makes the value of a part, `row` pointing at its first value.
+template <class Value, class Load>
+__device__ Value merge_parts(const float* workspace, const ChannelTiles& t, const ThreadShare& share, Value* scratch,
+                             const Load& load) {
+  const int channels = t.tile_channels(), most = static_cast<int>(blockDim.x) / channels;
+  const int groups = most < t.parts ? most : t.parts;
+  const int slot = static_cast<int>(threadIdx.x) % channels, group = static_cast<int>(threadIdx.x) / channels;
+  const int channel = share.tile_channel + slot;
+  Value values[1];
+  if (channel < t.channels)
+#pragma unroll 4
+    for (int part = group < groups ? group : t.parts; part < t.parts; part += groups) {
+      const float* row = workspace + static_cast<int64_t>(part) * 2 * t.channels + channel;
+      values[0].merge(load(part, __ldcg(row), __ldcg(row + t.channels)));
+    }
+  merge_members(values, 1, slot, channels, group, groups, scratch);
+  return values[0];
+}
+
+}  // namespace resfuse::cuda

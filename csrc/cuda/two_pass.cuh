@@ -1,0 +1,72 @@
+// Kernels that go over an activation twice, because the second time needs sums over all of it: one cooperative launch
+// whose blocks wait for each other in the middle, or two launches.
+#pragma once
+#include <stdexcept>
+
+#include "reduce.cuh"
+
+namespace resfuse::cuda {
+
+// What a launch does: all, or the part before or after the barrier.
+enum class Phase : int32_t { both, first, second };
+
+// One block per processor: the fewer parts, the less there is to merge.
+constexpr int kTwoPassThreads = 512;
+
+// A block's shared memory: a Vector per channel of the tile, room for merging Values, and what was kept of the items.
+//
+//   | vectors [channels of a tile] | scratch | kept [items][threads] ...
+template <class T, int N, class Vector, class Value>
+struct TwoPassShared {
+  using Word = typename Elements<T, N>::Word;
+  Vector* vectors;
+  Value* scratch;
+  Word* kept;
+
+  __device__ TwoPassShared(unsigned char* shared, const ChannelTiles& t)
+      : vectors(reinterpret_cast<Vector*>(shared)),
+        scratch(reinterpret_cast<Value*>(shared + vector_bytes())),
+        kept(reinterpret_cast<Word*>(shared + fixed_bytes(t))) {}
+
+  static __host__ __device__ size_t vector_bytes() { return kTileChannels * sizeof(Vector); }
+
+  static __host__ __device__ size_t fixed_bytes(const ChannelTiles& t) {
+    return vector_bytes() +
+           (merge_bytes<Value>(t.slots, t.members, t.lanes) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+  }
+};
+
+// Launches kernel(args, tiles, items that are kept, phase); each kept item is `words` words per thread.
+template <class T, int N, class Vector, class Value, class Args>
+void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args& args, int words, void* stream) {
+  using Shared = TwoPassShared<T, N, Vector, Value>;
+  const size_t limit = shared_memory_limit();
+  const ChannelTiles t = cut(args.shape, N, kTwoPassThreads, resident_blocks(kernel, kTwoPassThreads, limit));
+  const auto run = [&](Phase phase, int kept, size_t bytes) {
+    const bool cooperative = phase == Phase::both && t.parts > 1;
+    launch(kernel, dim3(t.grid()), dim3(t.threads()), bytes, stream, cooperative, args, t, kept, phase);
+  };
+  const size_t fixed = Shared::fixed_bytes(t), item = words * sizeof(typename Shared::Word) * t.threads();
+  if (args.launches == 2 || (args.launches == 0 && t.parts > 1 && !can_cooperate())) {
+    run(Phase::first, 0, fixed);
+    run(Phase::second, 0, fixed);
+  } else {
+    const int kept = item == 0 ? 0 : std::min(t.most_steps(), static_cast<int>((limit - fixed) / item));
+    run(Phase::both, kept, fixed + kept * item);
+  }
+}
+
+// Calls function(T{}, N) with the element type of an activation and the number of elements to read at a time.
+template <class Function>
+void with_elements(const Activation& shape, bool all_aligned, const Function& function) {
+  with_dtype(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (has_vectors<T>(shape, all_aligned)) {
+      function(element, std::integral_constant<int, kVectorSize<T>>{});
+    } else {
+      function(element, std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace resfuse::cuda

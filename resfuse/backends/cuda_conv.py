@@ -1,0 +1,274 @@
+"""The convolutions of the cuda backend: layouts, allocation, and which of the kernels' tiles a problem gets.
+
+The kernels are those of csrc/cuda/conv_kernels.cuh; `resfuse.backends.reference` specifies each verb.  They read and
+write NHWC memory, so what lies otherwise is copied, and the output gets the memory format of `conv_memory_format`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resfuse.backends import reference
+from resfuse.backends.registry import Problem
+from resfuse.layout import conv_memory_format, conv_output_shape
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VERBS = ("conv_bn_act_forward", "conv_forward", "conv_backward")
+
+Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair, Pair, int]
+"""stride, padding, dilation, groups."""
+
+# Implementations are in csrc/bindings_cuda_conv.cpp.  `launches` 0 is one wherever its blocks are all resident.
+_LIBRARY = torch.library.Library("resfuse_cuda", "FRAGMENT")
+_GEOMETRY = (
+    "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, bool tf32, "
+    "int block_m, int block_n"
+)
+_LIBRARY.define(
+    "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps, "
+    f"{_GEOMETRY}, int splits, int launches, Tensor(a!)? workspace, Tensor(b!) output) -> ()"
+)
+_LIBRARY.define(
+    "conv_train_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float momentum, float eps, "
+    f"{_GEOMETRY}, int launches, Tensor(c!) workspace, Tensor(d!) z, Tensor(e!) output, Tensor(f!) mean, "
+    "Tensor(g!) invstd) -> ()"
+)
+# Looked up once: `torch.ops.a.b.default` takes half a microsecond.
+_conv_inference_forward = torch.ops.resfuse_cuda.conv_inference_forward.default
+_conv_train_forward = torch.ops.resfuse_cuda.conv_train_forward.default
+
+
+class ConvConfig(NamedTuple):
+    """How a convolution is cut up: what the kernels can be asked for."""
+
+    block_m: int
+    """Output pixels of a tile."""
+    block_n: int
+    """Output channels of a tile."""
+    splits: int = 1
+    """Blocks that share the sum of a tile; in training always one: a batch has tiles enough, and statistics want all
+    of a tile in one place."""
+    launches: int = 0
+    """1 or 2: the form to run in where there is a choice; 0 is one launch wherever all its blocks are resident."""
+
+
+TILES = ((128, 128), (128, 64), (64, 64), (32, 64))
+"""Those of csrc/cuda/conv_launch.cuh.  Where channels or addresses do not fit 16-byte copies it is always (64, 64)."""
+
+# What part of its peak a tile's main loop should reach: of 128 x 128 an mma takes 2.5 instructions, of 32 x 64 12, and
+# a byte from L2 serves the fewer products the smaller the tile.  Estimates, not measured.
+_EFFICIENCY = {(128, 128): 1.0, (128, 64): 0.85, (64, 64): 0.65, (32, 64): 0.45}
+_SMALLEST_M = 32
+_STEPS_PER_SPLIT = 8
+_MOST_SPLITS = 16
+_MOST_BLOCKS_PER_PROCESSOR = 16  # of 128 threads
+_LARGEST_N = 128
+_INT32 = 2**31 - 1
+
+_forced: ContextVar[ConvConfig | None] = ContextVar("resfuse_cuda_conv_config", default=None)
+
+
+@contextlib.contextmanager
+def use_config(config: ConvConfig | None) -> Iterator[None]:
+    """Every convolution inside the context runs with this configuration; None is the heuristic's choice."""
+    token = _forced.set(config)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    """What of a convolution's shape the kernels can not do; dtype and device are the backend's to judge."""
+    if problem.conv is None or problem.verb == "conv_backward":  # which is torch's own
+        return []
+    weight_shape, stride, padding, dilation, _ = problem.conv
+    if len(problem.shape) != 4 or len(weight_shape) != 4:
+        return [f"cuda convolves (N, C, H, W) tensors, not shape {tuple(problem.shape)}"]
+    n, k, oh, ow = conv_output_shape(problem.shape, weight_shape, stride, padding, dilation)
+    reasons = []
+    # The smallest tile makes the most blocks, of which a grid takes 2^31 - 1; 2^12 leaves room for ragged groups.
+    if n * oh * ow // _SMALLEST_M * k > _INT32 << 12:
+        reasons.append("cuda counts the tiles of a convolution in 31 bits")
+    if oh * ow > _INT32 - 128 or max(*problem.shape, *weight_shape) > _INT32:
+        reasons.append("cuda counts the pixels of an image, and every dimension, in 31 bits")
+    return reasons
+
+
+@functools.lru_cache(maxsize=4096)
+def heuristic_config(pixels: int, filters: int, depth: int, groups: int, training: bool, processors: int) -> ConvConfig:
+    """The tile with the shortest estimated time: the products of the busiest multiprocessor, by the tile's efficiency.
+
+    Args:
+        pixels: GEMM M, N * OH * OW.
+        filters: GEMM N, output channels of a group.
+        depth: steps of the main loop: filter taps times blocks of 64 bytes of channels.
+        groups: of the convolution.
+        training: no splits.
+        processors: multiprocessors of the device.
+    """
+
+    def tiles(tile: Pair) -> int:
+        return _ceil_div(pixels, tile[0]) * _ceil_div(filters, tile[1]) * groups
+
+    def time(tile: Pair) -> float:
+        return _ceil_div(tiles(tile), processors) * tile[0] * tile[1] / _EFFICIENCY[tile]
+
+    best = min(TILES, key=time)
+    idle = processors // tiles(best)  # further blocks that would still find a multiprocessor
+    splits = 1 if training else max(1, min(idle, depth // _STEPS_PER_SPLIT, _MOST_SPLITS))
+    return ConvConfig(*best, splits)
+
+
+def conv_bn_act_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    training: bool,
+    momentum: float,
+    eps: float,
+    overwrite_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(output, z, mean, invstd); the last three are None without `training`."""
+    memory_format = conv_memory_format(input, conv_weight)
+    geometry = stride, padding, dilation, groups
+    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    residual = None if residual is None else _channels_last(residual)
+    affine = _vector(weight, input), _vector(bias, input)
+    running = _vector(running_mean, input), _vector(running_var, input)
+    if not training:
+        output = residual if overwrite_residual and residual is not None else _output(x, w, geometry)
+        _inference(x, w, conv_bias, running, affine, residual, relu, eps, geometry, output)
+        return output.contiguous(memory_format=memory_format), None, None, None
+    output = _output(x, w, geometry)
+    z = torch.empty_like(output)
+    mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    config = _config(x, w, output, groups, training=True)
+    parts = min(_ceil_div(output.numel() // output.shape[1], _SMALLEST_M) * output.shape[1],
+                max(output.shape[1], _processors(x.device) * _MOST_BLOCKS_PER_PROCESSOR * _LARGEST_N))  # fmt: skip
+    _conv_train_forward(
+        x, w, _vector(conv_bias, input), *running, *affine, residual, relu, momentum, eps, *stride, *padding, *dilation,
+        groups, _uses_tf32(x), config.block_m, config.block_n, config.launches,
+        torch.empty(2 * parts, dtype=torch.float32, device=x.device), z, output, mean, invstd,
+    )  # fmt: skip
+    for statistic, updated in zip((running_mean, running_var), running, strict=True):
+        if statistic is not None and updated is not None and updated is not statistic:
+            statistic.copy_(updated)
+    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
+
+
+def conv_forward(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """conv2d(input, conv_weight) + conv_bias."""
+    geometry = stride, padding, dilation, groups
+    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    output = _output(x, w, geometry)
+    _inference(x, w, conv_bias, (None, None), (None, None), None, False, 0.0, geometry, output)
+    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+
+
+conv_backward = reference.conv_backward
+"""torch's own: cuDNN's on a GPU.  What is fused of backward is in front of it, in bn_act_backward."""
+
+
+def _inference(
+    x: Tensor,
+    w: Tensor,
+    conv_bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None],
+    affine: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    relu: bool,
+    eps: float,
+    geometry: Geometry,
+    output: Tensor,
+) -> None:
+    stride, padding, dilation, groups = geometry
+    config = _config(x, w, output, groups, training=False)
+    workspace = None
+    if config.splits > 1:
+        tiles = _ceil_div(output.numel() // output.shape[1], config.block_m)
+        tiles *= groups * _ceil_div(output.shape[1] // groups, config.block_n)
+        size = tiles * config.splits * config.block_m * config.block_n
+        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
+    _conv_inference_forward(
+        x, w, _vector(conv_bias, x), *running, *affine, residual, relu, eps, *stride, *padding, *dilation, groups,
+        _uses_tf32(x), *config, workspace, output,
+    )  # fmt: skip
+
+
+def _config(x: Tensor, w: Tensor, output: Tensor, groups: int, training: bool) -> ConvConfig:
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    n, k, oh, ow = output.shape
+    channels = 64 // x.element_size()
+    depth = w.shape[2] * w.shape[3] * _ceil_div(w.shape[1], channels)
+    return heuristic_config(n * oh * ow, k // groups, depth, groups, training, _processors(x.device))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the emulator, which has CPU tensors, keeps four blocks resident."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _uses_tf32(x: Tensor) -> bool:
+    if x.dtype != torch.float32:  # reading torch's switch takes microseconds
+        return False
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+def _output(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
+    shape = conv_output_shape(x.shape, w.shape, *geometry[:3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _weight_for(conv_weight: Tensor, input: Tensor) -> Tensor:
+    if conv_weight.dtype != input.dtype:  # inference under autocast
+        return conv_weight.to(input.dtype, memory_format=torch.channels_last)
+    return _channels_last(conv_weight)
+
+
+def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """A per-channel vector as the kernels read it: contiguous, in float32 or in the input's dtype."""
+    if vector is None:
+        return None
+    if vector.dtype not in (torch.float32, input.dtype):
+        vector = vector.float()
+    return vector.contiguous()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,217 @@
+"""Compiles csrc/cuda and its bindings, unchanged, with g++ against the emulator, into one library.
+
+Objects are kept under build/emulator by a hash of all that went into them: a changed kernel is one compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from resfuse import _build
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = HERE / "runtime"
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+OUT = ROOT / "build" / "emulator"
+
+COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-pthread", "-Wall", "-DRESFUSE_CUDA_EMULATOR"]
+# Kernels reinterpret memory and unroll loops by pragmas, as nvcc has it; -g1 names lines, which errors are told with.
+KERNELS = ["-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-attributes"]
+RUNTIME_FLAGS = ["-std=c++20", "-O2", "-g1", "-Wextra", "-Wno-attributes"]
+BINDINGS = ["-std=c++20", "-O1", "-g0", *_build.MACROS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How kernels are instrumented.  The emulator never is: CUDA threads share its state without locks."""
+
+    name: str
+    kernels: tuple[str, ...]
+    link: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()
+    preload: str | None = None
+    """The sanitizer's library, which has to be in a process before all else."""
+
+
+# Checks that cost little: runtime/checks.cpp makes them errors of the launch.
+PLAIN = Variant("plain", ("-O2", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"))
+UCONTEXT = dataclasses.replace(PLAIN, name="ucontext", runtime=("-DEMU_UCONTEXT",))
+ASAN = Variant(
+    "asan",
+    ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    ("-fsanitize=address,undefined",),
+    ("-DEMU_ASAN",),
+    "libasan.so",
+)
+TSAN = Variant(  # which in GCC does not see a memcpy or memset that is expanded inline
+    "tsan",
+    ("-O1", "-fsanitize=thread", "-fno-builtin-memcpy", "-fno-builtin-memset"),
+    ("-fsanitize=thread",),
+    ("-DEMU_TSAN",),
+    "libtsan.so",
+)
+COVERAGE = Variant("coverage", ("-O1", "--coverage", "-fprofile-update=single"), ("--coverage",))
+VARIANTS = {variant.name: variant for variant in (PLAIN, UCONTEXT, ASAN, TSAN, COVERAGE)}
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why the emulator can not be built here, or None."""
+    compiler = _build.find_compiler(os.environ)
+    if compiler is None:
+        return "no C++ compiler was found; the emulator needs g++"
+    if "Free Software Foundation" not in _version():
+        return f"the C++ compiler {compiler} is not g++, which the emulator needs"
+    if _toolkit_headers() is None:
+        return "no CUDA toolkit was found, whose headers have the types of the kernels"
+    return None
+
+
+def library(variant: Variant = PLAIN, csrc: Path = CSRC, only: Collection[str] | None = None) -> Path:
+    """The library that registers torch.ops.resfuse_cuda.* for CPU tensors; built where it is not there yet.
+
+    Args:
+        variant: the instrumentation.
+        csrc: the sources; the tests of planted bugs give a changed copy.
+        only: names of the files of kernels, all if None.  A call that needs another one ends the process.
+    """
+    sources = [source for source in sorted((csrc / "cuda").glob("*.cu")) if only is None or source.name in only]
+    torch_home = Path(torch.__file__).parent
+    bindings = [f"-isystem{torch_home / 'include'}"]
+    jobs = [_kernel(source, variant, csrc) for source in sources]
+    jobs += [_Job(source, (*BINDINGS, *COMMON, *bindings), csrc) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
+    link = [*variant.link, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    lazy = ["-Wl,--unresolved-symbols=ignore-all", "-Wl,-z,lazy"]
+    return _link("resfuse_cuda", variant, [*jobs, *_runtime(variant)], [*link, *(lazy if only else ["-Wl,-z,defs"])])
+
+
+def probes(variant: Variant = PLAIN) -> Path:
+    """The library of probes.cu: the tests of the emulator itself."""
+    jobs = [_kernel(HERE / "probes.cu", variant, CSRC), *_runtime(variant)]
+    return _link("probes", variant, jobs, [*variant.link, "-Wl,-z,defs"])
+
+
+def sanitizer_environment(variant: Variant) -> dict[str, str]:
+    """What a process needs in its environment to load the variant: any finding ends it."""
+    if variant.preload is None:
+        return {}
+    answer = subprocess.run([*_compiler(), f"-print-file-name={variant.preload}"], capture_output=True, text=True)
+    return {
+        "LD_PRELOAD": answer.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",  # torch and Python
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    source: Path
+    flags: tuple[str, ...]
+    csrc: Path
+
+    def object(self) -> Path:
+        """Compile, unless the same text was compiled with the same flags before, in whatever folder it lay."""
+        texts = [path.read_text() for path in _with_includes(self.source, self.csrc)]
+        target = OUT / "objects" / f"{self.source.stem}_{_digest(*self.flags, *texts)}.o"
+        places = [f"-I{self.csrc}", f"-ffile-prefix-map={self.csrc}=csrc", f"-ffile-prefix-map={HERE}=tests/emulator"]
+        _make(target, [*_compiler(), *self.flags, *places, "-c", str(self.source)])
+        return target
+
+
+def _kernel(source: Path, variant: Variant, csrc: Path) -> _Job:
+    first = ["-x", "c++", "-include", str(RUNTIME / "emulator.h")]
+    return _Job(source, (*KERNELS, *COMMON, *variant.kernels, f"-I{RUNTIME}", *_toolkit_flags(), *first), csrc)
+
+
+def _runtime(variant: Variant) -> list[_Job]:
+    flags = (*RUNTIME_FLAGS, *COMMON, *variant.runtime, *_toolkit_flags())
+    return [_Job(source, flags, CSRC) for source in sorted(RUNTIME.glob("*.cpp"))]
+
+
+def _link(name: str, variant: Variant, jobs: list[_Job], flags: list[str]) -> Path:
+    reason = unavailable_reason()
+    if reason:
+        raise RuntimeError(reason)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
+        objects = [str(path) for path in pool.map(_Job.object, jobs)]
+    target = OUT / variant.name / f"{name}_{_digest(*objects, *flags)}.so"
+    _make(target, [*_compiler(), "-shared", "-pthread", *objects, *flags])
+    return target
+
+
+def _make(target: Path, command: list[str]) -> None:
+    """Run the command that makes `target`, once, however many processes want it."""
+    done = target.with_suffix(".done")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_suffix(".lock")):
+        if done.exists():
+            return
+        result = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-8000:]}")
+        done.write_text(result.stderr)  # warnings
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _with_includes(source: Path, csrc: Path) -> list[Path]:
+    """The source, the header that comes first, and every header of the project that they include."""
+    found = [source, RUNTIME / "emulator.h"]
+    for path in found:
+        for name in re.findall(r'^#include ["<]([^">]+)[">]', path.read_text(), re.MULTILINE):
+            for folder in (path.parent, RUNTIME, csrc):
+                header = (folder / name).resolve()
+                if header.is_file() and header not in found:
+                    found.append(header)
+    return found
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join([_version(), torch.__version__, *parts]).encode()).hexdigest()[:16]
+
+
+def _compiler() -> list[str]:
+    return (_build.find_compiler(os.environ) or "g++").split()
+
+
+@cache
+def _version() -> str:
+    return subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+@cache
+def _toolkit_headers() -> Path | None:
+    for home in _build.candidate_homes(os.environ, sys.path):
+        for header in (home / "include" / "cuda_bf16.h", *home.glob("targets/*/include/cuda_bf16.h")):
+            if header.is_file():
+                return header.parent
+    return None
+
+
+def _toolkit_flags() -> list[str]:
+    return [f"-isystem{_toolkit_headers()}"]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["plain"]:
+        print(library(VARIANTS[name]))

@@ -1,0 +1,45 @@
+// A stack of its own to run on: every CUDA thread is one. Switching is explicit, so nothing here is concurrent.
+#pragma once
+#include <cstddef>
+#if !defined(__x86_64__) || defined(EMU_UCONTEXT)
+#define EMU_USES_UCONTEXT
+#include <ucontext.h>
+#endif
+
+namespace emu {
+
+struct Fiber {
+#ifdef EMU_USES_UCONTEXT
+  ucontext_t context;
+#else
+  void* stack_pointer = nullptr;
+#endif
+  const void* bottom = nullptr;  // of the stack; of an OS thread's, known once it was left
+  size_t size = 0;
+  void* fake_stack = nullptr;  // ASan's
+  void* tsan = nullptr;        // TSan's
+};
+
+// Makes `fiber` run entry() on a stack of its own when it is first switched to. `entry` calls entered() first and
+// never returns: its last switch is final.
+void create(Fiber& fiber, void (*entry)());
+void entered();
+// The stack of the OS thread that calls this.
+void adopt_thread(Fiber& fiber);
+// Leaves `from`, which is the one that runs. No memory is ordered by it: for TSan, fibers are threads.
+void switch_to(Fiber& from, Fiber& to, bool final = false);
+void destroy(Fiber& fiber);
+// What was destroyed can serve again from now on. In the same launch it can not: one TSan thread that runs as threads
+// of two blocks, one after the other, would hide their races.
+void begin_launch();
+
+// What TSan is told of barriers: whatever happened before release(object) happens before what follows acquire(object).
+#ifdef EMU_TSAN
+void release(void* object);
+void acquire(void* object);
+#else
+inline void release(void*) {}
+inline void acquire(void*) {}
+#endif
+
+}  // namespace emu

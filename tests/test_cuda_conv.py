@@ -1,0 +1,517 @@
+"""What is special to the convolution kernels of csrc/cuda: every tile and form of launch, splits, odd channels and
+addresses, TF32, and the choice of a configuration.  Run in the emulator, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse import contract
+from resfuse.backends import cuda, cuda_conv, reference
+from resfuse.backends.cuda_conv import TILES, ConvConfig, use_config
+from resfuse.backends.registry import Problem
+from tests.emulator import backend as emulator
+from tests.shapes import Convolution
+
+DEVICES = [
+    *(["cpu"] if emulator.unavailable_reason() is None else []),
+    *(["cuda"] if cuda.unavailable_reason() is None else []),
+]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.skipif(not DEVICES, reason="neither the emulator nor the cuda backend runs here"),
+]
+DEVICE = pytest.mark.parametrize("device", DEVICES)
+DTYPE = pytest.mark.parametrize("dtype", cuda_conv.DTYPES, ids=lambda dtype: str(dtype)[6:])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+NHWC = torch.channels_last
+
+# Nothing in them is a multiple of a tile; the last needs more than one step per tap, and one of them is ragged.
+ODD = {
+    "3x3": Convolution((2, 24, 9, 8), 72, (3, 3), (2, 1), (1, 1)),
+    "1x1": Convolution((3, 40, 5, 9), 136, (1, 1)),
+    "1x1_stride2": Convolution((3, 16, 9, 7), 40, (1, 1), (2, 2)),
+    "dilated": Convolution((1, 16, 13, 11), 24, (3, 3), (1, 2), (2, 3), (2, 3)),
+    "asymmetric": Convolution((2, 8, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
+    "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
+    "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _ieee() -> Iterator[None]:
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before
+
+
+@dataclasses.dataclass
+class Operands:
+    """Of conv_bn_act, in NHWC memory; the fields are the verb's arguments."""
+
+    input: Tensor
+    conv_weight: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    conv_bias: Tensor | None
+    residual: Tensor | None
+    relu: bool
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def fields(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **changes: Any) -> Operands:
+        return dataclasses.replace(self, **changes)
+
+    def map(self, function: Any) -> Operands:
+        return self.replace(**{k: function(v) for k, v in self.fields().items() if isinstance(v, Tensor)})
+
+
+def operands(
+    conv: Convolution,
+    dtype: torch.dtype,
+    device: str,
+    training: bool = False,
+    *,
+    residual: bool = True,
+    conv_bias: bool = False,
+) -> Operands:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    k, fan_in = conv.channels, math.prod(conv.weight[1:])
+    four = normal(*conv.input), normal(*conv.weight, scale=fan_in**-0.5), normal(*conv.output)
+    x, w, r = (tensor.to(device, dtype, memory_format=NHWC) for tensor in four)
+    mean, var, weight, bias = (normal(k).to(device) for _ in range(4))
+    return Operands(x, w, mean, var.abs() + 0.5, weight, bias, normal(k).to(device, dtype) if conv_bias else None,
+                    r if residual else None, True, **conv.options, training=training)  # fmt: skip
+
+
+NAMES = ("output", "z", "mean", "invstd", "running_mean", "running_var")
+
+
+def run(verbs: Any, given: Operands, **options: Any) -> dict[str, Tensor]:
+    """Everything that conv_bn_act_forward computes; the running statistics in copies."""
+    copy = given.replace(
+        running_mean=None if given.running_mean is None else given.running_mean.clone(),
+        running_var=None if given.running_var is None else given.running_var.clone(),
+    )
+    found = verbs.conv_bn_act_forward(**copy.fields(), **options)
+    if not given.training:
+        return {"output": found[0]}
+    named = dict(zip(NAMES, (*found, copy.running_mean, copy.running_var), strict=True))
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def check(given: Operands, config: ConvConfig | None = None, floor: float | None = None) -> dict[str, Tensor]:
+    """Hold the kernels against the contract, in float64 on the CPU."""
+    with use_config(config):
+        found = run(cuda_conv, given)
+    there = given.map(lambda tensor: tensor.cpu())
+    eager = run(reference, there)
+    truth = run(reference, there.map(lambda tensor: tensor.double()))
+    dtype = given.input.dtype
+    for name, tensor in found.items():
+        deviation = contract.measure(
+            name, tensor.cpu(), eager[name], truth[name], dtype, floor=floor or contract.FLOORS[dtype]
+        )
+        assert not deviation.violated, str(deviation)
+    return found
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+@pytest.mark.parametrize("conv", ODD)
+def test_every_tile(conv: str, tile: tuple[int, int], training: bool, dtype: torch.dtype, device: str) -> None:
+    check(operands(ODD[conv], dtype, device, training), ConvConfig(*tile))
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_both_forms_of_training_give_the_same_bits(tile: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """One tile per block, and several of them: of 7 tiles two blocks have at most 4, and the last has fewer."""
+    for conv in (Convolution((1, 8, 4, 5), 16, (3, 3), padding=(1, 1)), Convolution((3, 8, 17, 16), 80, (1, 1))):
+        given = operands(conv, dtype, device, training=True)
+        one = check(given, ConvConfig(*tile, launches=1))
+        two = check(given, ConvConfig(*tile, launches=2))
+        assert same(one, two)
+        with use_config(ConvConfig(*tile)):
+            assert same(one, run(cuda_conv, given))
+
+
+@DEVICE
+def test_more_channels_than_are_resident_take_two_launches(device: str) -> None:
+    """Every block of a column waits for the others: where not even one per column is resident, none can."""
+    given = operands(Convolution((1, 8, 3, 3), 64 * 5 if device == "cpu" else 1 << 17, (1, 1)), torch.float32, device,
+                     training=True)  # fmt: skip
+    check(given, ConvConfig(64, 64))
+    with use_config(ConvConfig(64, 64, launches=1)), pytest.raises(RuntimeError, match="not all resident"):
+        run(cuda_conv, given)
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_splits(splits: int, dtype: torch.dtype, device: str) -> None:
+    """Blocks that share a tile's steps: within the contract, the same bits in each run and in each form."""
+    for tile in TILES:
+        given = operands(Convolution((1, 40, 5, 4), 24, (3, 3), padding=(1, 1)), dtype, device, conv_bias=True)
+        one = check(given, ConvConfig(*tile, splits, 1))
+        assert same(one, check(given, ConvConfig(*tile, splits, 2)))
+        assert same(one, check(given, ConvConfig(*tile, splits)))
+    few = operands(Convolution((1, 8, 2, 2), 8, (1, 1)), dtype, device)  # of one step
+    check(few, ConvConfig(64, 64, splits))
+    plain = cuda_conv.conv_forward(given.input, given.conv_weight, given.conv_bias, (1, 1), (1, 1), (1, 1), 1)
+    with use_config(ConvConfig(64, 64, splits)):
+        split = cuda_conv.conv_forward(given.input, given.conv_weight, given.conv_bias, (1, 1), (1, 1), (1, 1), 1)
+    torch.testing.assert_close(split, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@DEVICE
+@DTYPE
+@MODES
+def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str) -> None:
+    """1 to 17: those that 16 bytes divide, and those that are copied one by one, on either side."""
+    for channels in range(1, 18):
+        for kernel in ((1, 1), (3, 3)):
+            conv = Convolution((2, channels, 4, 5), 18 - channels, kernel, padding=(kernel[0] // 2,) * 2)
+            check(operands(conv, dtype, device, training, conv_bias=True))
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Convolution((2, 3, 21, 19), 64, (7, 7), (2, 2), (3, 3)),
+        Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # a row's first and last pixels all in the padding
+        Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # a row is not one piece of memory
+        Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
+        Convolution((2, 20, 7, 7), 9, (3, 3), padding=(1, 1)),
+        Convolution((2, 12, 6, 5), 12, (3, 3), padding=(1, 1), groups=12),
+        Convolution((2, 9, 6, 5), 27, (3, 3), (2, 2), (1, 1), groups=9),
+        Convolution((2, 15, 6, 5), 10, (3, 3), padding=(1, 1), groups=5),
+        Convolution(
+            (1, 16, 3, 3), 144, (3, 3), padding=(1, 1), groups=2
+        ),  # of a group 8 channels, 72 filters: two tiles
+    ],
+    ids=["stem", "wide_padding", "dilated_row", "flat", "twenty", "depthwise", "multiplied", "groups", "wide_groups"],
+)
+def test_scalar_copies_and_groups(conv: Convolution, training: bool, dtype: torch.dtype, device: str) -> None:
+    check(operands(conv, dtype, device, training, conv_bias=True))
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return torch.as_strided(room, tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize("name", ["input", "conv_weight", "residual", "weight", "running_var"])
+def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
+    given = operands(ODD["3x3"], dtype, device, training)
+    check(given.replace(**{name: misaligned(getattr(given, name))}))
+
+
+@DEVICE
+@DTYPE
+def test_the_residual_may_be_overwritten(dtype: torch.dtype, device: str) -> None:
+    for conv, move in (
+        (ODD["3x3"], torch.clone),
+        (ODD["3x3"], misaligned),
+        (Convolution((1, 9, 4, 4), 7, (1, 1)), None),
+    ):
+        given = operands(conv, dtype, device)
+        assert given.residual is not None
+        expected = run(cuda_conv, given)["output"]
+        given.residual = given.residual if move is None else move(given.residual)
+        output = run(cuda_conv, given, overwrite_residual=True)["output"]
+        assert output.data_ptr() == given.residual.data_ptr()
+        assert torch.equal(output, expected)
+
+
+@DEVICE
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str) -> None:
+    """Batch norm's vectors in float32, or rounded to the activations' dtype, or in one that the kernels do not know."""
+    given = operands(ODD["1x1"], dtype, device, training, conv_bias=True)
+    names = ("running_mean", "running_var", "weight", "bias")
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    for vector in (dtype, other):
+        narrow: dict[str, Any] = {name: getattr(given, name).to(vector) for name in names}
+        rounded = given.replace(**narrow)
+        wide = given.replace(**{name: tensor.float() for name, tensor in narrow.items()})
+        found, expected = run(cuda_conv, rounded), run(cuda_conv, wide)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+            assert tensor.dtype == (vector if name.startswith("running") else expected[name].dtype)
+    bare = given.replace(weight=None, bias=None, conv_bias=None, residual=None, relu=False)
+    check(bare)
+    if training:
+        check(bare.replace(running_mean=None, running_var=None))
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("channels", [8, 3], ids=["copied_by_16_bytes", "by_value"])
+def test_nan_spreads_as_in_eager(channels: int, dtype: torch.dtype, device: str) -> None:
+    """A pixel at the border reaches the outputs whose window has it, and none through padding or a ragged tile."""
+    conv = Convolution((2, channels, 5, 6), 9, (3, 3), (2, 1), (1, 2))
+    for y, x in ((0, 0), (4, 5), (2, 0), (0, 5), (2, 3)):
+        given = operands(conv, dtype, device, residual=False)
+        given.input[1, channels - 1, y, x] = math.nan
+        found = run(cuda_conv, given)["output"].cpu()
+        expected = run(reference, given.map(lambda tensor: tensor.cpu()))["output"]
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert found[1].isnan().any()
+
+
+@DEVICE
+@MODES
+def test_ill_conditioned_statistics(training: bool, device: str) -> None:
+    """A mean a hundred times the deviation, over several tiles and blocks."""
+    given = operands(Convolution((4, 16, 16, 16), 24, (1, 1)), torch.float32, device, training, residual=False)
+    given.conv_bias = torch.full((24,), 100.0, device=device)
+    check(given, ConvConfig(32, 64))
+
+
+@DEVICE
+@MODES
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_tf32(tile: tuple[int, int], training: bool, device: str) -> None:
+    """11 significant bits per factor, rounded to nearest: by truncation, sums of positive products would be biased."""
+    given = operands(ODD["3x3"], torch.float32, device, training, residual=False)
+    given = given.replace(input=given.input.abs(), conv_weight=given.conv_weight.abs(), relu=False)
+    truth = run(reference, given.map(lambda tensor: tensor.cpu().double()))
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        with use_config(ConvConfig(*tile)):
+            found = run(cuda_conv, given)
+            z = cuda_conv.conv_forward(given.input, given.conv_weight, None, given.stride, given.padding, (1, 1), 1)
+        expected = F.conv2d(given.input.cpu().double(), given.conv_weight.cpu().double(), None, (2, 1), (1, 1))
+        relative = z.cpu().double() / expected - 1
+        errors[precision] = relative.square().mean().sqrt().item()
+        assert relative.mean().abs() < relative.std()
+        if training:
+            torch.testing.assert_close(found["z"].cpu().double(), expected, rtol=2**-10, atol=0)
+            torch.testing.assert_close(found["mean"].cpu().double(), truth["mean"].double(), rtol=2**-12, atol=0)
+    assert errors["ieee"] < 4e-7
+    assert 1e-6 < errors["tf32"] < 2**-12
+
+
+@DEVICE
+def test_tf32_keeps_what_is_not_finite(device: str) -> None:
+    """Rounding by an addition would make a NaN whose low bits are set a zero."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    x = torch.ones(1, 8, 1, 4, device=device).to(memory_format=NHWC)
+    x[0, 0, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x[0, 0, 0, 1], x[0, 0, 0, 2] = math.inf, -math.inf
+    w = torch.ones(8, 8, 1, 1, device=device)
+    z = cuda_conv.conv_forward(x, w, None, (1, 1), (0, 0), (1, 1), 1)[0, 0, 0]
+    assert z[0].isnan()
+    assert z[1:].tolist() == [math.inf, -math.inf, 8.0]
+
+
+@DEVICE
+@pytest.mark.parametrize("channels", [64, 65], ids=["copied_by_16_bytes", "by_value"])
+def test_offsets_beyond_32_bits(channels: int, device: str) -> None:
+    """Pixels from 2^31 elements on; of the input, 4 GB, only those pages are touched that the stride reaches."""
+    side, stride = 5888, 2900
+    shape, strides = (1, channels, side, side), (channels * side**2, 1, channels * side, channels)
+    storage = torch.UntypedStorage(channels * side**2 * 2, device=device)
+    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
+    x = torch.as_strided(memory, shape, strides)
+    assert x.numel() > 2**31
+    pixels = torch.randn(1, channels, 3, 3).half()
+    x[:, :, ::stride, ::stride] = pixels.to(device)
+    w = torch.randn(16, channels, 1, 1).half().to(device)
+    z = cuda_conv.conv_forward(x, w, None, (stride, stride), (0, 0), (1, 1), 1)
+    expected = F.conv2d(pixels.double(), w.cpu().double())
+    torch.testing.assert_close(z.cpu().double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64, rounded once
+
+
+EMULATED = pytest.mark.skipif("cpu" not in DEVICES, reason="the emulator does not run here")
+
+
+@EMULATED
+def test_launches() -> None:
+    """One wherever all blocks are resident: always in inference, and in training with up to 4 tiles of channels."""
+    small, large = Convolution((1, 32, 3, 3), 24, (3, 3)), Convolution((3, 8, 17, 16), 80, (3, 3), padding=(1, 1))
+    columns = Convolution((1, 8, 3, 3), 64 * 5, (1, 1))
+    for conv, config, training, expected in (
+        (large, None, False, 1),
+        (small, ConvConfig(64, 64, 4), False, 1),
+        (large, ConvConfig(64, 64, 2), False, 2),  # splits of more tiles than can wait for each other
+        (small, None, True, 1),
+        (large, ConvConfig(32, 64), True, 1),
+        (large, ConvConfig(32, 64, launches=2), True, 2),
+        (columns, ConvConfig(64, 64), True, 2),
+    ):
+        given = operands(conv, torch.bfloat16, "cpu", training, conv_bias=True)
+        with emulator.launches() as counted, use_config(config):
+            run(cuda_conv, given)
+        assert counted.launches == expected, (conv, config, training)
+
+
+@EMULATED
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int]) -> None:
+    for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        given = operands(conv, dtype, "cpu")
+        with emulator.launches() as counted, use_config(ConvConfig(*tile)):
+            run(cuda_conv, given)
+        assert counted.ldmatrix_cycles == counted.ldmatrix_phases > 0
+
+
+@EMULATED
+@MODES
+@pytest.mark.parametrize("config", [*TILES, (64, 64, 4)], ids=str)
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(config: tuple[int, ...], training: bool) -> None:
+    for conv in (Convolution((2, 24, 9, 8), 16, (3, 3), (2, 1), (1, 1)), Convolution((3, 9, 7, 7), 16, (1, 1))):
+        given = operands(conv, torch.bfloat16, "cpu", training)
+        with use_config(ConvConfig(*config)):
+            expected = run(cuda_conv, given)
+            for seed in (1, 2, 3):
+                with emulator.device(seed=seed):
+                    assert same(run(cuda_conv, given), expected)
+
+
+@EMULATED
+@pytest.mark.parametrize("resident", [1, 2, 3, 64])
+def test_any_number_of_resident_blocks(resident: int) -> None:
+    """Tiles are dealt to as many blocks as there are, and both forms of the launch to the same ones."""
+    given = operands(Convolution((3, 8, 9, 11), 72, (1, 1)), torch.float32, "cpu", training=True)
+    with emulator.device(resident_blocks=resident):
+        found = check(given, ConvConfig(32, 64))
+        assert same(found, check(given, ConvConfig(32, 64, launches=2)))
+
+
+def inference_arguments(**changes: Any) -> list[Any]:
+    device = DEVICES[0]
+    x, w, y = (torch.zeros(shape, device=device).to(memory_format=NHWC) for shape in
+               ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4)))  # fmt: skip
+    arguments = {
+        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16, device=device),
+        "running_var": torch.ones(16, device=device), "weight": None, "bias": None, "residual": None, "relu": True,
+        "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1,
+        "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1, "launches": 0, "workspace": None,
+        "output": y,
+    }  # fmt: skip
+    assert changes.keys() <= arguments.keys()
+    return list((arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": torch.zeros(2, 8, 4, 4)}, "input must be dense in channels_last"),
+        ({"input": torch.zeros(2, 8, 4)}, "input must have 4 dimensions"),
+        ({"input": torch.zeros(2, 8, 4, 4).double()}, "input must be float32, bfloat16 or float16"),
+        ({"conv_weight": torch.zeros(16, 8, 3, 3).half().to(memory_format=NHWC)}, "conv_weight must have the dtype"),
+        ({"conv_weight": torch.zeros(16, 8, 3, 3)}, "conv_weight must be dense in channels_last"),
+        (
+            {
+                "input": torch.zeros(0, 8, 4, 4).to(memory_format=NHWC),
+                "output": torch.zeros(0, 16, 4, 4).to(memory_format=NHWC),
+            },
+            "output must not be empty",
+        ),
+        ({"groups": 2}, "conv_weight must have the channels of input / groups"),
+        ({"groups": 3}, "groups must divide"),
+        ({"groups": 0}, "groups must divide"),
+        ({"stride_w": 0}, "stride must be positive"),
+        ({"padding_h": -1}, "padding must not be negative"),
+        ({"dilation_h": 0}, "dilation must be positive"),
+        ({"padding_h": 0}, "output must have the shape"),
+        ({"residual": torch.zeros(2, 16, 4, 3).to(memory_format=NHWC)}, "residual must have the shape of output"),
+        ({"residual": torch.zeros(2, 16, 4, 4)}, "residual must be dense in channels_last"),
+        ({"weight": torch.zeros(15)}, "weight must have one element per channel"),
+        ({"running_var": torch.zeros(32)[::2]}, "running_var must be contiguous"),
+        ({"conv_bias": torch.zeros(16).half()}, "conv_bias must be float32 or have the dtype"),
+        ({"splits": 0}, "splits must be in 1 .. 1024"),
+        ({"launches": 3}, "launches must be 0, 1 or 2"),
+        ({"block_m": 96}, "no tile of 96 x 64"),
+        ({"splits": 2}, "the workspace has 0 values and needs"),
+        ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    on_device = {k: v.to(DEVICES[0]) if isinstance(v, Tensor) else v for k, v in changes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**on_device))
+
+
+def test_good_arguments_pass() -> None:
+    torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments())
+
+
+def problem(shape: tuple[int, ...], weight: tuple[int, ...], verb: str = "conv_forward") -> Problem:
+    geometry = (torch.Size(weight), (1, 1), (0, 0), (1, 1), 1)
+    return Problem(verb, torch.device("cuda"), torch.float32, torch.Size(shape), geometry)
+
+
+def test_what_is_too_large_is_a_reason() -> None:
+    assert cuda_conv.unsupported_reasons(problem((64, 256, 56, 56), (64, 256, 1, 1))) == []
+    assert "31 bits" in cuda_conv.unsupported_reasons(problem((1, 1, 1 << 16, 1 << 16), (1, 1, 1, 1)))[0]
+    assert "tiles" in cuda_conv.unsupported_reasons(problem((1 << 30, 1, 1 << 10, 1 << 10), (64, 1, 1, 1)))[0]
+    assert "(N, C, H, W)" in cuda_conv.unsupported_reasons(problem((64, 256, 56), (64, 256, 1)))[0]
+    assert cuda_conv.unsupported_reasons(problem((64, 256, 56), (64, 256, 1), "conv_backward")) == []
+
+
+# (pixels of an image, filters, steps of 32 channels) of the layers of ResNet-50.
+RESNET50 = [(112**2, 64, 7)] + [
+    (side**2, filters, depth)
+    for side, width in ((56, 64), (28, 128), (14, 256), (7, 512))
+    for filters, depth in ((width, 4 * width // 32), (width, 9 * width // 32), (4 * width, width // 32))
+]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 256])
+@pytest.mark.parametrize("processors", [108, 132])
+def test_the_heuristic_keeps_the_device_busy(batch: int, processors: int) -> None:
+    for pixels, filters, depth in RESNET50:
+        m = batch * pixels
+        config = cuda_conv.heuristic_config(m, filters, depth, 1, False, processors)
+        blocks = -(-m // config.block_m) * -(-filters // config.block_n) * config.splits
+        most = -(-m // 32) * -(-filters // 64) * max(1, depth // 8)  # that the smallest tile allows
+        assert blocks >= min(processors, most) / 2, (m, filters, depth, config)
+        assert config.splits == 1 or blocks <= processors
+        training = cuda_conv.heuristic_config(m, filters, depth, 1, True, processors)
+        assert training == config._replace(splits=1)
+        if batch == 256:
+            assert config.block_m == 128
