@@ -47,6 +47,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             names.append(parameters["scenario"])
     directory = tmp_path_factory.mktemp("outcomes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    command += ["--max-restarts=2"]  # gloo's first connection can time out on a busy machine
     command += [distributed_worker.__file__, str(directory), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

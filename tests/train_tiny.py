@@ -1,0 +1,39 @@
+"""examples/train_imagenet.py with a small model, `tiny_resnet`; what test_train_imagenet.py starts as a process.
+
+With RESFUSE_TEST_KILL=rank:epoch:step that process kills itself after that step, the first time that it gets there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from torch import Tensor, nn
+from torchvision.models._api import register_model
+from torchvision.models.resnet import BasicBlock
+
+from examples import train_imagenet
+from tests import models
+
+
+@register_model()
+def tiny_resnet(num_classes: int, weights: None = None) -> nn.Module:
+    stem = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    blocks = [BasicBlock(8, 8), BasicBlock(8, 16, 2, models.projection(8, 16, 2))]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+class Mortal(train_imagenet.Training):
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
+        loss = super().step(images, targets)
+        moment = f"{self.processes.rank}:{self.epoch}:{self.step_in_epoch}"
+        grave = self.options.output / "killed"
+        if os.environ.get("RESFUSE_TEST_KILL") == moment and not grave.exists():
+            grave.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+if __name__ == "__main__":
+    train_imagenet.Training = Mortal  # type: ignore[misc]
+    train_imagenet.main()
