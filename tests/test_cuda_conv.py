@@ -41,7 +41,7 @@ ODD = {
     "1x1": Convolution((3, 40, 5, 9), 136, (1, 1)),
     "1x1_stride2": Convolution((3, 16, 9, 7), 40, (1, 1), (2, 2)),
     "dilated": Convolution((1, 16, 13, 11), 24, (3, 3), (1, 2), (2, 3), (2, 3)),
-    "asymmetric": Convolution((2, 8, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
+    "asymmetric": Convolution((2, 16, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
     "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
     "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
 }
@@ -217,6 +217,9 @@ def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str)
         Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # a row's first and last pixels all in the padding
         Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # a row is not one piece of memory
         Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
+        Convolution((2, 4, 21, 19), 24, (7, 7), (2, 2), (3, 3)),
+        Convolution((2, 12, 6, 9), 8, (3, 5), padding=(1, 3)),
+        Convolution((2, 8, 6, 9), 72, (3, 3), padding=(1, 1)),
         Convolution((2, 20, 7, 7), 9, (3, 3), padding=(1, 1)),
         Convolution((2, 12, 6, 5), 12, (3, 3), padding=(1, 1), groups=12),
         Convolution((2, 9, 6, 5), 27, (3, 3), (2, 2), (1, 1), groups=9),
@@ -225,15 +228,28 @@ def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str)
             (1, 16, 3, 3), 144, (3, 3), padding=(1, 1), groups=2
         ),  # of a group 8 channels, 72 filters: two tiles
     ],
-    ids=["stem", "wide_padding", "dilated_row", "flat", "twenty", "depthwise", "multiplied", "groups", "wide_groups"],
+    ids=[
+        "stem",
+        "wide_padding",
+        "dilated_row",
+        "flat",
+        "four",
+        "twelve",
+        "eight",
+        "twenty",
+        "depthwise",
+        "multiplied",
+        "groups",
+        "wide_groups",
+    ],
 )
-def test_scalar_copies_and_groups(conv: Convolution, training: bool, dtype: torch.dtype, device: str) -> None:
+def test_small_copies_and_groups(conv: Convolution, training: bool, dtype: torch.dtype, device: str) -> None:
     check(operands(conv, dtype, device, training, conv_bias=True))
 
 
-def misaligned(tensor: Tensor) -> Tensor:
-    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return torch.as_strided(room, tensor.shape, tensor.stride(), 1).copy_(tensor)
+def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
+    room = torch.zeros(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
+    return torch.as_strided(room, tensor.shape, tensor.stride(), elements).copy_(tensor)
 
 
 @DEVICE
@@ -242,7 +258,26 @@ def misaligned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["input", "conv_weight", "residual", "weight", "running_var"])
 def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
     given = operands(ODD["3x3"], dtype, device, training)
-    check(given.replace(**{name: misaligned(getattr(given, name))}))
+    for elements in (1, 2, 4):  # of 16-bit types the last are 8 bytes, of float32 the last but one
+        check(given.replace(**{name: misaligned(getattr(given, name), elements)}))
+
+
+@DEVICE
+@DTYPE
+@MODES
+def test_few_channels_are_padded(
+    training: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stem of a large batch, which is then read 8 bytes at a time."""
+    for conv in (Convolution((2, 3, 21, 19), 40, (7, 7), (2, 2), (3, 3)), Convolution((2, 1, 9, 9), 8, (5, 5))):
+        given = operands(conv, dtype, device, training, conv_bias=True)
+        given = given.replace(input=given.input.contiguous())
+        check(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_conv, "_PADDED_FROM", 0)
+            x, w = cuda_conv._operands(given.input, given.conv_weight, ((1, 1), (0, 0), (1, 1), 1))
+            assert x.shape[1] == w.shape[1] == -(-conv.input[1] // (8 // x.element_size())) * (8 // x.element_size())
+            check(given)
 
 
 @DEVICE
@@ -286,7 +321,7 @@ def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str
 
 @DEVICE
 @DTYPE
-@pytest.mark.parametrize("channels", [8, 3], ids=["copied_by_16_bytes", "by_value"])
+@pytest.mark.parametrize("channels", [16, 4, 3], ids=["by_16_bytes", "by_8_bytes", "by_value"])
 def test_nan_spreads_as_in_eager(channels: int, dtype: torch.dtype, device: str) -> None:
     """A pixel at the border reaches the outputs whose window has it, and none through padding or a ragged tile."""
     conv = Convolution((2, channels, 5, 6), 9, (3, 3), (2, 1), (1, 2))

@@ -63,7 +63,7 @@ class ConvConfig(NamedTuple):
 
 
 TILES = ((128, 128), (128, 64), (64, 64), (32, 64))
-"""Those of csrc/cuda/conv_launch.cuh.  Where channels or addresses do not fit 16-byte copies it is always (64, 64)."""
+"""Those of csrc/cuda/conv_launch.cuh, which has its own where channels or addresses do not fit 16-byte copies."""
 
 # What part of its peak a tile's main loop should reach: of 128 x 128 an mma takes 2.5 instructions, of 32 x 64 12, and
 # a byte from L2 serves the fewer products the smaller the tile.  Estimates, not measured.
@@ -72,7 +72,13 @@ _SMALLEST_M = 32
 _STEPS_PER_SPLIT = 8
 _MOST_SPLITS = 16
 _MOST_BLOCKS_PER_PROCESSOR = 16  # of 128 threads
-_LARGEST_N = 128
+_LARGEST_BLOCK = 128
+# Channels of a tap from which on the kernels take the taps one by one; of fewer, a filter row at a time.
+_MANY_CHANNELS = 16
+_COPIED_BYTES = 8
+# Output pixels from which on channels are padded to _COPIED_BYTES.  It costs four small launches and saves, for the 7x7
+# stem in bfloat16, three quarters of the loads of a kernel that loads most of its time.  An estimate, not measured.
+_PADDED_FROM = 1 << 16
 _INT32 = 2**31 - 1
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("resfuse_cuda_conv_config", default=None)
@@ -152,7 +158,7 @@ def conv_bn_act_forward(
     """(output, z, mean, invstd); the last three are None without `training`."""
     memory_format = conv_memory_format(input, conv_weight)
     geometry = stride, padding, dilation, groups
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    x, w = _operands(input, conv_weight, geometry)
     residual = None if residual is None else _channels_last(residual)
     affine = _vector(weight, input), _vector(bias, input)
     running = _vector(running_mean, input), _vector(running_var, input)
@@ -165,7 +171,7 @@ def conv_bn_act_forward(
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     config = _config(x, w, output, groups, training=True)
     parts = min(_ceil_div(output.numel() // output.shape[1], _SMALLEST_M) * output.shape[1],
-                max(output.shape[1], _processors(x.device) * _MOST_BLOCKS_PER_PROCESSOR * _LARGEST_N))  # fmt: skip
+                max(output.shape[1], _processors(x.device) * _MOST_BLOCKS_PER_PROCESSOR * _LARGEST_BLOCK))  # fmt: skip
     _conv_train_forward(
         x, w, _vector(conv_bias, input), *running, *affine, residual, relu, momentum, eps, *stride, *padding, *dilation,
         groups, _uses_tf32(x), config.block_m, config.block_n, config.launches,
@@ -188,7 +194,7 @@ def conv_forward(
 ) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
     geometry = stride, padding, dilation, groups
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    x, w = _operands(input, conv_weight, geometry)
     output = _output(x, w, geometry)
     _inference(x, w, conv_bias, (None, None), (None, None), None, False, 0.0, geometry, output)
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
@@ -214,9 +220,8 @@ def _inference(
     config = _config(x, w, output, groups, training=False)
     workspace = None
     if config.splits > 1:
-        tiles = _ceil_div(output.numel() // output.shape[1], config.block_m)
-        tiles *= groups * _ceil_div(output.shape[1] // groups, config.block_n)
-        size = tiles * config.splits * config.block_m * config.block_n
+        rows = _rounded_up(output.numel() // output.shape[1], _LARGEST_BLOCK)
+        size = config.splits * rows * groups * _rounded_up(output.shape[1] // groups, _LARGEST_BLOCK)
         workspace = torch.empty(size, dtype=torch.float32, device=x.device)
     _conv_inference_forward(
         x, w, _vector(conv_bias, x), *running, *affine, residual, relu, eps, *stride, *padding, *dilation, groups,
@@ -251,14 +256,31 @@ def _output(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _operands(input: Tensor, conv_weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Input and weight as the kernels read them: in NHWC memory and in the input's dtype.
+
+    Few channels that do not fill the smallest copy, such as an image's three, are padded with zeros where that pays.
+    """
+    channels, multiple = input.shape[1], _COPIED_BYTES // input.element_size()
+    if channels < _MANY_CHANNELS and channels % multiple and conv_weight.shape[3] > 1 and geometry[3] == 1:
+        n, _, oh, ow = conv_output_shape(input.shape, conv_weight.shape, *geometry[:3])
+        if n * oh * ow >= _PADDED_FROM:
+            padded = _rounded_up(channels, multiple)
+            return _padded(input, padded, input.dtype), _padded(conv_weight, padded, input.dtype)
+    if conv_weight.dtype != input.dtype:  # inference under autocast
+        conv_weight = conv_weight.to(input.dtype)
+    return _channels_last(input), _channels_last(conv_weight)
+
+
+def _padded(tensor: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    n, c, h, w = tensor.shape
+    padded = torch.empty((n, channels, h, w), dtype=dtype, device=tensor.device, memory_format=torch.channels_last)
+    padded.zero_()[:, :c].copy_(tensor)
+    return padded
+
+
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _weight_for(conv_weight: Tensor, input: Tensor) -> Tensor:
-    if conv_weight.dtype != input.dtype:  # inference under autocast
-        return conv_weight.to(input.dtype, memory_format=torch.channels_last)
-    return _channels_last(conv_weight)
 
 
 def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
@@ -272,3 +294,7 @@ def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return _ceil_div(value, multiple) * multiple
