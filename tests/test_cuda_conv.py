@@ -460,12 +460,11 @@ def test_any_number_of_resident_blocks(resident: int) -> None:
 
 
 def inference_arguments(**changes: Any) -> list[Any]:
-    device = DEVICES[0]
-    x, w, y = (torch.zeros(shape, device=device).to(memory_format=NHWC) for shape in
+    x, w, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
                ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4)))  # fmt: skip
     arguments = {
-        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16, device=device),
-        "running_var": torch.ones(16, device=device), "weight": None, "bias": None, "residual": None, "relu": True,
+        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16),
+        "running_var": torch.ones(16), "weight": None, "bias": None, "residual": None, "relu": True,
         "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1,
         "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1, "launches": 0, "workspace": None,
         "output": y,
@@ -474,6 +473,7 @@ def inference_arguments(**changes: Any) -> list[Any]:
     return list((arguments | changes).values())
 
 
+@EMULATED
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -509,13 +509,58 @@ def inference_arguments(**changes: Any) -> list[Any]:
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
-    on_device = {k: v.to(DEVICES[0]) if isinstance(v, Tensor) else v for k, v in changes.items()}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**on_device))
+        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**changes))
 
 
+def train_arguments(**changes: Any) -> list[Any]:
+    x, w, z, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
+                  ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4), (2, 16, 4, 4)))  # fmt: skip
+    arguments = {
+        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": None, "running_var": None, "weight": None,
+        "bias": None, "residual": None, "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1,
+        "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64,
+        "block_n": 64, "launches": 0, "workspace": torch.zeros(64), "z": z, "output": y,
+        "mean": torch.zeros(16), "invstd": torch.zeros(16),
+    }  # fmt: skip
+    assert changes.keys() <= arguments.keys()
+    return list((arguments | changes).values())
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"z": torch.zeros(2, 16, 4, 4)}, "z must be dense in channels_last"),
+        ({"z": torch.zeros(2, 16, 4, 3).to(memory_format=NHWC)}, "z must have the shape of output"),
+        ({"mean": torch.zeros(16).half()}, "mean must be float32"),
+        ({"invstd": torch.zeros(15)}, "invstd must have one element per channel"),
+        ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
+        ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
+        ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
+        ({"block_n": 32}, "no tile of 64 x 32"),
+    ],
+)
+def test_bad_arguments_of_training_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resfuse_cuda.conv_train_forward(*train_arguments(**changes))
+
+
+@EMULATED
 def test_good_arguments_pass() -> None:
     torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments())
+    torch.ops.resfuse_cuda.conv_train_forward(*train_arguments())
+
+
+@DEVICE
+def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
+    """Which `unsupported_reasons` keeps from happening.  Nothing touches the 4 GB."""
+    storage = torch.UntypedStorage(2**32, device=device)
+    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
+    x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
+    w = torch.ones(1, 1, 1, 1, dtype=torch.float16, device=device)
+    with pytest.raises(RuntimeError, match=r"height exceeds 2\^31 - 1"):
+        cuda_conv.conv_forward(x, w, None, (2**20, 1), (0, 0), (1, 1), 1)
 
 
 def problem(shape: tuple[int, ...], weight: tuple[int, ...], verb: str = "conv_forward") -> Problem:
