@@ -75,7 +75,7 @@ def extension(name: str) -> Extension:
         [os.path.relpath(path, ROOT) for path in build.sources(name)],
         include_dirs=[str(build.csrc_dir())],
         library_dirs=bridge,
-        extra_compile_args=build.compile_flags(name, settings.debug),
+        extra_compile_args=build.compile_flags(name, settings.debug, settings.toolkit),
         extra_link_args=build.link_flags(),
         py_limited_api=True,
     )

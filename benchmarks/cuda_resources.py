@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -146,11 +147,22 @@ def defined_kernels(csrc: Path | None = None) -> set[str]:
 
 
 def split_name(demangled: str) -> tuple[str, str]:
-    """("conv_kernel", "<Bf16, true>") of "void resfuse::cuda::conv_kernel<resfuse::cuda::Bf16, true>(...)"."""
+    """("a_kernel", "<Bf16, 4>") of "void resfuse::cuda::a_kernel<resfuse::cuda::Bf16, 4>(...)"."""
     short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::)?|^void ", "", demangled)
+    short = re.sub(r"\((\w+)\)(\d+)", lambda value: _enumerator(value[1], int(value[2])), short)
     found = re.match(r"(\w+)(<(?:[^<>]|<[^<>]*>)*>)?", short)
     assert found is not None, demangled
     return found[1], found[2] or ""
+
+
+@functools.cache
+def _enumerator(enumeration: str, value: int) -> str:
+    """The name of "(Copies)0", from the sources; the text itself where it is none of theirs."""
+    definition = re.compile(rf"enum class {enumeration}\b[^{{]*{{([^}}]*)}}")
+    for path in (_build.csrc_dir() / "cuda").glob("*.cuh"):
+        if found := definition.search(path.read_text()):
+            return found[1].split(",")[value].strip()
+    return f"({enumeration}){value}"
 
 
 _TILE = re.compile(r"\bTile<[^<>]*>")

@@ -50,7 +50,7 @@ def _compile(
     with _build.build_environment(settings):
         folder = Path(build_directory or cpp_extension.get_default_build_root()) / f"{label}_torch{torch.__version__}"
         folder.mkdir(parents=True, exist_ok=True)
-        flags = _build.compile_flags(name, settings.debug)
+        flags = _build.compile_flags(name, settings.debug, settings.toolkit)
         bridge = _build.cudart_bridge(settings.toolkit, folder / "cudart") if settings.toolkit else []
         cpp_extension.load(
             label,

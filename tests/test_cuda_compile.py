@@ -41,13 +41,13 @@ def rows() -> list[Row]:
 
 
 def parameters(row: Row) -> list[str]:
-    """["Bf16", "Tile<128,64,2,2,3>", "true"] of "<Bf16,Tile<128,64,2,2,3>,true>"."""
-    return re.findall(r"[\w ]+(?:<[^<>]*>)?", row.variant[1:-1])
+    """["Bf16", "Tile<128,64,2,2,3>", "vectors"] of "<Bf16,Tile<128,64,2,2,3>,vectors>"."""
+    return re.findall(r"(?:[^,<>]|<[^<>]*>)+", row.variant[1:-1])
 
 
 def is_vectorised(row: Row) -> bool:
-    """Whether the variant is for 16-byte accesses: kVector of a convolution, more than one element of the others."""
-    return parameters(row)[-1] == "true" if row.kernel in CONVOLUTIONS else parameters(row)[-1] not in ("1", "false")
+    """Whether the variant is for accesses of 16 bytes: of several elements at a time."""
+    return parameters(row)[-1] not in ("1", "halves", "values")
 
 
 def objections(row: Row) -> list[str]:
@@ -72,8 +72,8 @@ def objections(row: Row) -> list[str]:
             found.append("no ldmatrix")
         if math == "Fp32" and row.fma_looped < 64:
             found.append(f"{row.fma_looped} multiply-adds in the main loop")
-        if is_vectorised(row) and row.copies_looped == 0:
-            found.append("no asynchronous copies in the main loop")
+        if (row.copies_looped > 0) != (parameters(row)[-1] != "values"):
+            found.append(f"{row.copies_looped} asynchronous copies in the main loop")
     elif row.warps < FEWEST_WARPS:
         found.append(f"{row.warps:.0f} % of the warps")
     if is_vectorised(row) and row.wide_loads == 0:
@@ -118,9 +118,9 @@ def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
 
 
 def test_names_are_taken_apart() -> None:
-    name = "a_kernel<resfuse::cuda::Bf16, resfuse::cuda::Tile<128, 64>, true>(T)"
+    name = "a_kernel<resfuse::cuda::Bf16, resfuse::cuda::Tile<128, 64>, (resfuse::cuda::Copies)0>(T)"
     name = f"void resfuse::cuda::(anonymous namespace)::{name}"
-    assert cuda_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, true>")
+    assert cuda_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, vectors>")
     assert cuda_resources.split_name("plain_kernel(int)") == ("plain_kernel", "")
 
 

@@ -41,7 +41,7 @@ ODD = {
     "1x1": Convolution((3, 40, 5, 9), 136, (1, 1)),
     "1x1_stride2": Convolution((3, 16, 9, 7), 40, (1, 1), (2, 2)),
     "dilated": Convolution((1, 16, 13, 11), 24, (3, 3), (1, 2), (2, 3), (2, 3)),
-    "asymmetric": Convolution((2, 8, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
+    "asymmetric": Convolution((2, 16, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
     "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
     "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
 }
@@ -217,6 +217,9 @@ def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str)
         Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # a row's first and last pixels all in the padding
         Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # a row is not one piece of memory
         Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
+        Convolution((2, 4, 21, 19), 24, (7, 7), (2, 2), (3, 3)),
+        Convolution((2, 12, 6, 9), 8, (3, 5), padding=(1, 3)),
+        Convolution((2, 8, 6, 9), 72, (3, 3), padding=(1, 1)),
         Convolution((2, 20, 7, 7), 9, (3, 3), padding=(1, 1)),
         Convolution((2, 12, 6, 5), 12, (3, 3), padding=(1, 1), groups=12),
         Convolution((2, 9, 6, 5), 27, (3, 3), (2, 2), (1, 1), groups=9),
@@ -225,15 +228,28 @@ def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str)
             (1, 16, 3, 3), 144, (3, 3), padding=(1, 1), groups=2
         ),  # of a group 8 channels, 72 filters: two tiles
     ],
-    ids=["stem", "wide_padding", "dilated_row", "flat", "twenty", "depthwise", "multiplied", "groups", "wide_groups"],
+    ids=[
+        "stem",
+        "wide_padding",
+        "dilated_row",
+        "flat",
+        "four",
+        "twelve",
+        "eight",
+        "twenty",
+        "depthwise",
+        "multiplied",
+        "groups",
+        "wide_groups",
+    ],
 )
-def test_scalar_copies_and_groups(conv: Convolution, training: bool, dtype: torch.dtype, device: str) -> None:
+def test_small_copies_and_groups(conv: Convolution, training: bool, dtype: torch.dtype, device: str) -> None:
     check(operands(conv, dtype, device, training, conv_bias=True))
 
 
-def misaligned(tensor: Tensor) -> Tensor:
-    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return torch.as_strided(room, tensor.shape, tensor.stride(), 1).copy_(tensor)
+def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
+    room = torch.zeros(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
+    return torch.as_strided(room, tensor.shape, tensor.stride(), elements).copy_(tensor)
 
 
 @DEVICE
@@ -242,7 +258,29 @@ def misaligned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["input", "conv_weight", "residual", "weight", "running_var"])
 def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
     given = operands(ODD["3x3"], dtype, device, training)
-    check(given.replace(**{name: misaligned(getattr(given, name))}))
+    for elements in (1, 2, 4):  # of 16-bit types the last are 8 bytes, of float32 the last but one
+        check(given.replace(**{name: misaligned(getattr(given, name), elements)}))
+
+
+@DEVICE
+@DTYPE
+@MODES
+def test_few_channels_are_padded(
+    training: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stem of a large batch, which is then read 8 bytes at a time."""
+    for conv in (Convolution((2, 3, 21, 19), 40, (7, 7), (2, 2), (3, 3)), Convolution((2, 1, 9, 9), 8, (5, 5))):
+        given = operands(conv, dtype, device, training, conv_bias=True)
+        given = given.replace(input=given.input.contiguous())
+        check(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_conv, "_PADDED_FROM", 0)
+            cuda_conv._plan.cache_clear()
+            check(given)
+            plan = cuda_conv._plan(given.input.shape, given.conv_weight.shape, conv.stride, conv.padding, (1, 1), 1,
+                                   training, dtype, given.input.device, None)  # fmt: skip
+        cuda_conv._plan.cache_clear()
+        assert plan.channels == (2 if dtype == torch.float32 and conv.input[1] == 1 else 4)
 
 
 @DEVICE
@@ -286,7 +324,7 @@ def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str
 
 @DEVICE
 @DTYPE
-@pytest.mark.parametrize("channels", [8, 3], ids=["copied_by_16_bytes", "by_value"])
+@pytest.mark.parametrize("channels", [16, 4, 3], ids=["by_16_bytes", "by_8_bytes", "by_value"])
 def test_nan_spreads_as_in_eager(channels: int, dtype: torch.dtype, device: str) -> None:
     """A pixel at the border reaches the outputs whose window has it, and none through padding or a ragged tile."""
     conv = Convolution((2, channels, 5, 6), 9, (3, 3), (2, 1), (1, 2))
@@ -422,12 +460,11 @@ def test_any_number_of_resident_blocks(resident: int) -> None:
 
 
 def inference_arguments(**changes: Any) -> list[Any]:
-    device = DEVICES[0]
-    x, w, y = (torch.zeros(shape, device=device).to(memory_format=NHWC) for shape in
+    x, w, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
                ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4)))  # fmt: skip
     arguments = {
-        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16, device=device),
-        "running_var": torch.ones(16, device=device), "weight": None, "bias": None, "residual": None, "relu": True,
+        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16),
+        "running_var": torch.ones(16), "weight": None, "bias": None, "residual": None, "relu": True,
         "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1,
         "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1, "launches": 0, "workspace": None,
         "output": y,
@@ -436,6 +473,7 @@ def inference_arguments(**changes: Any) -> list[Any]:
     return list((arguments | changes).values())
 
 
+@EMULATED
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -471,13 +509,58 @@ def inference_arguments(**changes: Any) -> list[Any]:
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
-    on_device = {k: v.to(DEVICES[0]) if isinstance(v, Tensor) else v for k, v in changes.items()}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**on_device))
+        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**changes))
 
 
+def train_arguments(**changes: Any) -> list[Any]:
+    x, w, z, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
+                  ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4), (2, 16, 4, 4)))  # fmt: skip
+    arguments = {
+        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": None, "running_var": None, "weight": None,
+        "bias": None, "residual": None, "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1,
+        "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64,
+        "block_n": 64, "launches": 0, "workspace": torch.zeros(64), "z": z, "output": y,
+        "mean": torch.zeros(16), "invstd": torch.zeros(16),
+    }  # fmt: skip
+    assert changes.keys() <= arguments.keys()
+    return list((arguments | changes).values())
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"z": torch.zeros(2, 16, 4, 4)}, "z must be dense in channels_last"),
+        ({"z": torch.zeros(2, 16, 4, 3).to(memory_format=NHWC)}, "z must have the shape of output"),
+        ({"mean": torch.zeros(16).half()}, "mean must be float32"),
+        ({"invstd": torch.zeros(15)}, "invstd must have one element per channel"),
+        ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
+        ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
+        ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
+        ({"block_n": 32}, "no tile of 64 x 32"),
+    ],
+)
+def test_bad_arguments_of_training_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resfuse_cuda.conv_train_forward(*train_arguments(**changes))
+
+
+@EMULATED
 def test_good_arguments_pass() -> None:
     torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments())
+    torch.ops.resfuse_cuda.conv_train_forward(*train_arguments())
+
+
+@DEVICE
+def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
+    """Which `unsupported_reasons` keeps from happening.  Nothing touches the 4 GB."""
+    storage = torch.UntypedStorage(2**32, device=device)
+    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
+    x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
+    w = torch.ones(1, 1, 1, 1, dtype=torch.float16, device=device)
+    with pytest.raises(RuntimeError, match=r"height exceeds 2\^31 - 1"):
+        cuda_conv.conv_forward(x, w, None, (2**20, 1), (0, 0), (1, 1), 1)
 
 
 def problem(shape: tuple[int, ...], weight: tuple[int, ...], verb: str = "conv_forward") -> Problem:

@@ -1,4 +1,4 @@
-// cp.async: 16 bytes from global to shared memory, without a detour through registers and without waiting (sm_80).
+// cp.async: from global to shared memory, without a detour through registers and without waiting (sm_80).
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -10,15 +10,24 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 #endif
 
-// Both addresses are multiples of 16.  Without `valid` it writes zeros and reads nothing, so `from` may be anywhere.
+// 16 bytes or 8, to and from multiples of as many.  Without `valid` it writes zeros and reads nothing, so `from` may
+// point outside of everything.
+template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+  static_assert(kBytes == 8 || kBytes == 16);
 #ifdef RESFUSE_CUDA_EMULATOR
-  emu::cp_async(to, from, 16, valid ? 16 : 0);
+  emu::cp_async(to, from, kBytes, valid ? kBytes : 0);
 #else
-  // .cg passes L1 by; the hint has L2 fetch the other half of a 128-byte line, which the next step of K wants.
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    // .cg passes L1 by; the hint has L2 fetch the other half of a 128-byte line, which the next step of K wants.
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 8 : 0)
+                 : "memory");
+  }
 #endif
 }
 

@@ -39,7 +39,7 @@ __device__ __forceinline__ void rasterize(const ConvGeometry& conv, unsigned blo
 // of the splits.
 //
 // Reads input, weight and residual, writes output: itemsize (N H W C + K R S C / groups + 2 M K) bytes at best.
-template <class Math, class T, bool kVector>
+template <class Math, class T, Copies kCopies>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
     conv_inference_kernel(const ConvGeometry conv, const ConvInference bn, const Output<typename Math::Element> out,
                           const Phase phase) {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
   Accumulators<T> acc;
   if (phase != Phase::second) {
     const auto share = [&](int which) { return static_cast<int>(static_cast<int64_t>(conv.steps) * which / splits); };
-    convolve<Math, T, kVector>(acc, conv, tile, share(split), share(split + 1), shared.slots);
+    convolve<Math, T, kCopies>(acc, conv, tile, share(split), share(split + 1), shared.slots);
     if (splits > 1)
       for_each_run<T>(acc, [&](int slab, int r, int, int, const float (&values)[kRun]) {
         float4* to = partial + (split * kPieces + slab * kSlabRows<T> + r) * 2 * T::kThreads;
@@ -120,7 +120,7 @@ struct ConvTraining {
 // z is never read again.  The first part writes mean, invstd and the running statistics.
 //
 // Reads input, weight and residual, writes z and output: itemsize (N H W C + K R S C / groups + 3 M K) bytes at best.
-template <class Math, class T, bool kVector>
+template <class Math, class T, Copies kCopies>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
     conv_training_kernel(const ConvGeometry conv, const ConvTraining bn, const Output<typename Math::Element> out,
                          const TrainPlan plan, const Phase phase) {
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
     Moments moments;
     for (int t = 0; t < tiles; ++t) {
       tile.first_pixel = static_cast<int64_t>(first_tile + t) * T::kBlockM;
-      convolve<Math, T, kVector>(acc, conv, tile, 0, conv.steps, shared.slots);
+      convolve<Math, T, kCopies>(acc, conv, tile, 0, conv.steps, shared.slots);
       const int rows = static_cast<int>(min(conv.pixels - tile.first_pixel, int64_t{T::kBlockM}));
       for_each_run<T>(acc, [&](int, int, int row, int first, float (&values)[kRun]) {
 #pragma unroll

@@ -9,35 +9,40 @@ namespace resfuse::cuda {
 
 // The tiles, by the names (block_m, block_n) that ConvConfig asks for.  Multiply-add on the ordinary cores keeps more
 // in registers than an mma, so there the large tiles have more threads, or fewer blocks per processor.  Where values
-// are not copied 16 bytes at a time there is one tile: loading takes the time.
+// are not copied 16 bytes at a time the kind of copy decides, whatever was asked for: loading takes the time there.
 template <class Math>
 struct Tiles {
   using Of128x128 = std::conditional_t<Math::kTensorCores, Tile<128, 128, 2, 2, 2>, Tile<128, 128, 2, 4, 1>>;
   using Of128x64 = std::conditional_t<Math::kTensorCores, Tile<128, 64, 2, 2, 3>, Tile<128, 64, 2, 2, 2>>;
   using Of64x64 = Tile<64, 64, 2, 2, 4>;
   using Of32x64 = Tile<32, 64, 2, 2, 4>;
+  using OfHalves = Of128x64;
+  using OfValues = Of64x64;
 };
 
-// Whether input and weight can be copied 16 bytes at a time.
-inline bool copies_vectors(const Convolution& conv, const void* input, const void* weight) {
-  const int64_t chunk = conv.dtype == DType::float32 ? 4 : 8;
-  return conv.channels / conv.groups % chunk == 0 && aligned(input, weight);
+// Whether a filter row is one tap: its pixels lie side by side in memory, and have few channels.
+inline bool packs_rows(const Convolution& conv) {
+  return conv.groups == 1 && conv.channels < 16 && conv.kernel_w > 1 && conv.dilation_w == 1;
 }
 
-// Whether a filter row is one tap: few channels, and the row's pixels lie side by side in memory.
-inline bool packs_rows(const Convolution& conv) {
-  return conv.groups == 1 && conv.channels < 16 && conv.dilation_w == 1;
+inline Copies copies_of(const Convolution& conv, const void* input, const void* weight) {
+  const int64_t bytes = conv.channels / conv.groups * (conv.dtype == DType::float32 ? 4 : 2);
+  const auto multiples_of = [&](int64_t size) {
+    return (bytes | reinterpret_cast<intptr_t>(input) | reinterpret_cast<intptr_t>(weight)) % size == 0;
+  };
+  if (multiples_of(16) && !packs_rows(conv)) return Copies::vectors;
+  return multiples_of(8) ? Copies::halves : Copies::values;
 }
 
 template <class T>
-ConvGeometry geometry(const Convolution& conv, const void* input, const void* weight, bool vectors) {
+ConvGeometry geometry(const Convolution& conv, const void* input, const void* weight, Copies copies) {
   const auto narrow = [](int64_t value, const char* what) {
     if (value > INT_MAX) throw std::runtime_error(std::string("convolution: ") + what + " exceeds 2^31 - 1");
     return static_cast<int>(value);
   };
   const auto tiles = [](int64_t size, int block) { return (size + block - 1) / block; };
   narrow(conv.out_height * conv.out_width + T::kBlockM, "the number of an image's pixels");
-  const bool row = !vectors && packs_rows(conv);
+  const bool row = copies != Copies::vectors && packs_rows(conv);
   const int64_t group_channels = conv.channels / conv.groups, group_filters = conv.filters / conv.groups;
   const int64_t run = (row ? conv.kernel_w : 1) * group_channels;
   ConvGeometry g{};
@@ -98,9 +103,9 @@ void in_phases(int requested, bool resident, const Kernel& launch_phase) {
   launch_phase(Phase::second, false);
 }
 
-template <class Math, class T, bool kVector>
+template <class Math, class T, Copies kCopies>
 void launch_inference(const ConvInferenceForward& args, void* stream) {
-  const ConvGeometry conv = geometry<T>(args.conv, args.input, args.weight, kVector);
+  const ConvGeometry conv = geometry<T>(args.conv, args.input, args.weight, kCopies);
   const int splits = std::clamp(args.config.splits, 1, std::max(1, conv.steps));
   const ConvInference bn{args.conv_bias,
                          args.running_mean,
@@ -110,7 +115,7 @@ void launch_inference(const ConvInferenceForward& args, void* stream) {
                          static_cast<float>(args.eps),
                          static_cast<float*>(args.workspace)};
   const auto out = output_of<typename Math::Element>(args.conv, args.residual, args.output, nullptr, args.relu);
-  auto* kernel = conv_inference_kernel<Math, T, kVector>;
+  auto* kernel = conv_inference_kernel<Math, T, kCopies>;
   const dim3 grid(conv.tiles_m * conv.tiles_n, splits);
   const auto run = [&](Phase phase, bool cooperative) {
     launch(kernel, grid, dim3(T::kThreads), sizeof(ConvShared<T>), stream, cooperative, conv, bn, out, phase);
@@ -122,9 +127,9 @@ void launch_inference(const ConvInferenceForward& args, void* stream) {
             blocks <= resident_blocks(kernel, T::kThreads, sizeof(ConvShared<T>)) && can_cooperate(), run);
 }
 
-template <class Math, class T, bool kVector>
+template <class Math, class T, Copies kCopies>
 void launch_train(const ConvTrainForward& args, void* stream) {
-  const ConvGeometry conv = geometry<T>(args.conv, args.input, args.weight, kVector);
+  const ConvGeometry conv = geometry<T>(args.conv, args.input, args.weight, kCopies);
   const ConvTraining bn{args.conv_bias,
                         args.running_mean,
                         args.running_var,
@@ -137,7 +142,7 @@ void launch_train(const ConvTrainForward& args, void* stream) {
                         args.z,
                         static_cast<float*>(args.workspace)};
   const auto out = output_of<typename Math::Element>(args.conv, args.residual, args.output, args.z, args.relu);
-  auto* kernel = conv_training_kernel<Math, T, kVector>;
+  auto* kernel = conv_training_kernel<Math, T, kCopies>;
   // As many blocks as are resident, the same in both forms, so that both give the same bits.
   const int resident = resident_blocks(kernel, T::kThreads, sizeof(ConvShared<T>));
   const int columns = std::max(1, resident / conv.tiles_n);
@@ -151,30 +156,34 @@ void launch_train(const ConvTrainForward& args, void* stream) {
             });
 }
 
-// Calls run(tile, vectors), both of which carry compile-time constants.
+// Calls run(tile, copies), both of which carry compile-time constants.
 template <class Math, class Run>
-void with_tile(const ConvConfig& config, bool vectors, const Run& run) {
+void with_tile(const ConvConfig& config, Copies copies, const Run& run) {
   const auto is = [&](int m, int n) { return config.block_m == m && config.block_n == n; };
-  if (!vectors) return run(typename Tiles<Math>::Of64x64{}, std::false_type{});
-  if (is(128, 128)) return run(typename Tiles<Math>::Of128x128{}, std::true_type{});
-  if (is(128, 64)) return run(typename Tiles<Math>::Of128x64{}, std::true_type{});
-  if (is(64, 64)) return run(typename Tiles<Math>::Of64x64{}, std::true_type{});
-  if (is(32, 64)) return run(typename Tiles<Math>::Of32x64{}, std::true_type{});
-  throw std::runtime_error("convolution: there is no tile of " + std::to_string(config.block_m) + " x " +
-                           std::to_string(config.block_n));
+  constexpr std::integral_constant<Copies, Copies::vectors> vectors;
+  if (!is(128, 128) && !is(128, 64) && !is(64, 64) && !is(32, 64))
+    throw std::runtime_error("convolution: there is no tile of " + std::to_string(config.block_m) + " x " +
+                             std::to_string(config.block_n));
+  if (copies == Copies::halves)
+    return run(typename Tiles<Math>::OfHalves{}, std::integral_constant<Copies, Copies::halves>{});
+  if (copies == Copies::values)
+    return run(typename Tiles<Math>::OfValues{}, std::integral_constant<Copies, Copies::values>{});
+  if (is(128, 128)) return run(typename Tiles<Math>::Of128x128{}, vectors);
+  if (is(128, 64)) return run(typename Tiles<Math>::Of128x64{}, vectors);
+  if (is(64, 64)) return run(typename Tiles<Math>::Of64x64{}, vectors);
+  return run(typename Tiles<Math>::Of32x64{}, vectors);
 }
 
 template <class Math>
 void conv_inference(const ConvInferenceForward& args, void* stream) {
-  with_tile<Math>(args.config, copies_vectors(args.conv, args.input, args.weight), [&](auto tile, auto vectors) {
-    launch_inference<Math, decltype(tile), vectors.value>(args, stream);
-  });
+  with_tile<Math>(args.config, copies_of(args.conv, args.input, args.weight),
+                  [&](auto tile, auto copies) { launch_inference<Math, decltype(tile), copies.value>(args, stream); });
 }
 
 template <class Math>
 void conv_train(const ConvTrainForward& args, void* stream) {
-  with_tile<Math>(args.config, copies_vectors(args.conv, args.input, args.weight),
-                  [&](auto tile, auto vectors) { launch_train<Math, decltype(tile), vectors.value>(args, stream); });
+  with_tile<Math>(args.config, copies_of(args.conv, args.input, args.weight),
+                  [&](auto tile, auto copies) { launch_train<Math, decltype(tile), copies.value>(args, stream); });
 }
 
 }  // namespace resfuse::cuda

@@ -69,16 +69,23 @@ __device__ __forceinline__ TileIndex tile_index(const ConvGeometry& conv, int ti
           tile_n % conv.group_tiles_n * T::kBlockN};
 }
 
+// How operands get to shared memory.
+enum class Copies {
+  vectors,  // by cp.async, 16 bytes at a time: a tap's values are a multiple of that and so are all addresses
+  halves,   // by cp.async, 8 bytes at a time: the same for 8
+  values    // one by one through registers, from memory of any alignment
+};
+
 // Fills slots, one step of K after the other.  A thread always copies the same chunk of rows kRowsPerPass apart.
 //
-// kVector: 16 bytes at a time by cp.async; `run` is a multiple of 16 bytes and so are all addresses.  Otherwise value
-// by value through registers, from memory of any alignment; there a filter row can count as one tap of kernel_w pixels
-// side by side (the 7x7 stem on 3 channels: 7 steps of 21 values, not 49 of 3).
-template <class Math, class T, bool kVector>
+// Unless copied in vectors a filter row can count as one tap, of kernel_w pixels side by side: on 4 channels the 7x7
+// stem then has 7 steps of 28 values, not 49 of 4.
+template <class Math, class T, Copies kCopies>
 struct Loader {
   using Element = typename Math::Element;
   using Bits = std::conditional_t<sizeof(Element) == 2, uint16_t, uint32_t>;
   static constexpr int kSize = sizeof(Element), kChunk = 16 / kSize, kStep = 4 * kChunk;
+  static constexpr int kPassBytes = T::kRowsPerPass * T::kRowBytes;
 
   const ConvGeometry& conv;
   const unsigned char *input[T::kPassesA], *weight;  // at the first tap's first channel of this thread's chunk
@@ -136,7 +143,8 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < T::kPassesA; ++i) {
       const bool line = static_cast<unsigned>(y[i] + dy) < static_cast<unsigned>(conv.height);
-      const bool column = !kVector || static_cast<unsigned>(x[i] + dx) < static_cast<unsigned>(conv.width);
+      const bool column =
+          kCopies != Copies::vectors || static_cast<unsigned>(x[i] + dx) < static_cast<unsigned>(conv.width);
       input_valid |= unsigned{line && column} << i;
     }
   }
@@ -154,46 +162,51 @@ struct Loader {
   }
 
   __device__ __forceinline__ void fill(unsigned char* slot) {
-    unsigned char* to = slot + slot_offset;
-    if constexpr (kVector) {
+    unsigned char* to_input = slot + slot_offset;
+    unsigned char* to_weight = to_input + T::kBlockM * T::kRowBytes;
+    if constexpr (kCopies == Copies::vectors) {
       const bool inside = c + chunk < conv.run;
 #pragma unroll
       for (int i = 0; i < T::kPassesA; ++i)
-        copy_async(to + i * T::kRowsPerPass * T::kRowBytes, input[i] + input_step, inside && (input_valid >> i & 1));
+        copy_async<16>(to_input + i * kPassBytes, input[i] + input_step, inside && (input_valid >> i & 1));
 #pragma unroll
       for (int i = 0; i < T::kPassesB; ++i)
-        copy_async(to + (T::kBlockM + i * T::kRowsPerPass) * T::kRowBytes, weight + weight_step + i * weight_pass,
-                   inside && (weight_valid >> i & 1));
+        copy_async<16>(to_weight + i * kPassBytes, weight + weight_step + i * weight_pass,
+                       inside && (weight_valid >> i & 1));
     } else {
       const int dx = s * conv.dilation_w;
 #pragma unroll
       for (int i = 0; i < T::kPassesA; ++i) {
         // Of the run's pixels, those within the line.
         const int first = max(0, -(x[i] + dx)), last = min(conv.span, max(0, conv.width - (x[i] + dx)));
-        copy_values(to + i * T::kRowsPerPass * T::kRowBytes, input[i] + input_step, first * conv.group_channels,
-                    input_valid >> i & 1 ? last * conv.group_channels : 0);
+        copy_chunk(to_input + i * kPassBytes, input[i] + input_step, first * conv.group_channels,
+                   input_valid >> i & 1 ? last * conv.group_channels : 0);
       }
 #pragma unroll
       for (int i = 0; i < T::kPassesB; ++i)
-        copy_values(to + (T::kBlockM + i * T::kRowsPerPass) * T::kRowBytes, weight + weight_step + i * weight_pass, 0,
-                    weight_valid >> i & 1 ? conv.run : 0);
+        copy_chunk(to_weight + i * kPassBytes, weight + weight_step + i * weight_pass, 0,
+                   weight_valid >> i & 1 ? conv.run : 0);
     }
   }
 
   // A chunk of the run's values, zeros for those not in [first, last).
-  __device__ __forceinline__ void copy_values(unsigned char* to, const unsigned char* from, int first, int last) {
-    const Bits* bits = reinterpret_cast<const Bits*>(from);
-    uint32_t words[4];
+  __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int first, int last) {
+    const auto inside = [&](int k) { return c + chunk + k >= first && c + chunk + k < last; };
+    if constexpr (kCopies == Copies::halves) {
+      copy_async<8>(to, from, inside(0));
+      copy_async<8>(to + 8, from + 8, inside(kChunk / 2));
+    } else {
+      const Bits* bits = reinterpret_cast<const Bits*>(from);
+      uint32_t words[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      words[w] = 0;
+      for (int w = 0; w < 4; ++w) {
+        words[w] = 0;
 #pragma unroll
-      for (int k = w * kChunk / 4; k < (w + 1) * kChunk / 4; ++k) {
-        const int at = c + chunk + k;
-        if (at >= first && at < last) words[w] |= uint32_t{bits[k]} << (k * sizeof(Bits) * 8 % 32);
+        for (int k = w * kChunk / 4; k < (w + 1) * kChunk / 4; ++k)
+          if (inside(k)) words[w] |= uint32_t{bits[k]} << (k * sizeof(Bits) * 8 % 32);
       }
+      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 };
 
@@ -263,10 +276,10 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
 
 // acc = the products of steps [first, last) of the tile.  `slots` is kStages * kSlotBytes of shared memory, free for
 // use.
-template <class Math, class T, bool kVector>
+template <class Math, class T, Copies kCopies>
 __device__ __forceinline__ void convolve(Accumulators<T>& acc, const ConvGeometry& conv, const TileIndex& tile,
                                          int first, int last, unsigned char* slots) {
-  Loader<Math, T, kVector> loader(conv, tile);
+  Loader<Math, T, kCopies> loader(conv, tile);
   loader.seek(first);
   int ahead = first, reading = 0, filling = 0;  // the two latter: offsets of slots
   const auto fill_next = [&] {

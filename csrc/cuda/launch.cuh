@@ -30,6 +30,7 @@ inline std::string kernel_name(const void* kernel) {
   char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   std::string name = demangled == nullptr ? mangled : demangled;
   std::free(demangled);
+  if (name.rfind("void ", 0) == 0) name.erase(0, 5);  // of templates the type of the result is part of the name
   const std::string unnamed = "(anonymous namespace)::";
   for (size_t at = name.find(unnamed); at != std::string::npos; at = name.find(unnamed)) name.erase(at, unnamed.size());
   int depth = 0;

@@ -57,7 +57,7 @@ struct Elements {
     if constexpr (kLast) {
       __stcs(reinterpret_cast<Word*>(to), word);
     } else {
-      *reinterpret_cast<Word*>(to) = word;
+      __stcg(reinterpret_cast<Word*>(to), word);  // an assignment becomes four stores of 4 bytes
     }
   }
 

@@ -137,7 +137,7 @@ def bn_act_forward(
         assert means is not None and variances is not None
         _bn_apply(input, residual, means, variances, weight, bias, relu, True, eps, output)
         return output, None, None
-    mean, invstd = _empty_vector(input), _empty_vector(input)
+    mean, invstd = _two_vectors(input)
     _bn_train_forward(
         input, residual, means, variances, weight, bias, relu, momentum, eps, output, mean, invstd,
         _workspace(input), _launches,
@@ -163,7 +163,7 @@ def bn_act_backward(
     input = dense(input)
     grad_input = torch.empty_like(input) if needs_input_grad else None
     grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
-    sum_g, sum_g_xhat = _empty_vector(input), _empty_vector(input)
+    sum_g, sum_g_xhat = _two_vectors(input)
     _bn_backward(
         _laid_out_as(input, grad_output), input, _laid_out_as(input, output), _vector(weight, input),
         _vector(mean, input), _vector(invstd, input), training, grad_input, grad_residual, sum_g, sum_g_xhat,
@@ -177,7 +177,7 @@ def bn_act_backward(
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, M2) per channel."""
     input = dense(input)
-    mean, m2 = _empty_vector(input), _empty_vector(input)
+    mean, m2 = _two_vectors(input)
     _bn_statistics(input, mean, m2, _workspace(input), _launches)
     return mean, m2
 
@@ -259,8 +259,10 @@ def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
     return vector.contiguous()
 
 
-def _empty_vector(input: Tensor) -> Tensor:
-    return torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 values per channel, to be computed."""
+    first = torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+    return first, torch.empty_like(first)
 
 
 _workspace_sizes: dict[tuple[torch.device, int], int] = {}

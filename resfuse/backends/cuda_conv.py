@@ -23,8 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VERBS = ("conv_bn_act_forward", "conv_forward", "conv_backward")
 
 Pair = tuple[int, int]
-Geometry = tuple[Pair, Pair, Pair, int]
-"""stride, padding, dilation, groups."""
 
 # Implementations are in csrc/bindings_cuda_conv.cpp.  `launches` 0 is one wherever its blocks are all resident.
 _LIBRARY = torch.library.Library("resfuse_cuda", "FRAGMENT")
@@ -63,16 +61,22 @@ class ConvConfig(NamedTuple):
 
 
 TILES = ((128, 128), (128, 64), (64, 64), (32, 64))
-"""Those of csrc/cuda/conv_launch.cuh.  Where channels or addresses do not fit 16-byte copies it is always (64, 64)."""
+"""Those of csrc/cuda/conv_launch.cuh, which has its own where channels or addresses do not fit 16-byte copies."""
 
 # What part of its peak a tile's main loop should reach: of 128 x 128 an mma takes 2.5 instructions, of 32 x 64 12, and
 # a byte from L2 serves the fewer products the smaller the tile.  Estimates, not measured.
 _EFFICIENCY = {(128, 128): 1.0, (128, 64): 0.85, (64, 64): 0.65, (32, 64): 0.45}
-_SMALLEST_M = 32
+_SMALLEST_M, _SMALLEST_N = 32, 64
 _STEPS_PER_SPLIT = 8
 _MOST_SPLITS = 16
 _MOST_BLOCKS_PER_PROCESSOR = 16  # of 128 threads
-_LARGEST_N = 128
+_LARGEST_BLOCK = 128
+# Channels of a tap from which on the kernels take the taps one by one; of fewer, a filter row at a time.
+_MANY_CHANNELS = 16
+_COPIED_BYTES = 8
+# Output pixels from which on channels are padded to _COPIED_BYTES.  It costs four small launches and saves, for the 7x7
+# stem in bfloat16, three quarters of the loads of a kernel that loads most of its time.  An estimate, not measured.
+_PADDED_FROM = 1 << 16
 _INT32 = 2**31 - 1
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("resfuse_cuda_conv_config", default=None)
@@ -92,20 +96,18 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     """What of a convolution's shape the kernels can not do; dtype and device are the backend's to judge."""
     if problem.conv is None or problem.verb == "conv_backward":  # which is torch's own
         return []
-    weight_shape, stride, padding, dilation, _ = problem.conv
+    weight_shape, stride, padding, dilation, groups = problem.conv
     if len(problem.shape) != 4 or len(weight_shape) != 4:
         return [f"cuda convolves (N, C, H, W) tensors, not shape {tuple(problem.shape)}"]
     n, k, oh, ow = conv_output_shape(problem.shape, weight_shape, stride, padding, dilation)
     reasons = []
-    # The smallest tile makes the most blocks, of which a grid takes 2^31 - 1; 2^12 leaves room for ragged groups.
-    if n * oh * ow // _SMALLEST_M * k > _INT32 << 12:
+    if _ceil_div(n * oh * ow, _SMALLEST_M) * groups * _ceil_div(k // groups, _SMALLEST_N) > _INT32:
         reasons.append("cuda counts the tiles of a convolution in 31 bits")
-    if oh * ow > _INT32 - 128 or max(*problem.shape, *weight_shape) > _INT32:
+    if oh * ow > _INT32 - _LARGEST_BLOCK or max(*problem.shape, *weight_shape) > _INT32:
         reasons.append("cuda counts the pixels of an image, and every dimension, in 31 bits")
     return reasons
 
 
-@functools.lru_cache(maxsize=4096)
 def heuristic_config(pixels: int, filters: int, depth: int, groups: int, training: bool, processors: int) -> ConvConfig:
     """The tile with the shortest estimated time: the products of the busiest multiprocessor, by the tile's efficiency.
 
@@ -151,27 +153,29 @@ def conv_bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None without `training`."""
     memory_format = conv_memory_format(input, conv_weight)
-    geometry = stride, padding, dilation, groups
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    plan = _plan(
+        input.shape, conv_weight.shape, stride, padding, dilation, groups, training, input.dtype, input.device,
+        _forced.get(),
+    )  # fmt: skip
+    x, w = _operands(input, conv_weight, plan)
     residual = None if residual is None else _channels_last(residual)
-    affine = _vector(weight, input), _vector(bias, input)
-    running = _vector(running_mean, input), _vector(running_var, input)
+    means, variances = _vector(running_mean, input), _vector(running_var, input)
+    vectors = _vector(conv_bias, input), means, variances, _vector(weight, input), _vector(bias, input)
+    output = residual if overwrite_residual and residual is not None and not training else _output(x, plan)
     if not training:
-        output = residual if overwrite_residual and residual is not None else _output(x, w, geometry)
-        _inference(x, w, conv_bias, running, affine, residual, relu, eps, geometry, output)
+        _conv_inference_forward(
+            x, w, *vectors, residual, relu, eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
+            output,
+        )  # fmt: skip
         return output.contiguous(memory_format=memory_format), None, None, None
-    output = _output(x, w, geometry)
     z = torch.empty_like(output)
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    config = _config(x, w, output, groups, training=True)
-    parts = min(_ceil_div(output.numel() // output.shape[1], _SMALLEST_M) * output.shape[1],
-                max(output.shape[1], _processors(x.device) * _MOST_BLOCKS_PER_PROCESSOR * _LARGEST_N))  # fmt: skip
+    block_m, block_n, _, launches = plan.config
     _conv_train_forward(
-        x, w, _vector(conv_bias, input), *running, *affine, residual, relu, momentum, eps, *stride, *padding, *dilation,
-        groups, _uses_tf32(x), config.block_m, config.block_n, config.launches,
-        torch.empty(2 * parts, dtype=torch.float32, device=x.device), z, output, mean, invstd,
+        x, w, *vectors, residual, relu, momentum, eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
+        _workspace(x, plan), z, output, mean, invstd,
     )  # fmt: skip
-    for statistic, updated in zip((running_mean, running_var), running, strict=True):
+    for statistic, updated in ((running_mean, means), (running_var, variances)):
         if statistic is not None and updated is not None and updated is not statistic:
             statistic.copy_(updated)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
@@ -187,10 +191,16 @@ def conv_forward(
     groups: int,
 ) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
-    geometry = stride, padding, dilation, groups
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
-    output = _output(x, w, geometry)
-    _inference(x, w, conv_bias, (None, None), (None, None), None, False, 0.0, geometry, output)
+    plan = _plan(
+        input.shape, conv_weight.shape, stride, padding, dilation, groups, False, input.dtype, input.device,
+        _forced.get(),
+    )  # fmt: skip
+    x, w = _operands(input, conv_weight, plan)
+    output = _output(x, plan)
+    _conv_inference_forward(
+        x, w, _vector(conv_bias, input), None, None, None, None, None, False, 0.0, *plan.geometry, _uses_tf32(x),
+        *plan.config, _workspace(x, plan), output,
+    )  # fmt: skip
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
@@ -198,40 +208,40 @@ conv_backward = reference.conv_backward
 """torch's own: cuDNN's on a GPU.  What is fused of backward is in front of it, in bn_act_backward."""
 
 
-def _inference(
-    x: Tensor,
-    w: Tensor,
-    conv_bias: Tensor | None,
-    running: tuple[Tensor | None, Tensor | None],
-    affine: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    relu: bool,
-    eps: float,
-    geometry: Geometry,
-    output: Tensor,
-) -> None:
-    stride, padding, dilation, groups = geometry
-    config = _config(x, w, output, groups, training=False)
-    workspace = None
-    if config.splits > 1:
-        tiles = _ceil_div(output.numel() // output.shape[1], config.block_m)
-        tiles *= groups * _ceil_div(output.shape[1] // groups, config.block_n)
-        size = tiles * config.splits * config.block_m * config.block_n
-        workspace = torch.empty(size, dtype=torch.float32, device=x.device)
-    _conv_inference_forward(
-        x, w, _vector(conv_bias, x), *running, *affine, residual, relu, eps, *stride, *padding, *dilation, groups,
-        _uses_tf32(x), *config, workspace, output,
-    )  # fmt: skip
+class _Plan(NamedTuple):
+    """What follows from the shapes alone, worked out once per problem."""
+
+    output: tuple[int, int, int, int]
+    channels: int
+    """Of the input that the kernels read, with padding."""
+    geometry: tuple[int, ...]
+    """The operators' arguments from stride_h to groups."""
+    config: ConvConfig
+    workspace: int
+    """Float32 values, or 0."""
 
 
-def _config(x: Tensor, w: Tensor, output: Tensor, groups: int, training: bool) -> ConvConfig:
-    forced = _forced.get()
-    if forced is not None:
-        return forced
-    n, k, oh, ow = output.shape
-    channels = 64 // x.element_size()
-    depth = w.shape[2] * w.shape[3] * _ceil_div(w.shape[1], channels)
-    return heuristic_config(n * oh * ow, k // groups, depth, groups, training, _processors(x.device))
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    input_shape: torch.Size, weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int,
+    training: bool, dtype: torch.dtype, device: torch.device, forced: ConvConfig | None,
+) -> _Plan:  # fmt: skip
+    output = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
+    pixels, filters = output[0] * output[2] * output[3], output[1]
+    channels = input_shape[1]
+    multiple = _COPIED_BYTES // dtype.itemsize
+    if groups == 1 and channels < _MANY_CHANNELS and weight_shape[3] > 1 and pixels >= _PADDED_FROM:
+        channels = _rounded_up(channels, multiple)
+    depth = weight_shape[2] * weight_shape[3] * _ceil_div(channels // groups, 64 // dtype.itemsize)
+    config = forced or heuristic_config(pixels, filters // groups, depth, groups, training, _processors(device))
+    if training:  # a mean and an M2 of each channel for each block that works on it
+        resident = _processors(device) * _MOST_BLOCKS_PER_PROCESSOR
+        parts = min(_ceil_div(pixels, _SMALLEST_M) * filters, max(filters, resident * _LARGEST_BLOCK))
+        workspace = 2 * parts
+    else:
+        rows, columns = _rounded_up(pixels, _LARGEST_BLOCK), groups * _rounded_up(filters // groups, _LARGEST_BLOCK)
+        workspace = config.splits * rows * columns if config.splits > 1 else 0
+    return _Plan(output, channels, (*stride, *padding, *dilation, groups), config, workspace)
 
 
 @functools.cache
@@ -246,19 +256,35 @@ def _uses_tf32(x: Tensor) -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _output(x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
-    shape = conv_output_shape(x.shape, w.shape, *geometry[:3])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _output(x: Tensor, plan: _Plan) -> Tensor:
+    return torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _workspace(x: Tensor, plan: _Plan) -> Tensor | None:
+    return torch.empty(plan.workspace, dtype=torch.float32, device=x.device) if plan.workspace else None
+
+
+def _operands(input: Tensor, conv_weight: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Input and weight as the kernels read them: in NHWC memory and in the input's dtype.
+
+    Few channels that do not fill the smallest copy, such as an image's three, are padded with zeros where that pays.
+    """
+    if plan.channels != input.shape[1]:
+        return _padded(input, plan.channels, input.dtype), _padded(conv_weight, plan.channels, input.dtype)
+    if conv_weight.dtype != input.dtype:  # inference under autocast
+        conv_weight = conv_weight.to(input.dtype)
+    return _channels_last(input), _channels_last(conv_weight)
+
+
+def _padded(tensor: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    n, c, h, w = tensor.shape
+    padded = torch.empty((n, channels, h, w), dtype=dtype, device=tensor.device, memory_format=torch.channels_last)
+    padded.zero_()[:, :c].copy_(tensor)
+    return padded
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _weight_for(conv_weight: Tensor, input: Tensor) -> Tensor:
-    if conv_weight.dtype != input.dtype:  # inference under autocast
-        return conv_weight.to(input.dtype, memory_format=torch.channels_last)
-    return _channels_last(conv_weight)
 
 
 def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
@@ -272,3 +298,7 @@ def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return _ceil_div(value, multiple) * multiple

@@ -48,7 +48,7 @@ class Variant:
 
 
 # Checks that cost little: runtime/checks.cpp makes them errors of the launch.
-PLAIN = Variant("plain", ("-O2", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"))
+PLAIN = Variant("plain", ("-O1", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"))
 UCONTEXT = dataclasses.replace(PLAIN, name="ucontext", runtime=("-DEMU_UCONTEXT",))
 ASAN = Variant(
     "asan",
@@ -81,28 +81,29 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def library(variant: Variant = PLAIN, csrc: Path = CSRC, only: Collection[str] | None = None) -> Path:
+def library(variant: Variant = PLAIN, changed: Path | None = None, files: Collection[str] = ()) -> Path:
     """The library that registers torch.ops.resfuse_cuda.* for CPU tensors; built where it is not there yet.
 
     Args:
         variant: the instrumentation.
-        csrc: the sources; the tests of planted bugs give a changed copy.
-        only: names of the files of kernels, all if None.  A call that needs another one ends the process.
+        changed: another csrc, to take these files of kernels from: the tests of planted bugs have one.
+        files: their names.
     """
-    sources = [source for source in sorted((csrc / "cuda").glob("*.cu")) if only is None or source.name in only]
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    jobs = [_kernel(source, variant, CSRC) for source in sources if source.name not in files]
+    if changed is not None:  # first: of functions that are in several objects, the linker takes the first
+        jobs = [_kernel(changed / "cuda" / name, variant, changed) for name in files] + jobs
     torch_home = Path(torch.__file__).parent
-    bindings = [f"-isystem{torch_home / 'include'}"]
-    jobs = [_kernel(source, variant, csrc) for source in sources]
-    jobs += [_Job(source, (*BINDINGS, *COMMON, *bindings), csrc) for source in sorted(csrc.glob("bindings_cuda*.cpp"))]
+    bindings = (*BINDINGS, *COMMON, f"-isystem{torch_home / 'include'}")
+    jobs += [_Job(source, bindings, CSRC) for source in sorted(CSRC.glob("bindings_cuda*.cpp"))]
     link = [*variant.link, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    lazy = ["-Wl,--unresolved-symbols=ignore-all", "-Wl,-z,lazy"]
-    return _link("resfuse_cuda", variant, [*jobs, *_runtime(variant)], [*link, *(lazy if only else ["-Wl,-z,defs"])])
+    return _link("resfuse_cuda", variant, [*jobs, *_runtime(variant)], link)
 
 
 def probes(variant: Variant = PLAIN) -> Path:
     """The library of probes.cu: the tests of the emulator itself."""
     jobs = [_kernel(HERE / "probes.cu", variant, CSRC), *_runtime(variant)]
-    return _link("probes", variant, jobs, [*variant.link, "-Wl,-z,defs"])
+    return _link("probes", variant, jobs, list(variant.link))
 
 
 def sanitizer_environment(variant: Variant) -> dict[str, str]:
@@ -150,7 +151,7 @@ def _link(name: str, variant: Variant, jobs: list[_Job], flags: list[str]) -> Pa
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
         objects = [str(path) for path in pool.map(_Job.object, jobs)]
     target = OUT / variant.name / f"{name}_{_digest(*objects, *flags)}.so"
-    _make(target, [*_compiler(), "-shared", "-pthread", *objects, *flags])
+    _make(target, [*_compiler(), "-shared", "-pthread", "-Wl,-z,defs", *objects, *flags])
     return target
 
 

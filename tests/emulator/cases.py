@@ -7,6 +7,7 @@ operators, on problems of more sizes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -140,6 +141,7 @@ SMALL = {
     "1x1": Convolution((2, 24, 7, 9), 16, (1, 1), (2, 1)),
     "channels": Convolution((2, 9, 5, 6), 11, (3, 3), (2, 2), (1, 1)),
     "stem": Convolution((1, 3, 15, 13), 8, (7, 7), (2, 2), (3, 3)),
+    "padded stem": Convolution((1, 4, 15, 13), 8, (7, 7), (2, 2), (3, 3)),
     "groups": Convolution((1, 16, 5, 5), 32, (3, 3), padding=(1, 1), groups=2),
 }
 
@@ -185,29 +187,20 @@ def _conv(name: str, conv: Convolution, training: bool, config: ConvConfig) -> C
     return case
 
 
-class _form:
+@contextlib.contextmanager
+def _form(launches: int) -> Iterator[None]:
     """Batch norm in so many launches."""
-
-    def __init__(self, launches: int) -> None:
-        self.launches = launches
-
-    def __enter__(self) -> None:
-        self.before, cuda._launches = cuda._launches, self.launches
-
-    def __exit__(self, *_: object) -> None:
-        cuda._launches = self.before
+    before, cuda._launches = cuda._launches, launches
+    yield
+    cuda._launches = before
 
 
-class _tf32:
-    def __init__(self, on: bool) -> None:
-        self.precision = "tf32" if on else "ieee"
-
-    def __enter__(self) -> None:
-        switch: Any = torch.backends.cudnn.conv
-        self.before, switch.fp32_precision = switch.fp32_precision, self.precision
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.conv.fp32_precision = self.before  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    switch: Any = torch.backends.cudnn.conv
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if on else "ieee"
+    yield
+    switch.fp32_precision = before
 
 
 def _activation(

@@ -10,21 +10,27 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.emulator import build
 
 
 def run(
-    variant: build.Variant, library: Path, seeds: Sequence[int], match: str = "", verbose: bool = False
+    variant: build.Variant,
+    library: Path,
+    seeds: Sequence[int],
+    match: str = "",
+    verbose: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The cases whose name has `match` in it, in a process of its own; what a sanitizer finds ends it."""
-    environment = os.environ | {"EMU_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
-    environment |= build.sanitizer_environment(variant)
+    own = {"EMU_LIBRARY": str(library), "OMP_NUM_THREADS": "1", **build.sanitizer_environment(variant)}
     arguments = [f"--seed={seed}" for seed in seeds] + ["-k", match, *["-v"] * verbose]
     command = [sys.executable, "-m", "tests.emulator.run", "--in-this-process", *arguments]
-    return subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=build.ROOT, env={**os.environ, **own, **(environment or {})}, capture_output=True, text=True
+    )
 
 
 def _run_here(seeds: Sequence[int], match: str, verbose: bool) -> int:

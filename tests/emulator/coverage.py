@@ -1,0 +1,60 @@
+"""Which lines of csrc/cuda the cases of tests.emulator.cases run, by gcov:
+
+python -m tests.emulator.coverage
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.emulator import build
+from tests.emulator.run import run
+
+Lines = dict[str, dict[int, int]]
+"""How often each line of code ran, by file."""
+
+
+def measure() -> Lines:
+    """Over all instances of a template, in whatever file of kernels they are."""
+    library = build.library(build.COVERAGE)
+    counts: Lines = collections.defaultdict(dict)
+    with tempfile.TemporaryDirectory() as scratch:
+        done = run(build.COVERAGE, library, [0, 1], environment={"GCOV_PREFIX": scratch})
+        if done.returncode != 0:
+            raise RuntimeError(done.stdout + done.stderr)
+        for data in Path(scratch).rglob("*.gcda"):
+            shutil.copy(build.OUT / "objects" / data.with_suffix(".gcno").name, data.parent)
+            gcov = ["gcov", "--json-format", "--stdout", str(data)]
+            answer = subprocess.run(gcov, cwd=scratch, capture_output=True, text=True, check=True).stdout
+            for file in json.loads(answer)["files"]:
+                if "csrc/cuda/" not in file["file"]:
+                    continue
+                lines = counts["csrc/cuda/" + file["file"].rpartition("/")[2]]
+                for line in file["lines"]:
+                    number = line["line_number"]
+                    lines[number] = lines.get(number, 0) + line["count"]
+    return dict(sorted(counts.items()))
+
+
+def percent(lines: Lines) -> float:
+    total = sum(map(len, lines.values()))
+    return 100 * sum(count > 0 for file in lines.values() for count in file.values()) / max(total, 1)
+
+
+def table(lines: Lines) -> str:
+    """A row per file, with the lines that never ran."""
+    rows = [f"{'file':36} {'lines':>5} {'run':>5} {'':>6}  not run"]
+    for file, counts in lines.items():
+        missed = sorted(number for number, count in counts.items() if count == 0)
+        ran = len(counts) - len(missed)
+        rows.append(f"{file:36} {len(counts):5} {ran:5} {100 * ran / len(counts):5.1f}%  {', '.join(map(str, missed))}")
+    return "\n".join([*rows, f"{'all':36} {sum(map(len, lines.values())):5} {'':5} {percent(lines):5.1f}%"])
+
+
+if __name__ == "__main__":
+    print(table(measure()))
