@@ -353,6 +353,29 @@ def test_torchvisions_helpers_take_it() -> None:
     assert pyramid(torch.zeros(1, 3, 65, 65))["0"].shape == (1, 256, 17, 17)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["resnet18-A", "cifar-resnet20", "cifar-preact29-bottleneck-A", "cifar-preact20-C"])
+def test_tracers_see_ordinary_operators(name: str) -> None:
+    """torch.fx and torch.jit record the modules; the traced network computes the same."""
+    network = models.seeded(lambda: build(name, **NARROW)).eval()
+    input = image(name)
+    expected = network(input)
+    symbolic, traced = torch.fx.symbolic_trace(network), torch.jit.trace(network, input)
+    for recorded, operators in ((symbolic, symbolic.code), (traced, str(traced.inlined_graph))):
+        torch.testing.assert_close(recorded(input), expected, rtol=1e-4, atol=1e-4)
+        assert "resfuse." not in operators.replace("__torch__.resfuse.", "") and "resfuse::" not in operators
+
+
+def test_parts_of_a_network() -> None:
+    """Slices of its Sequentials are Sequentials, and so is what people build of its children."""
+    network = zoo.cifar_resnet(20, shortcut="B", width=4, checkpoint=1)
+    assert list(network.layer2[1:]) == list(network.layer2)[1:]
+    assert type(network.layer2[:2]) is nn.Sequential
+    assert list(network.layer2[0].downsample[:1]) == [network.layer2[0].downsample[0]]
+    body = nn.Sequential(*list(network.children())[:-2])
+    assert body(torch.zeros(2, 3, 8, 8)).shape == (2, 16, 2, 2)
+
+
 def test_fusing_changes_nothing() -> None:
     """`fuse_` finds everything fused already."""
     model = zoo.resnet18(width=8)
