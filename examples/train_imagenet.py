@@ -117,6 +117,7 @@ class Processes:
 
     def close(self) -> None:
         if self.distributed:
+            dist.barrier()  # gloo (torch 2.11) hangs if it is destroyed while it lets go of a collective's tensors
             dist.destroy_process_group()
 
 

@@ -20,7 +20,9 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
 from resfuse.backends import buffer_pool
 
 # Of other people's models; `make compat` has torch releases that no torchvision can be had for.
-collect_ignore = [] if importlib.util.find_spec("torchvision") else ["test_nn.py", "test_surgery.py"]
+_OF_OTHERS = ["test_nn.py", "test_surgery.py"]
+_OF_OTHERS += ["test_distributed.py", "test_export.py", "test_train_imagenet.py", "test_training.py"]
+collect_ignore = [] if importlib.util.find_spec("torchvision") else _OF_OTHERS
 
 
 def pytest_report_header() -> list[str]:

@@ -44,13 +44,14 @@ class Basic(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int, option: str) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         self.conv1, self.bn1 = conv(in_channels, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.downsample = shortcut(option, in_channels, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        f = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        return torch.relu(f + (x if self.downsample is None else self.downsample(x)))
+        f = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(f + (x if self.downsample is None else self.downsample(x)))
 
 
 class Plain(nn.Module):
@@ -60,11 +61,12 @@ class Plain(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int, option: str) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         self.conv1, self.bn1 = conv(in_channels, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
 
 class Bottleneck(nn.Module):
@@ -75,6 +77,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int, option: str) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         first, second = (stride if here else 1 for here in self.strides)
         self.conv1, self.bn1 = conv(in_channels, planes, 1, first), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3, second), nn.BatchNorm2d(planes)
@@ -82,10 +85,10 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(option, in_channels, 4 * planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        f = torch.relu(self.bn1(self.conv1(x)))
-        f = torch.relu(self.bn2(self.conv2(f)))
+        f = self.relu(self.bn1(self.conv1(x)))
+        f = self.relu(self.bn2(self.conv2(f)))
         f = self.bn3(self.conv3(f))
-        return torch.relu(f + (x if self.downsample is None else self.downsample(x)))
+        return self.relu(f + (x if self.downsample is None else self.downsample(x)))
 
 
 class BottleneckV1(Bottleneck):
@@ -101,6 +104,7 @@ class PreActBasic(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int, option: str, first: bool) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         self.bn1 = None if first else nn.BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, planes, 3, stride)
         self.bn2 = nn.BatchNorm2d(planes)
@@ -108,11 +112,11 @@ class PreActBasic(nn.Module):
         self.downsample = shortcut(option, in_channels, planes, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = x if self.bn1 is None else torch.relu(self.bn1(x))
+        p = x if self.bn1 is None else self.relu(self.bn1(x))
         return self.residual(p) + identity(self.downsample, x, p)
 
     def residual(self, p: Tensor) -> Tensor:
-        return self.conv2(torch.relu(self.bn2(self.conv1(p))))
+        return self.conv2(self.relu(self.bn2(self.conv1(p))))
 
 
 class PreActBottleneck(nn.Module):
@@ -122,6 +126,7 @@ class PreActBottleneck(nn.Module):
 
     def __init__(self, in_channels: int, planes: int, stride: int, option: str, first: bool) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         self.bn1 = None if first else nn.BatchNorm2d(in_channels)
         self.conv1 = conv(in_channels, planes, 1)
         self.bn2 = nn.BatchNorm2d(planes)
@@ -131,9 +136,9 @@ class PreActBottleneck(nn.Module):
         self.downsample = shortcut(option, in_channels, 4 * planes, stride, norm=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = x if self.bn1 is None else torch.relu(self.bn1(x))
-        f = self.conv2(torch.relu(self.bn2(self.conv1(p))))
-        return self.conv3(torch.relu(self.bn3(f))) + identity(self.downsample, x, p)
+        p = x if self.bn1 is None else self.relu(self.bn1(x))
+        f = self.conv2(self.relu(self.bn2(self.conv1(p))))
+        return self.conv3(self.relu(self.bn3(f))) + identity(self.downsample, x, p)
 
 
 def identity(downsample: nn.Module | None, x: Tensor, preactivated: Tensor) -> Tensor:
@@ -157,6 +162,7 @@ class Network(nn.Module):
         large: bool,
     ) -> None:
         super().__init__()
+        self.relu = nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False) if large else conv(in_channels, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
@@ -176,11 +182,11 @@ class Network(nn.Module):
         self.preactivation = preactivation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(self.stages):
             x = self.get_submodule(f"layer{i + 1}")(x)
         if self.preactivation:
-            x = torch.relu(self.bn2(x))
+            x = self.relu(self.bn2(x))
         return self.fc(x.mean((2, 3)))
 
 

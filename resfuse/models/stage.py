@@ -6,12 +6,13 @@ import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from resfuse.nn.sequential import sequential_forward
+from resfuse.nn.sequential import sequential_forward, sequential_item
 
 
 class Stage(nn.Sequential):
@@ -37,6 +38,9 @@ class Stage(nn.Sequential):
         if checkpoint < 0:
             raise ValueError(f"checkpoint: expected a number of blocks, 0 for none, got {checkpoint}")
         self.checkpoint = int(checkpoint)
+
+    def __getitem__(self, index: Any) -> Any:
+        return sequential_item(self, index)
 
     def forward(self, input: Tensor) -> Tensor:
         blocks = list(self._modules.values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from resfuse.functional import add_relu
+from resfuse.nn.fused_call import wants_pytorch_operators
 
 
 class AddReLU(nn.Module):
@@ -16,4 +18,6 @@ class AddReLU(nn.Module):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if wants_pytorch_operators(input):
+            return torch.relu(input + residual)
         return add_relu(input, residual)

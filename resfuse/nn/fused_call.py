@@ -300,19 +300,7 @@ def _add_and_activate(
 
 def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
     """Whether the inputs and what PyTorch is doing at the moment allow for an operator in the modules' place."""
-    if torch._C._are_functorch_transforms_active():
-        return False
-    if torch.compiler.is_compiling():
-        if torch.onnx.is_in_onnx_export():
-            return False
-    elif (
-        type(input) not in _PLAIN_TENSORS
-        or input.is_meta
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    if input.dim() != 4:
+    if wants_pytorch_operators(input) or input.dim() != 4:
         return False
     if residual is None:
         return True
@@ -320,6 +308,20 @@ def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
     # only a convolution's input in the lower precision tells what it will be.
     dtype = input.dtype
     return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
+
+
+def wants_pytorch_operators(input: Tensor) -> bool:
+    """Whether someone has to see PyTorch's own operators: a transformation, a tracer, an exporter, a tensor's class."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return (
+        type(input) not in _PLAIN_TENSORS
+        or input.is_meta
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _either(inner: str, outer: str | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from resfuse.nn.blocks import SEQUENTIAL_FORWARDS, conv1x1
-from resfuse.nn.sequential import sequential_forward
+from resfuse.nn.sequential import sequential_forward, sequential_item
 
 
 class Projection(nn.Sequential):
@@ -37,6 +38,9 @@ class Projection(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         return sequential_forward(self._modules.values(), input)
+
+    def __getitem__(self, index: Any) -> Any:
+        return sequential_item(self, index)
 
 
 SEQUENTIAL_FORWARDS.add(Projection.forward)

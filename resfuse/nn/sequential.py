@@ -6,8 +6,9 @@ another one is told that nobody else reads its input.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +65,18 @@ def sequential_forward(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
     return input
 
 
+def sequential_item(module: nn.Sequential, index: Any) -> Any:
+    """`module[index]` for a subclass with a constructor of its own: a slice is a plain Sequential."""
+    if isinstance(index, slice):
+        return nn.Sequential(OrderedDict(list(module._modules.items())[index]))
+    return nn.Sequential.__getitem__(module, index)
+
+
 def _chain(module: nn.Module) -> Chain | None:
     """In inference, how a block can be run in a chain; None for other modules, and where it has to be called as one."""
     chain = CHAINS.get(class_forward(module))
     if chain is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if not unobserved(module) or global_hooks():
+    if not unobserved(module) or global_hooks() or torch._C._get_tracing_state() is not None:
         return None
     return chain if module._compiled_call_impl is None and chain.applies(module) else None
