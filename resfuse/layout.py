@@ -55,6 +55,9 @@ def ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     """The tensor with the element order of `like`, whose memory has no gaps: by a copy where it has another."""
     if tensor is None or tensor.stride() == like.stride():
         return tensor
+    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if all(size <= 1 or stride == wanted for size, stride, wanted in strides):  # that of a single element is no matter
+        return tensor
     return torch.empty_like(like).copy_(tensor)
 
 

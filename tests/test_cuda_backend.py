@@ -102,29 +102,6 @@ def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.unavailable_reason() == "_cuda: not built"
 
 
-@pytest.mark.parametrize(
-    ("other", "copied"),
-    [
-        (torch.randn(2, 4, 3, 5), False),
-        (torch.randn(2, 4, 3, 5).to(memory_format=torch.channels_last), True),
-        (torch.randn(2, 4, 3, 10)[..., ::2], True),
-        (torch.randn(2, 1, 1, 5).expand(2, 4, 3, 5), True),
-    ],
-)
-def test_operands_get_the_layout_of_the_result(other: Tensor, copied: bool) -> None:
-    target = torch.empty(2, 4, 3, 5)
-    matched = cuda._laid_out_as(target, other)
-    assert (matched is not other) is copied
-    assert matched.stride() == target.stride()
-    assert torch.equal(matched, other)
-
-
-def test_the_stride_of_a_single_element_does_not_matter() -> None:
-    pooled = torch.randn(2, 4, 1, 1)
-    same = torch.empty_strided((2, 4, 1, 1), (4, 1, 99, 7))
-    assert cuda._laid_out_as(pooled, same) is same
-
-
 class Operands:
     """Of bn_act, in one layout: what the verbs are called with."""
 

@@ -16,7 +16,7 @@ from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
 from resfuse.backends.registry import Problem
-from resfuse.layout import dense
+from resfuse.layout import dense, ordered_like, residual_for
 
 __all__ = ["conv_backward", "conv_bn_act_forward", "conv_forward"]
 
@@ -104,14 +104,14 @@ def _unsupported_activation(shape: torch.Size) -> list[str]:
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
     """relu(input + residual), in the layout of `input`."""
     output = torch.empty_like(input)
-    _add_relu_forward(_laid_out_as(output, input), _laid_out_as(output, residual), output)
+    _add_relu_forward(ordered_like(input, output), ordered_like(residual, output), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     """The gradient of both summands: grad_output where output > 0 (or is NaN, as in torch.relu), else 0."""
     grad_input = torch.empty_like(output)
-    _add_relu_backward(_laid_out_as(grad_input, grad_output), _laid_out_as(grad_input, output), grad_input)
+    _add_relu_backward(ordered_like(grad_output, grad_input), ordered_like(output, grad_input), grad_input)
     return grad_input
 
 
@@ -129,8 +129,8 @@ def bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(output, mean, invstd); the last two are None without `training`."""
     input = dense(input)
-    residual = _laid_out_as(input, residual)
     output = torch.empty_like(input)
+    residual = residual_for(output, residual)
     weight, bias = _vector(weight, input), _vector(bias, input)
     means, variances = _vector(running_mean, input), _vector(running_var, input)
     if not training:
@@ -165,7 +165,7 @@ def bn_act_backward(
     grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
     sum_g, sum_g_xhat = _two_vectors(input)
     _bn_backward(
-        _laid_out_as(input, grad_output), input, _laid_out_as(input, output), _vector(weight, input),
+        ordered_like(grad_output, input), input, ordered_like(output, input), _vector(weight, input),
         _vector(mean, input), _vector(invstd, input), training, grad_input, grad_residual, sum_g, sum_g_xhat,
         _workspace(input), _launches,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def bn_apply(
     input = dense(input)
     output = torch.empty_like(input)
     vectors = _vector(mean, input), _vector(invstd, input), _vector(weight, input), _vector(bias, input)
-    _bn_apply(input, _laid_out_as(input, residual), *vectors, relu, False, 0.0, output)
+    _bn_apply(input, ordered_like(residual, input), *vectors, relu, False, 0.0, output)
     return output
 
 
@@ -224,26 +224,9 @@ def bn_backward_apply(
     grad_input = torch.empty_like(input)
     vectors = (_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
     _bn_backward_apply(
-        _laid_out_as(input, grad_output), input, _laid_out_as(input, output), *vectors, float(count or 0), grad_input
+        ordered_like(grad_output, input), input, ordered_like(output, input), *vectors, float(count or 0), grad_input
     )
     return grad_input
-
-
-@overload
-def _laid_out_as(target: Tensor, tensor: Tensor) -> Tensor: ...
-@overload
-def _laid_out_as(target: Tensor, tensor: Tensor | None) -> Tensor | None: ...
-def _laid_out_as(target: Tensor, tensor: Tensor | None) -> Tensor | None:
-    """`tensor` with the strides of the dense `target`: itself, or a copy where the element order differs.
-
-    The kernels address all operands with one flat index.
-    """
-    if tensor is None or tensor.stride() == target.stride():
-        return tensor
-    pairs = zip(tensor.shape, tensor.stride(), target.stride(), strict=True)
-    if all(size <= 1 or stride == wanted for size, stride, wanted in pairs):
-        return tensor
-    return torch.empty_like(target).copy_(tensor)
 
 
 @overload

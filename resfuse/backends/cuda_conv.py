@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resfuse.backends import reference
 from resfuse.backends.registry import Problem
-from resfuse.layout import conv_memory_format, conv_output_shape
+from resfuse.layout import conv_memory_format, conv_output_shape, residual_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VERBS = ("conv_bn_act_forward", "conv_forward", "conv_backward")
@@ -158,10 +158,13 @@ def conv_bn_act_forward(
         _forced.get(),
     )  # fmt: skip
     x, w = _operands(input, conv_weight, plan)
-    residual = None if residual is None else _channels_last(residual)
+    if overwrite_residual and residual is not None and not training:
+        output = residual = _channels_last(residual)
+    else:
+        output = _output(x, plan)
+        residual = residual_for(output, residual)
     means, variances = _vector(running_mean, input), _vector(running_var, input)
     vectors = _vector(conv_bias, input), means, variances, _vector(weight, input), _vector(bias, input)
-    output = residual if overwrite_residual and residual is not None and not training else _output(x, plan)
     if not training:
         _conv_inference_forward(
             x, w, *vectors, residual, relu, eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),

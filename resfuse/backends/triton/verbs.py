@@ -19,7 +19,6 @@ from resfuse.layout import (
     gapless,
     like_strides,
     ordered_like,
-    place_padded,
     residual_for,
 )
 
@@ -116,14 +115,11 @@ def conv_bn_act_forward(
     memory_format = conv_memory_format(input, conv_weight)
     x, w = _channels_last(input), _weight_for(conv_weight, input)
     conv = (stride, padding, dilation, groups)
-    output = None
-    if residual is not None and residual.shape[1] < conv_weight.shape[0]:
-        residual = output = place_padded(residual, _conv_output(input, conv_weight, conv))
-    elif residual is not None:
-        residual = _channels_last(residual)
-        output = residual if overwrite_residual and not training else None
-    if output is None:
+    if overwrite_residual and residual is not None and not training:
+        output = residual = _channels_last(residual)
+    else:
         output = _conv_output(input, conv_weight, conv)
+        residual = residual_for(output, residual)
     vectors = _unstrided(weight), _unstrided(bias), _unstrided(conv_bias)
     running = _unstrided(running_mean), _unstrided(running_var)
     if not training:
