@@ -1,7 +1,8 @@
-# On a machine with python3, make and g++, GPU or none, two commands are enough:
+# On a machine with python3, make and g++, GPU or none, these are enough:
 #
 #   make demo     install into .venv, fuse a standard ResNet, compare it with eager PyTorch, time both
 #   make test     install likewise, then lint and the whole test suite
+#   make docs     install likewise, then build the pages of docs/ into site/
 #
 # Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where to install), TEST=tests/test_build.py (which tests),
 # PYTEST_ARGS="-x -k name"; and the build's environment variables, in CONTRIBUTING.md.
@@ -22,7 +23,7 @@ TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test bench build lint format pytest compat dist clean
+.PHONY: help demo test docs bench build lint format pytest compat dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,9 @@ test: $(VENV)/.toolkit
 	@$(MAKE) --no-print-directory $(VENV)/.built
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory pytest
+
+docs: $(VENV)/.built
+	$(PY) -m mkdocs build
 
 build: $(VENV)/.built
 
@@ -65,7 +69,7 @@ $(VENV)/.torch: $(VENV)/.created requirements/constraints.txt
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py resfuse/_build.py $(NATIVE)
 	@echo "Installing resfuse with what its demo and tests need, and compiling (a minute or two) ..."
-	$(PIP_INSTALL) -q --no-build-isolation -e '.[demo,bench,test,lint]'
+	$(PIP_INSTALL) -q --no-build-isolation -e '.[demo,bench,test,lint,docs]'
 	@$(PY) -m resfuse._extension
 	@touch $@
 
@@ -105,6 +109,6 @@ dist: $(VENV)/.built
 	$(PY) -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info resfuse/*.so resfuse/_build_info.json $(VENV)/.built
+	rm -rf build dist site *.egg-info resfuse/*.so resfuse/_build_info.json $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find resfuse tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -325,8 +325,10 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
         raise RuntimeError("resfuse: torch.func transforms are not supported by the fused operators")
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return True  # an autograd.Function without a jvp raises; the backends would drop the tangents silently
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return False  # an exported graph has no backward, and no need of what only a backward reads
+    # An exported graph has no backward, and no need of what only a backward reads.  The flag itself: for
+    # `torch.compiler.is_exporting()` torch.compile (2.11) has the constant True, and gradients would be lost.
+    if not torch.is_grad_enabled() or getattr(torch.compiler, "_is_exporting_flag", False):
+        return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -20,7 +20,8 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
 from resfuse.backends import buffer_pool
 
 # Of other people's models; `make compat` has torch releases that no torchvision can be had for.
-_OF_OTHERS = ["test_nn.py", "test_surgery.py"]
+_OF_OTHERS = ["test_nn.py", "test_surgery.py", "test_surgery_torchvision.py", "test_surgery_timm.py"]
+_OF_OTHERS += ["test_equality.py", "test_fused_models.py"]
 _OF_OTHERS += ["test_distributed.py", "test_export.py", "test_train_imagenet.py", "test_training.py"]
 collect_ignore = [] if importlib.util.find_spec("torchvision") else _OF_OTHERS
 

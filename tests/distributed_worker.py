@@ -402,6 +402,20 @@ def own_modules() -> None:
 
 
 @scenario
+def networks_of_the_papers() -> None:
+    """Shortcuts padded with zeros, pre-activation, and blocks that are computed again without counting twice."""
+    for build in (
+        lambda: resfuse.models.cifar_resnet(8, shortcut="A"),
+        lambda: resfuse.models.cifar_resnet(8, shortcut="C", checkpoint=2),
+        lambda: resfuse.models.cifar_preact_resnet(8),
+    ):
+        fused = models.seeded(build)
+        eager = copy.deepcopy(fused)
+        with resfuse.use_backend("reference"):
+            assert_model_equals_whole_batch(to_sync(fused), eager, (5, 3, 16, 16))
+
+
+@scenario
 def norm_settings() -> None:
     for options in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1}):
         eager = models.seeded(lambda options=options: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, **options)))

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,7 +21,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from resfuse import contract, functional
+from resfuse import contract, functional, fuse_, unfuse_
+from resfuse.surgery import FuseReport
+
+Evaluate = Callable[[Any, Tensor], Tensor]
+"""How a model is run: its differentiable output for an input, as one tensor."""
 
 TORCHVISION = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
 TIMM = ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d")
@@ -37,7 +42,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            if getattr(module, "running_mean", None) is not None and module.weight is not None:
                 module.weight.uniform_(0.3, 1, generator=generator)
                 module.weight[::7] *= -1
                 module.bias.normal_(0, 0.3, generator=generator)
@@ -57,6 +62,21 @@ def model(name: str, num_classes: int = 10) -> nn.Module:
     if library == "torchvision":
         return seeded(lambda: torchvision.models.get_model(architecture, weights=None, num_classes=num_classes))
     return seeded(lambda: timm.create_model(architecture, pretrained=False, num_classes=num_classes))
+
+
+def both(build: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn.Module, FuseReport]:
+    """(fused, eager, report) of the same model."""
+    eager = seeded(build)
+    fused = copy.deepcopy(eager)
+    return fused, eager, fuse_(fused, **options)
+
+
+def calls_by_kind(report: FuseReport) -> dict[str, int]:
+    calls: dict[str, int] = {}
+    for module in report.fused:
+        if module.kind != "Sequential of blocks":  # which makes no fused call itself
+            calls[module.kind] = calls.get(module.kind, 0) + len(module.ops)
+    return calls
 
 
 def small_resnet(block: type[nn.Module] = BasicBlock, layers: tuple[int, ...] = (1, 1, 1, 1)) -> nn.Module:
@@ -126,11 +146,16 @@ def decided_input(eager: nn.Module, shape: tuple[int, ...], margin: float = 2e-5
     raise AssertionError
 
 
-def results(model: nn.Module, input: Tensor, seed: int = 2) -> dict[str, Tensor]:
+def call(model: nn.Module, input: Tensor) -> Tensor:
+    """How a model is run that takes a tensor and returns one."""
+    return model(input)
+
+
+def results(model: nn.Module, input: Tensor, seed: int = 2, evaluate: Evaluate = call) -> dict[str, Tensor]:
     """Output, gradients and buffers after one forward and backward of the model, whose gradients start at None."""
     model.zero_grad(set_to_none=True)
     input = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    output = model(input)
+    output = evaluate(model, input)
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
     output.backward(grad.to(output))
     found = {"output": output.detach(), "grad_input": input.grad}
@@ -139,10 +164,10 @@ def results(model: nn.Module, input: Tensor, seed: int = 2) -> dict[str, Tensor]
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def assert_same(fused: nn.Module, eager: nn.Module, input: Tensor) -> None:
+def assert_same(fused: nn.Module, eager: nn.Module, input: Tensor, evaluate: Evaluate = call) -> None:
     """Hold a fused model against eager in float64, forward and backward, in the mode they are in."""
     assert fused.training == eager.training
-    found, expected = (results(model, input.double()) for model in (fused, eager))
+    found, expected = (results(model, input.double(), evaluate=evaluate) for model in (fused, eager))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -174,11 +199,43 @@ def assert_contract(fused: nn.Module, eager: nn.Module, input: Tensor) -> None:
             assert torch.equal(found[name], tensor), name
 
 
+def assert_equal_before_and_after(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], evaluate: Evaluate = call
+) -> FuseReport:
+    """Fuse a model: forward, gradients and statistics in both modes, and state_dicts in both directions, are eager's.
+
+    Every call that the report lists is made, and no other.
+    """
+    eager = seeded(build)
+    fused = seeded(build, seed=3)
+    report = fuse_(fused)
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    fused.load_state_dict(eager.state_dict())
+    for training in (True, False):
+        with counted_calls() as calls:
+            assert_same(
+                fused.double().train(training), eager.double().train(training), random_input(shape), evaluate=evaluate
+            )
+        assert calls.total == report.fused_ops
+    restored = seeded(build, seed=4).double()
+    restored.load_state_dict(fused.state_dict())
+    with torch.no_grad():
+        found, expected = (evaluate(model.eval(), random_input(shape).double()) for model in (restored, eager))
+    torch.testing.assert_close(found, expected)
+    unfuse_(fused)
+    assert [type(module) for module in fused.modules()] == [type(module) for module in eager.modules()]
+    return report
+
+
 class Calls:
     """How often the operators were called."""
 
     def __init__(self) -> None:
         self.conv_bn_act = self.bn_act = self.add_relu = 0
+
+    @property
+    def total(self) -> int:
+        return self.conv_bn_act + self.bn_act + self.add_relu
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import DropBlock2d
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -28,6 +27,7 @@ import resfuse.nn as rnn
 from resfuse import functional, fuse_, unfuse_
 from resfuse.surgery import FuseReport, fuse
 from tests import models
+from tests.models import both, calls_by_kind
 
 IMAGE = (4, 3, 32, 32)
 
@@ -44,14 +44,6 @@ EXPECTED = {
 }
 
 
-def calls_by_kind(report: FuseReport) -> dict[str, int]:
-    calls: dict[str, int] = {}
-    for module in report.fused:
-        if module.kind != "Sequential of blocks":  # which makes no fused call itself
-            calls[module.kind] = calls.get(module.kind, 0) + len(module.ops)
-    return calls
-
-
 def state(model: nn.Module) -> list[Any]:
     """All that `fuse_` could change: classes, instance attributes, and each tensor's identity, layout and values."""
     found: list[Any] = []
@@ -61,13 +53,6 @@ def state(model: nn.Module) -> list[Any]:
         checksum = zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
         found.append((name, id(tensor), tensor.stride(), tensor.requires_grad, tensor.dtype, checksum))
     return found
-
-
-def both(build: Callable[[], nn.Module], **options: Any) -> tuple[nn.Module, nn.Module, FuseReport]:
-    """(fused, eager, report) of the same model."""
-    eager = models.seeded(build)
-    fused = copy.deepcopy(eager)
-    return fused, eager, fuse_(fused, **options)
 
 
 def reloaded(model: nn.Module) -> nn.Module:
@@ -250,15 +235,7 @@ def forward_replaced() -> nn.Module:
     return block
 
 
-def timm_block(**options: Any) -> Callable[[], nn.Module]:
-    return lambda: timm.models.resnet.Bottleneck(32, 8, **options)
-
-
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "attention": (timm_block(attn_layer="se"), "it has se"),
-    "drop path": (timm_block(drop_path=timm.layers.DropPath(0.1)), "it has drop_path"),
-    "drop block": (timm_block(drop_block=DropBlock2d), "it has drop_block"),
-    "anti-alias": (timm_block(aa_layer=nn.AvgPool2d, stride=2), "it has aa"),
     "hook on conv": (lambda: hooked("conv1"), "conv1 + bn1 + relu: Conv2d has hooks"),
     "hook on bn": (lambda: hooked("bn2"), "conv2 + bn2 + add + relu: BatchNorm2d has hooks"),
     "parametrization": (parametrized, "conv2 + bn2 + add + relu: ParametrizedConv2d has a parametrization"),
@@ -306,15 +283,6 @@ def test_script_module_is_left_alone() -> None:
     block = BasicBlock(8, 8, downsample=torch.jit.script(models.projection(8, 8, 1))).eval()
     assert len(fuse_(block).fused) == 1
     block(models.random_input((2, 8, 6, 6)))
-
-
-def test_attention_leaves_the_blocks_and_takes_the_rest() -> None:
-    eager = models.model("timm/seresnet50")
-    fused = copy.deepcopy(eager)
-    report = fuse_(fused)
-    assert calls_by_kind(report) == {"timm ResNet stem": 1, "Sequential": 4}
-    assert report.reasons() == {"it has se": 16}
-    torch.testing.assert_close(fused.eval()(models.random_input(IMAGE)), eager.eval()(models.random_input(IMAGE)))
 
 
 def test_a_library_whose_forward_is_another_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -737,21 +705,6 @@ def test_fx_feature_extraction() -> None:
     input = models.random_input(IMAGE)
     found, expected = (create_feature_extractor(model.eval(), nodes)(input) for model in (fused, eager))
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
-def test_detection_backbone(norm: Callable[[int], nn.Module]) -> None:
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-
-    fused, eager, report = both(
-        lambda: resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=2)
-    )
-    calls = {"torchvision IntermediateLayerGetter": 1, "torchvision BasicBlock": 16, "Sequential": 3}
-    assert calls_by_kind(report) == calls
-    with models.counted_calls() as counted:
-        found = fused.double()(models.random_input(IMAGE).double())
-    assert counted.conv_bn_act == 20
-    torch.testing.assert_close(found, eager.double()(models.random_input(IMAGE).double()))
 
 
 def test_intermediate_layers_inside_of_a_run_are_seen() -> None:

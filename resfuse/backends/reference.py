@@ -66,8 +66,10 @@ def bn_act_forward(
             input, weight, bias, running_mean, running_var, True, momentum, eps
         )
         mean, invstd = _widen(mean), _widen(invstd)
-    else:
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    else:  # not F.batch_norm, which refuses eps = 0: torchvision's frozen norms have it where weights were trained so
+        output = torch.batch_norm(
+            input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
+        )
     return _activate(output, residual, relu), mean, invstd
 
 

@@ -71,7 +71,7 @@ def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, b
         return input, consume, False
     if pads_with_zeros(downsample):
         return downsample.select(input), False, True
-    return downsample(input), _returns_new_tensor(downsample), False
+    return downsample(input), returns_new_tensor(downsample), False
 
 
 def pads_with_zeros(downsample: nn.Module | None) -> bool:
@@ -79,7 +79,7 @@ def pads_with_zeros(downsample: nn.Module | None) -> bool:
     return type(downsample) is ZeroPadShortcut and unobserved(downsample) and not global_hooks()
 
 
-def _returns_new_tensor(module: nn.Module) -> bool:
+def returns_new_tensor(module: nn.Module) -> bool:
     """Whether a module is a Sequential whose output is a batch norm's, and nobody but the caller gets hold of it."""
     if class_forward(module) not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
         return False

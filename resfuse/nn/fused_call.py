@@ -83,6 +83,29 @@ def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn
     return output if activation is not None else act(output)  # type: ignore[misc]
 
 
+def add_act(input: Tensor, residual: Tensor, act: nn.Module, in_place: bool = False) -> Tensor:
+    """`act(input + residual)`, fused where that cannot be noticed.
+
+    Args:
+        input, residual: whatever can be added; fused are two of the same shape (N, C, H, W) and dtype.
+        act: the activation.
+        in_place: the sum has the dtype of the input, which nobody reads afterwards (`input += residual`).
+    """
+    relu = activation_of(act) == "relu" and not global_hooks()
+    if relu and _fusible_tensors(input, residual) and input.shape == residual.shape:
+        return functional.add_relu(input, residual)
+    if in_place:
+        input += residual
+        return act(input)
+    return act(input + residual)
+
+
+def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
+    """Whether rounding the residual to the dtype that the convolved input will have changes nothing."""
+    dtype = input.dtype
+    return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
+
+
 def own_bn_act(
     bn: nn.Module,
     input: Tensor,
@@ -292,7 +315,7 @@ def _add_and_activate(
     output: Tensor, residual: Tensor | None, act: nn.Module | None, pad_residual: bool = False
 ) -> Tensor:
     if residual is not None and pad_residual:
-        output[:, : residual.shape[1]] += residual
+        output[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
     elif residual is not None:
         output += residual  # in place, as in torchvision: the dtype is that of the output
     return output if act is None else act(output)
@@ -306,8 +329,7 @@ def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
         return True
     # A residual of another dtype is rounded to that of the output, in place.  Under autocast, which chooses that dtype,
     # only a convolution's input in the lower precision tells what it will be.
-    dtype = input.dtype
-    return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
+    return keeps_dtype(input, residual)
 
 
 def wants_pytorch_operators(input: Tensor) -> bool:

@@ -48,7 +48,8 @@ def fuse_(
     Nothing is replaced: a fused module only changes its class, to a subclass of its own with another forward.
     Parameters, buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and
     optimizers remain, and so do copying, pickling, `train()`, DDP and `torch.compile`.  What happens to a part later is
-    honoured, too: a hook, parametrization or SyncBatchNorm inside of a fused module makes it call that part again.
+    honoured, too: a hook or parametrization inside of a fused module makes it call that part again, a SyncBatchNorm makes
+    it exchange statistics with the other processes.
 
     Equivalent to the model before, within rounding, in `train()` and `eval()`.
 
@@ -67,6 +68,11 @@ def fuse_(
     Raises:
         ValueError: `memory_format` is neither of the two.
         Exception: whatever `filter_fn` raises.  After an exception the model is exactly what it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fuse_(model).fused
+        [FusedModule(name='', kind='Sequential', ops=('0 + 1 + 2',))]
     """
     if memory_format not in (torch.channels_last, torch.preserve_format):
         raise ValueError(f"memory_format: expected torch.channels_last or torch.preserve_format, got {memory_format}")
@@ -97,6 +103,12 @@ def unfuse_(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: another library derived a class from that of a fused module, and gave it to the module (FSDP2 and
             parametrizations do).  The model is unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> report = fuse_(model)
+        >>> type(model).__name__, type(unfuse_(model)).__name__
+        ('FusedSequential', 'Sequential')
     """
     modules = [module for module in model.modules() if is_fused(module)]
     for module in modules:
@@ -113,7 +125,10 @@ def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Mod
     """What is to be fused; the model is only looked at."""
     plan: list[tuple[nn.Module, Candidate]] = []
     report = FuseReport()
+    taken_over: set[nn.Module] = set()
     for name, module in _walk(model, "", set()):
+        if module in taken_over:
+            continue
         opaque = opaque_reason(module)
         if opaque is not None:
             report.left.append(LeftModule(name, opaque))
@@ -130,8 +145,8 @@ def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Mod
         else:
             plan.append((module, candidate))
             report.fused.append(FusedModule(name, candidate.kind, tuple(str(step) for step in candidate.steps)))
-            for step, reason in candidate.left_steps:
-                report.left.append(LeftModule(f"{name}.{step.conv or step.bn}".lstrip("."), reason))
+            taken_over.update(module.get_submodule(child) for child in candidate.takes_over)
+            report.left += [LeftModule(f"{name}.{part}".lstrip("."), reason) for part, reason in candidate.left]
     return plan, report
 
 
