@@ -3,10 +3,9 @@
 //   y = act(weight (x - mean) invstd + bias + residual),   invstd = (variance + eps)^-1/2
 //
 // bn_train_forward   one cooperative launch: x -> (count, mean, M2) of each block's part | all blocks wait | merged in
-// a
-//                    fixed order, running statistics, then y. Reads x, of which each block keeps as much in shared
+//                    a fixed order, running statistics, then y. Reads x, of which each block keeps as much in shared
 //                    memory as fits; the rest once more, backwards: what was read last is still in L2. Reads the
-//                    residual, writes y. Bytes: (2 to 3 + residual) activations.
+//                    residual, writes y. Bytes: 2 to 3 activations, and the residual.
 // bn_statistics      its first half. Reads x.
 // bn_apply           y by given statistics: running ones, raw (nothing is folded ahead of time), or mean and invstd.
 //                    Reads x and the residual, writes y.
@@ -54,9 +53,10 @@ struct Pivot {
   }
 };
 
-// Moments of the thread's items, the mean as its distance to the pivot. Of d = x - centre, with the mean of the
-// thread's first few items for a centre, the sums S = sum d and Q = sum d^2 are enough: mean = centre + S / n, M2 = Q -
-// S^2 / n, which can cancel only as far as the values drift within one thread. The first `kept` items stay in `keep`.
+// Moments of the thread's items, the mean as its distance to the pivot. Of d = x - centre, where the centre is the
+// median of the thread's first three items, the sums S = sum d and Q = sum d^2 are enough: mean = centre + S / n and
+// M2 = Q - S^2 / n, which cancels only as far as the values drift within one thread. Of the first `kept` items x stays
+// in `keep`.
 template <class T, int N>
 __device__ void thread_moments(const T* input, const Pivot<T>& pivot, const ChannelTiles& t, const ThreadShare& share,
                                int kept, typename Elements<T, N>::Word* keep, Moments (&moments)[N]) {

@@ -21,7 +21,7 @@
 
 namespace resfuse::cuda {
 
-constexpr int kTileChannels = 64;  // at most: one line of the L2 cache or two side by side
+constexpr int kTileChannels = 64;  // at most: side by side they are a line of L2, or two of float32
 
 struct ChannelTiles {
   int channels;
@@ -112,8 +112,8 @@ struct Walk {
   }
 };
 
-// Calls group(first, full) for every kGroup steps, to be loaded together. `full` is a constant: without questions
-// whether a step exists the loop is a third shorter.
+// Calls group(first, full) for every kGroup steps, to be loaded together. `full`, a type, says that all of them exist:
+// a loop that need not ask is a third shorter.
 template <int kGroup, class Group>
 __device__ __forceinline__ void for_each_group(int steps, const Group& group) {
   int first = 0;
@@ -141,8 +141,9 @@ inline int64_t most_part_values(int64_t channels, int64_t blocks) {
   return 2 * std::max(channels, blocks * kTileChannels);
 }
 
-// Tiles for blocks of at most `threads`, and as many parts as keep them within `blocks`.
-inline ChannelTiles cut(const Activation& any_shape, int n, int threads, int64_t blocks) {
+// Tiles for blocks of at most `threads`, and as many parts as keep the grid within the `resident` blocks, or one.
+inline ChannelTiles cut(const Activation& any_shape, int n, int threads, int64_t resident) {
+  const int64_t blocks = std::max<int64_t>(resident, 1);
   const Activation shape = simplified(any_shape);
   const auto divided = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   ChannelTiles t{};

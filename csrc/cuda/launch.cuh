@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #define RESFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -95,15 +96,25 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx", function);
 }
 
-// The largest grid of which all blocks are resident at once on the current device.
+// The largest grid of which all blocks are resident at once on the current device. Remembered: a call should not wait
+// for the driver to count again.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, size_t, int>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
   const auto* function = reinterpret_cast<const void*>(kernel);
-  allow_shared_memory(function, shared_bytes);
-  int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor", function);
-  return device_attribute(cudaDevAttrMultiProcessorCount) * per_processor;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{function, threads, shared_bytes, device}];
+  if (blocks == 0) {
+    allow_shared_memory(function, shared_bytes);
+    int per_processor = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, shared_bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor", function);
+    blocks = device_attribute(cudaDevAttrMultiProcessorCount) * per_processor;
+  }
+  return blocks;
 }
 
 // Whether blocks of a grid can wait for each other.

@@ -75,8 +75,8 @@ __device__ inline void store_part(float* workspace, const ChannelTiles& t, int p
   row[t.channels + channel] = second;
 }
 
-// Thread c gets channel c of the block's tile, merged over all parts; what the others get is of no use. Past L1, which
-// may not see what other processors wrote: load(row) makes the value of a part, `row` pointing at its first value.
+// Thread c gets channel c of the block's tile, merged over all parts; what the others get is of no use. load(part,
+// first, second) makes a Value of a part's two. They are read past L1, which may not see what other processors wrote.
 template <class Value, class Load>
 __device__ Value merge_parts(const float* workspace, const ChannelTiles& t, const ThreadShare& share, Value* scratch,
                              const Load& load) {

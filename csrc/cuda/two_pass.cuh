@@ -1,8 +1,6 @@
 // Kernels that go over an activation twice, because the second time needs sums over all of it: one cooperative launch
 // whose blocks wait for each other in the middle, or two launches.
 #pragma once
-#include <stdexcept>
-
 #include "reduce.cuh"
 
 namespace resfuse::cuda {
