@@ -14,6 +14,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import resfuse
+from tests import contract, shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -288,3 +289,24 @@ def test_torch_func_is_refused(transform: Any) -> None:
     input = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
         transform(lambda x: resfuse.add_relu(x, x).sum())(input)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", [name for name in resfuse.available_backends() if "cpu" in shapes.devices_of(name)])
+def test_saved_tensors_are_read_once(backend: str, create_graph: bool) -> None:
+    """Activation checkpointing computes them at the first read, and refuses a second."""
+    unpacked: list[int] = []
+
+    def unpack(entry: tuple[int, Tensor]) -> Tensor:
+        unpacked.append(entry[0])
+        return entry[1]
+
+    count = itertools.count()
+    call = shapes.conv_bn_act_call(shapes.CONVOLUTIONS["3x3"], layout="nhwc", residual_layout="nhwc", training=True)
+    with resfuse.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda t: (next(count), t), unpack):
+        leaves = {name: t if name in contract.RUNNING else t.requires_grad_() for name, t in call.tensors.items()}
+        output = resfuse.conv_bn_act(**leaves, **call.options)
+        saved = next(count)
+        torch.autograd.grad(output.sum(), leaves["input"], create_graph=create_graph)
+    first_ones = [index for index in unpacked if index < saved]
+    assert len(first_ones) == len(set(first_ones)) == saved

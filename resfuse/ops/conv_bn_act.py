@@ -224,18 +224,19 @@ class ConvBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
-        input, conv_weight, conv_bias, weight, output, z, mean, invstd = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
+        input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
         needs = ctx.needs_input_grad
         needs_conv = (needs[0], needs[1], needs[6])
         needs_residual = needs[7] and ctx.relu  # without a ReLU the residual's gradient is grad_output itself
         grads: Any = (None, None, None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, grad_output)
+            grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
             run_conv_forward, run_bn_act_backward, run_conv_backward = _backward_verbs(ctx)
             if z is None and needs[4]:
                 z = run_conv_forward(input, conv_weight, conv_bias, *ctx.conv)
-            fused = _fused_backward(ctx, grad_output, z, needs_conv, needs_residual)
+            fused = _fused_backward(ctx, saved, grad_output, z, needs_conv, needs_residual)
             if fused is not None:
                 grads, grad_weight, grad_bias, grad_residual = fused
             else:
@@ -275,6 +276,7 @@ def _backward_verbs(ctx: FunctionContext) -> tuple[Callable[..., Any], Callable[
 
 def _fused_backward(
     ctx: FunctionContext,
+    saved: tuple[Any, ...],
     grad_output: Tensor,
     z: Tensor | None,
     needs_conv: tuple[bool, bool, bool],
@@ -283,7 +285,7 @@ def _fused_backward(
     """What the verbs of `_backward_verbs` give, from a backend that has and prefers one verb for all of it, or None."""
     if torch.compiler.is_compiling() or not any(needs_conv):
         return None
-    input, conv_weight, _, weight, output, _, mean, invstd = ctx.saved_tensors
+    input, conv_weight, _, weight, output, _, mean, invstd = saved
     chosen = backend_for("conv_backward", input, (conv_weight.shape, *ctx.conv), ctx.backend_request)
     run = getattr(chosen, "conv_bn_act_backward", None)
     if run is None or backend_for("bn_act_backward", grad_output, request=ctx.backend_request) is not chosen:
@@ -295,9 +297,9 @@ def _fused_backward(
     )  # fmt: skip
 
 
-def _differentiable_backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+def _differentiable_backward(ctx: FunctionContext, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations (create_graph=True), from the inputs themselves."""
-    input, conv_weight, conv_bias, weight, output, _, mean, invstd = ctx.saved_tensors
+    input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
     stride, padding, dilation, groups = ctx.conv
     z = reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
     grad_z, grad_weight, grad_bias, grad_residual = bn_act.differentiable_backward(
