@@ -34,7 +34,7 @@ DEVICES = {80: A100, 90: H100}
 """By architecture: that of the A100 and of the H100 and H200."""
 DEFINITION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(")
 CONVOLUTIONS = ("conv_inference_kernel", "conv_training_kernel")
-ALL_THERE_IS = ("bn_train_forward_kernel", "bn_statistics_kernel", "bn_backward_kernel", "bn_backward_reduce_kernel")
+ALL_THERE_IS = ("bn_train_forward_kernel", "bn_backward_kernel")
 """One block per multiprocessor by design, which keeps in shared memory what fits of its input."""
 
 
@@ -161,7 +161,7 @@ def _enumerator(enumeration: str, value: int) -> str:
     definition = re.compile(rf"enum class {enumeration}\b[^{{]*{{([^}}]*)}}")
     for path in (_build.csrc_dir() / "cuda").glob("*.cuh"):
         if found := definition.search(path.read_text()):
-            return found[1].split(",")[value].strip()
+            return re.sub(r"//.*", "", found[1]).split(",")[value].strip()
     return f"({enumeration}){value}"
 
 
@@ -180,8 +180,8 @@ def _dynamic_shared(kernel: str, variant: str, tiles: dict[str, int], device: De
     if kernel in CONVOLUTIONS:
         return tiles[_TILE.findall(variant)[0]]
     if kernel in ALL_THERE_IS:
-        return device.shared_memory
-    return 0  # or a few hundred bytes
+        return device.shared_memory - cubin.RESERVED
+    return 0  # or a few KiB, which limit nothing
 
 
 def _tile_bytes(tiles: Iterable[str]) -> dict[str, int]:
