@@ -154,7 +154,7 @@ def _by_architecture(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
 
 def _instructions(binary: Path, arch: int) -> dict[tuple[int, str], Instructions]:
     kernels: dict[tuple[int, str], Instructions] = {}
-    name, code = "", []
+    name, code = "", list[tuple[int, str, str]]()
     for line in _dump(binary, "-sass", "-arch", _targets(binary)[arch]):
         started = re.match(r"\s+Function : (\S+)", line)
         if started:
@@ -175,7 +175,7 @@ def _counted(code: list[tuple[int, str, str]]) -> Instructions:
         if target and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
     addresses = [address for address, _, _ in code]
-    inside = set()
+    inside = set[int]()
     for first, last in loops:
         inside.update(range(bisect.bisect_left(addresses, first), bisect.bisect_right(addresses, last)))
     result = Instructions()

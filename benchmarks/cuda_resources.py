@@ -193,10 +193,10 @@ def _tile_bytes(tiles: Iterable[str]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "sizes")
         program.with_suffix(".cu").write_text(_PROGRAM % lines)
-        command = [toolkit.home / "bin" / "nvcc", "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir() / 'cuda'}"]
-        libraries = [f"-L{path}" for path in _build.cudart_bridge(toolkit, Path(folder))]
-        subprocess.run([*command, *libraries, program.with_suffix(".cu"), "-o", program], check=True)
-        answer = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+        command = [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir() / 'cuda'}"]
+        command += [f"-L{path}" for path in _build.cudart_bridge(toolkit, Path(folder))]
+        subprocess.run([*command, str(program.with_suffix(".cu")), "-o", str(program)], check=True)
+        answer = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(zip(tiles, map(int, answer.split()), strict=True))
 
 
