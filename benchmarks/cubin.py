@@ -70,6 +70,13 @@ def tool(name: str = "cuobjdump") -> Path | None:
     return next(iter(found), None)
 
 
+def compile_program(toolkit: _build.Toolkit, source: Path, program: Path, arch: str) -> None:
+    """An executable of one .cu file that may include those of csrc; nvcc does not find a pip toolkit's libraries."""
+    command = [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", f"-arch={arch}", f"-I{_build.csrc_dir()}"]
+    libraries = [f"-L{toolkit.home / name}" for name in ("lib64", "lib")]
+    subprocess.run([*command, str(source), "-o", str(program), *libraries], check=True)
+
+
 def codes(binary: Path) -> list[Code]:
     """All kernels of a cubin or a library, for every architecture that it has machine code for."""
     found = []

@@ -168,7 +168,7 @@ def _enumerator(enumeration: str, value: int) -> str:
 _TILE = re.compile(r"\bTile<[^<>]*>")
 _PROGRAM = """
 #include <cstdio>
-#include "conv_kernels.cuh"
+#include "cuda/conv_kernels.cuh"
 using namespace resfuse::cuda;
 int main() {
 %s}
@@ -193,9 +193,7 @@ def _tile_bytes(tiles: Iterable[str]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "sizes")
         program.with_suffix(".cu").write_text(_PROGRAM % lines)
-        command = [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir() / 'cuda'}"]
-        command += [f"-L{path}" for path in _build.cudart_bridge(toolkit, Path(folder))]
-        subprocess.run([*command, str(program.with_suffix(".cu")), "-o", str(program)], check=True)
+        cubin.compile_program(toolkit, program.with_suffix(".cu"), program, "sm_80")
         answer = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(zip(tiles, map(int, answer.split()), strict=True))
 
