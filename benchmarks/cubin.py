@@ -70,6 +70,13 @@ def tool(name: str = "cuobjdump") -> Path | None:
     return next(iter(found), None)
 
 
+def compile_program(toolkit: _build.Toolkit, source: Path, program: Path, arch: str) -> None:
+    """An executable of one .cu file that may include those of csrc; nvcc does not find a pip toolkit's libraries."""
+    command = [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", f"-arch={arch}", f"-I{_build.csrc_dir()}"]
+    libraries = [f"-L{toolkit.home / name}" for name in ("lib64", "lib")]
+    subprocess.run([*command, str(source), "-o", str(program), *libraries], check=True)
+
+
 def codes(binary: Path) -> list[Code]:
     """All kernels of a cubin or a library, for every architecture that it has machine code for."""
     found = []
@@ -154,7 +161,7 @@ def _by_architecture(lines: Iterable[str]) -> Iterator[tuple[int, str, str]]:
 
 def _instructions(binary: Path, arch: int) -> dict[tuple[int, str], Instructions]:
     kernels: dict[tuple[int, str], Instructions] = {}
-    name, code = "", []
+    name, code = "", list[tuple[int, str, str]]()
     for line in _dump(binary, "-sass", "-arch", _targets(binary)[arch]):
         started = re.match(r"\s+Function : (\S+)", line)
         if started:
@@ -175,7 +182,7 @@ def _counted(code: list[tuple[int, str, str]]) -> Instructions:
         if target and int(target[1], 16) < address:
             loops.append((int(target[1], 16), address))
     addresses = [address for address, _, _ in code]
-    inside = set()
+    inside = set[int]()
     for first, last in loops:
         inside.update(range(bisect.bisect_left(addresses, first), bisect.bisect_right(addresses, last)))
     result = Instructions()

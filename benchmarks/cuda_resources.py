@@ -34,7 +34,7 @@ DEVICES = {80: A100, 90: H100}
 """By architecture: that of the A100 and of the H100 and H200."""
 DEFINITION = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(")
 CONVOLUTIONS = ("conv_inference_kernel", "conv_training_kernel")
-ALL_THERE_IS = ("bn_train_forward_kernel", "bn_statistics_kernel", "bn_backward_kernel", "bn_backward_reduce_kernel")
+ALL_THERE_IS = ("bn_train_forward_kernel", "bn_backward_kernel")
 """One block per multiprocessor by design, which keeps in shared memory what fits of its input."""
 
 
@@ -161,14 +161,14 @@ def _enumerator(enumeration: str, value: int) -> str:
     definition = re.compile(rf"enum class {enumeration}\b[^{{]*{{([^}}]*)}}")
     for path in (_build.csrc_dir() / "cuda").glob("*.cuh"):
         if found := definition.search(path.read_text()):
-            return found[1].split(",")[value].strip()
+            return re.sub(r"//.*", "", found[1]).split(",")[value].strip()
     return f"({enumeration}){value}"
 
 
 _TILE = re.compile(r"\bTile<[^<>]*>")
 _PROGRAM = """
 #include <cstdio>
-#include "conv_kernels.cuh"
+#include "cuda/conv_kernels.cuh"
 using namespace resfuse::cuda;
 int main() {
 %s}
@@ -180,8 +180,8 @@ def _dynamic_shared(kernel: str, variant: str, tiles: dict[str, int], device: De
     if kernel in CONVOLUTIONS:
         return tiles[_TILE.findall(variant)[0]]
     if kernel in ALL_THERE_IS:
-        return device.shared_memory
-    return 0  # or a few hundred bytes
+        return device.shared_memory - cubin.RESERVED
+    return 0  # or a few KiB, which limit nothing
 
 
 def _tile_bytes(tiles: Iterable[str]) -> dict[str, int]:
@@ -193,10 +193,8 @@ def _tile_bytes(tiles: Iterable[str]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "sizes")
         program.with_suffix(".cu").write_text(_PROGRAM % lines)
-        command = [toolkit.home / "bin" / "nvcc", "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir() / 'cuda'}"]
-        libraries = [f"-L{path}" for path in _build.cudart_bridge(toolkit, Path(folder))]
-        subprocess.run([*command, *libraries, program.with_suffix(".cu"), "-o", program], check=True)
-        answer = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+        cubin.compile_program(toolkit, program.with_suffix(".cu"), program, "sm_80")
+        answer = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(zip(tiles, map(int, answer.split()), strict=True))
 
 

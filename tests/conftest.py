@@ -14,7 +14,7 @@ from torch import Tensor
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Nor does the CPU's contract know TF32, which kernels in the emulator would compute in by torch's default for cuDNN.
+    # Nor does the CPU's contract know TF32, in which kernels in the emulator compute by torch's default for cuDNN.
     torch.backends.cudnn.allow_tf32 = False
 
 from resfuse.backends import buffer_pool

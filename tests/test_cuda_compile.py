@@ -70,7 +70,7 @@ def objections(row: Row) -> list[str]:
             found.append(f"{row.mma_looped} tensor-core instructions in the main loop")
         if math != "Fp32" and row.matrix_loads == 0:
             found.append("no ldmatrix")
-        if math == "Fp32" and row.fma_looped < 64:
+        if math == "Fp32" and row.fma_looped < 32:
             found.append(f"{row.fma_looped} multiply-adds in the main loop")
         if (row.copies_looped > 0) != (parameters(row)[-1] != "values"):
             found.append(f"{row.copies_looped} asynchronous copies in the main loop")

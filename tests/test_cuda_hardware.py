@@ -90,11 +90,7 @@ def fragments(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(toolkit)
     folder = tmp_path_factory.mktemp("fragments")
     arch = "native" if torch.cuda.is_available() else "sm_80"
-    libraries = [f"-L{path}" for path in _build.cudart_bridge(toolkit, folder)]
-    command = [toolkit.home / "bin" / "nvcc", "-std=c++17", f"-arch={arch}", f"-I{_build.csrc_dir()}", *libraries]
-    source = ROOT / "tests" / "cuda_fragments.cu"
-    done = subprocess.run([*command, source, "-o", folder / "fragments"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    cubin.compile_program(toolkit, ROOT / "tests" / "cuda_fragments.cu", folder / "fragments", arch)
     return folder / "fragments"
 
 

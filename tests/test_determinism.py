@@ -12,9 +12,7 @@ import resfuse
 from tests import shapes
 
 COMPLETE = [
-    name
-    for name in shapes.BACKENDS
-    if shapes.supports(name, "conv_bn_act", torch.float32, shapes.devices_of(name)[0])
+    name for name in shapes.BACKENDS if shapes.supports(name, "conv_bn_act", torch.float32, shapes.devices_of(name)[0])
 ]
 
 

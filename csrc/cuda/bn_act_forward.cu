@@ -21,14 +21,8 @@ namespace {
 
 constexpr int kApplyThreads = 256;
 
-// What is computed once per channel is so in double precision: it costs nothing and leaves its error to the elements'.
-__device__ double inverse_deviation(double variance, double eps) { return 1. / sqrt(variance + eps); }
-
-__device__ float updated(double running, double now, double momentum) {
-  return static_cast<float>(running * (1. - momentum) + now * momentum);
-}
-
-// Per channel: y = act((x - mean) scale + shift + residual).
+// Per channel: y = act((x - mean) scale + shift + residual). Computed in double precision, which costs nothing there,
+// and leaves the error to what is computed per element.
 struct Affine {
   float mean, scale, shift;
 };
@@ -216,11 +210,11 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
       const double momentum = args.momentum, unbiased = static_cast<double>(moments.m2) / (moments.count - 1.);
       if (args.running_mean.data != nullptr) {
         const float old = channel_value<T>(args.running_mean, channel, 0.f);
-        set_channel_value<T>(args.running_mean, channel, updated(old, mean, momentum));
+        set_channel_value<T>(args.running_mean, channel, updated_running(old, mean, momentum));
       }
       if (args.running_var.data != nullptr) {
         const float old = channel_value<T>(args.running_var, channel, 0.f);
-        set_channel_value<T>(args.running_var, channel, updated(old, unbiased, momentum));
+        set_channel_value<T>(args.running_var, channel, updated_running(old, unbiased, momentum));
       }
     }
   }
@@ -258,7 +252,7 @@ __global__ void __launch_bounds__(kApplyThreads) bn_apply_kernel(const BnApply a
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
     const float spread = channel_value<T>(args.spread, channel, 1.f);
-    const double invstd = args.spread_is_variance ? inverse_deviation(spread, args.eps) : spread;
+    const double invstd = args.spread_is_variance ? inverse_deviation(static_cast<double>(spread), args.eps) : spread;
     affine[threadIdx.x] = {channel_value<T>(args.mean, channel, 0.f),
                            static_cast<float>(invstd * channel_value<T>(args.weight, channel, 1.f)),
                            channel_value<T>(args.bias, channel, 0.f)};

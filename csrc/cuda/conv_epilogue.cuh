@@ -1,6 +1,7 @@
 // From a tile's accumulators to memory: which values a thread has, per-channel vectors, batch norm, residual, ReLU.
 #pragma once
 #include "../resfuse.h"
+#include "batch_statistics.cuh"
 #include "conv_tile.cuh"
 #include "vector.cuh"
 
@@ -62,9 +63,6 @@ __device__ __forceinline__ void for_each_run(Accumulators<T>& acc, const Body& b
       for (int k = 0; k < kRun; ++k) acc[r / 2][slab * 4 + k / 2][r % 2 * 2 + k % 2] = values[k];
     }
 }
-
-// (variance + eps)^-1/2, rounded to nearest twice.
-__device__ __forceinline__ float inverse_deviation(float variance, float eps) { return 1.f / sqrtf(variance + eps); }
 
 // Where a tile's results go.
 template <class E>

@@ -7,9 +7,6 @@
 
 namespace resfuse::cuda {
 
-// A kernel whose blocks wait for each other runs as one cooperative launch where all of them are resident, else as two.
-enum class Phase { both, first, second };
-
 template <class T>
 struct ConvShared {
   unsigned char slots[T::kStages * T::kSlotBytes];
@@ -155,7 +152,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
       });
       float mean, m2;
       tile_moments<T>(acc, rows, shared.statistics, mean, m2);
-      if (has_channel) moments.merge(rows, mean, m2);
+      if (has_channel) moments.merge({static_cast<float>(rows), mean, m2});
     }
     if (has_channel) {
       float* row = bn.workspace + static_cast<int64_t>(part) * 2 * conv.filters + filter;

@@ -1,22 +1,11 @@
 // Batch statistics of a convolution's output as (count, mean, M2), M2 = sum (z - mean)^2: per tile from the
-// accumulators, then merged by Chan's formula in a fixed order (Chan, Golub, LeVeque 1983, "Algorithms for computing
-// the sample variance", (2.1)).  A block's tiles are merged to one part, parts travel through a workspace
+// accumulators, then merged in a fixed order.  A block's tiles are merged to one part, parts travel through a workspace
 // [parts][2][filters].
 #pragma once
+#include "batch_statistics.cuh"
 #include "conv_epilogue.cuh"
 
 namespace resfuse::cuda {
-
-struct Moments {
-  float count = 0, mean = 0, m2 = 0;
-
-  __device__ __forceinline__ void merge(float other_count, float other_mean, float other_m2) {
-    const float total = count + other_count, delta = other_mean - mean, share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * (delta * (count * share));
-    count = total;
-  }
-};
 
 // Shared memory of a block's reductions.
 template <class T>
@@ -100,7 +89,7 @@ __device__ __forceinline__ Moments merge_parts(const float* workspace, const Con
   for (int part = 0; part < plan.parts; ++part) {
     const int64_t left = conv.pixels - part * part_pixels;
     const float* row = workspace + static_cast<int64_t>(part) * 2 * conv.filters + filter;
-    all.merge(static_cast<float>(left < part_pixels ? left : part_pixels), row[0], row[conv.filters]);
+    all.merge({static_cast<float>(left < part_pixels ? left : part_pixels), row[0], row[conv.filters]});
   }
   return all;
 }

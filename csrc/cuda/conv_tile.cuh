@@ -23,7 +23,7 @@
 
 namespace resfuse::cuda {
 
-// What the kernels know of a convolution, as the launcher derives it: see conv_geometry in conv_launch.cuh.
+// What the kernels know of a convolution, as the launcher derives it: see `geometry` in conv_launch.cuh.
 struct ConvGeometry {
   const void* input;   // NHWC
   const void* weight;  // K, R, S, C / groups
@@ -216,8 +216,7 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_a = warp % T::kWarpsM * T::kWarpM, row_b = T::kBlockM + warp / T::kWarpsM * T::kWarpN;
   if constexpr (Math::kTensorCores) {
-    // ldmatrix: of a, rows 0-7 and 8-15 at the lower 16 bytes, then at the upper; of b, both halves of rows 0-7, then
-    // 8-15.
+    // Matrices: of a, rows 0-7 and 8-15 of the lower 16 bytes, then of the upper; of b, rows 0-7 of both, then 8-15.
     const unsigned char* a = slot + row_a * T::kRowBytes;
     const unsigned char* b = slot + row_b * T::kRowBytes;
 #pragma unroll
@@ -274,8 +273,7 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
   }
 }
 
-// acc = the products of steps [first, last) of the tile.  `slots` is kStages * kSlotBytes of shared memory, free for
-// use.
+// acc = the products of steps [first, last) of the tile, by way of kStages * kSlotBytes of shared memory.
 template <class Math, class T, Copies kCopies>
 __device__ __forceinline__ void convolve(Accumulators<T>& acc, const ConvGeometry& conv, const TileIndex& tile,
                                          int first, int last, unsigned char* slots) {

@@ -3,24 +3,10 @@
 #pragma once
 #include <cooperative_groups.h>
 
+#include "batch_statistics.cuh"
 #include "channel_tiles.cuh"
 
 namespace resfuse::cuda {
-
-// (count, mean, M2) of a set of values, M2 = sum (x - mean)^2, merged by Chan's formula (Chan, Golub, LeVeque 1983,
-// "Algorithms for computing the sample variance", (2.1)).
-struct Moments {
-  float count = 0.f, mean = 0.f, m2 = 0.f;
-
-  __device__ void merge(const Moments& other) {
-    const float total = count + other.count;
-    if (total == 0.f) return;
-    const float share = other.count / total, delta = other.mean - mean;
-    mean += delta * share;
-    m2 += other.m2 + delta * delta * (count * share);
-    count = total;
-  }
-};
 
 // Two sums.
 struct SumPair {

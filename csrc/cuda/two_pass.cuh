@@ -5,9 +5,6 @@
 
 namespace resfuse::cuda {
 
-// What a launch does: all, or the part before or after the barrier.
-enum class Phase : int32_t { both, first, second };
-
 // One block per processor: the fewer parts, the less there is to merge.
 constexpr int kTwoPassThreads = 512;
 

@@ -113,10 +113,28 @@ def sanitizer_environment(variant: Variant) -> dict[str, str]:
     answer = subprocess.run([*_compiler(), f"-print-file-name={variant.preload}"], capture_output=True, text=True)
     return {
         "LD_PRELOAD": answer.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",  # torch and Python
+        # Leaks are Python's own. The sanitizers' symbolizers miss many lines: with_lines() finds them.
+        "ASAN_OPTIONS": "detect_leaks=0:symbolize=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1:symbolize=0",
+        "TSAN_OPTIONS": "halt_on_error=1:symbolize=0",
     }
+
+
+def with_lines(report: str, library: Path) -> str:
+    """A sanitizer's report with functions and lines in place of addresses in the library."""
+    address = re.compile(rf"(?:<null> <null> )?\(\S*{re.escape(library.name)}\+(0x[0-9a-f]+)\)")
+    addresses = sorted(set(address.findall(report)))
+    command = ["addr2line", "--addresses", "-ifCe", str(library), *addresses]
+    answer = subprocess.run(command, capture_output=True, text=True).stdout if addresses else ""
+    places: dict[str, str] = {}
+    for block in re.split(r"^0x", answer, flags=re.MULTILINE)[
+        1:
+    ]:  # an address, then function and line, innermost first
+        number, *pairs = block.splitlines()
+        places[hex(int(number, 16))] = "\n       in ".join(
+            f"{function[:160]} {line}" for function, line in zip(pairs[::2], pairs[1::2], strict=True)
+        )
+    return address.sub(lambda match: places.get(hex(int(match[1], 16)), match[0]), report)
 
 
 @dataclasses.dataclass(frozen=True)

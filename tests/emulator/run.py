@@ -28,9 +28,10 @@ def run(
     own = {"EMU_LIBRARY": str(library), "OMP_NUM_THREADS": "1", **build.sanitizer_environment(variant)}
     arguments = [f"--seed={seed}" for seed in seeds] + ["-k", match, *["-v"] * verbose]
     command = [sys.executable, "-m", "tests.emulator.run", "--in-this-process", *arguments]
-    return subprocess.run(
-        command, cwd=build.ROOT, env={**os.environ, **own, **(environment or {})}, capture_output=True, text=True
-    )
+    environment = {**os.environ, **own, **(environment or {})}
+    done = subprocess.run(command, cwd=build.ROOT, env=environment, capture_output=True, text=True)
+    done.stderr = build.with_lines(done.stderr, library)
+    return done
 
 
 def _run_here(seeds: Sequence[int], match: str, verbose: bool) -> int:

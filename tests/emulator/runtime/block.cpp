@@ -13,7 +13,7 @@ dim3 blockDim, gridDim;
 
 namespace emu {
 
-char grid_start, grid_end, grid_order[2];
+char grid_end, grid_order[2];
 
 namespace {
 Block* block;  // that runs
@@ -44,6 +44,7 @@ Block::Block(const Launch& launch, uint3 index)
     thread.warp->alive |= bit(thread.lane);
     create(thread.fiber, thread_main);
   }
+  release(&start_);
   all_ready();
 }
 
@@ -54,7 +55,7 @@ Block::~Block() {
 
 void Block::thread_main() {
   entered();
-  acquire(&grid_start);
+  acquire(&block->start_);
   block->launch_.body(block->launch_.closure);
   release(&grid_end);
   Warp& warp = *self->warp;
@@ -272,11 +273,13 @@ void fence() {
 }
 
 void enqueue(const AsyncCopy& copy) {
+  const Unseen unseen;
   self->copies.push_back(copy);
   self->copies.back().group = self->groups;
 }
 
 bool dequeue(AsyncCopy& copy, unsigned pending_groups) {
+  const Unseen unseen;
   auto& copies = self->copies;
   if (copies.empty() || copies.front().group + pending_groups >= self->groups) return false;
   copy = copies.front();

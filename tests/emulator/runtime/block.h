@@ -86,14 +86,14 @@ class Block {
   unsigned barriers_ = 0, grid_barriers_ = 0;
   const char* barrier_file_ = nullptr;
   int barrier_line_ = 0;
-  char order_memory_[2];  // objects to release and acquire, of __syncthreads
+  char start_, order_memory_[2];  // objects to release and acquire: when threads start, in __syncthreads
   std::minstd_rand random_;
   std::string failure_;
   Thread* questioned_ = nullptr;  // a waiting thread that is to say where it waits
   std::vector<void*> frames_;
 };
 
-// What orders the memory of all blocks; every fiber acquires `grid_start` and releases `grid_end`.
-extern char grid_start, grid_end, grid_order[2];
+// Objects to release and acquire: all threads of a grid at its end, and at its barriers.
+extern char grid_end, grid_order[2];
 
 }  // namespace emu

@@ -13,6 +13,12 @@
 #endif
 #ifdef EMU_TSAN
 #include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 #ifndef EMU_USES_UCONTEXT
@@ -147,6 +153,14 @@ void begin_launch() {
 #ifdef EMU_TSAN
 void release(void* object) { __tsan_release(object); }
 void acquire(void* object) { __tsan_acquire(object); }
+Unseen::Unseen() {
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+Unseen::~Unseen() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+}
 #endif
 
 }  // namespace emu

@@ -117,7 +117,6 @@ void launch(void (*body)(const void*), const void* closure, dim3 grid, dim3 bloc
   statistics.blocks += static_cast<long>(indices.size());
 
   begin_launch();
-  release(&grid_start);
   std::vector<std::unique_ptr<Resident>> residents;
   for (const uint3 index : indices) {
     residents.push_back(std::make_unique<Resident>(launch, index));

@@ -1,0 +1,35 @@
+// What the kernels that take statistics of a batch have in common, those of batch norm and of convolutions.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+namespace resfuse::cuda {
+
+// A kernel whose blocks wait for each other runs as one cooperative launch, or as two: before and after the barrier.
+enum class Phase : int32_t { both, first, second };
+
+// (count, mean, M2) of a set of values, M2 = sum (x - mean)^2, merged by Chan's formula (Chan, Golub, LeVeque 1983,
+// "Algorithms for computing the sample variance", (2.1)).
+struct Moments {
+  float count = 0.f, mean = 0.f, m2 = 0.f;
+
+  __device__ __forceinline__ void merge(const Moments& other) {
+    const float total = count + other.count;
+    if (total == 0.f) return;
+    const float share = other.count / total, delta = other.mean - mean;
+    mean += delta * share;
+    m2 += other.m2 + delta * (delta * (count * share));
+    count = total;
+  }
+};
+
+// (variance + eps)^-1/2, rounded to nearest at every step.
+__device__ __forceinline__ float inverse_deviation(float variance, float eps) { return 1.f / sqrtf(variance + eps); }
+__device__ __forceinline__ double inverse_deviation(double variance, double eps) { return 1. / sqrt(variance + eps); }
+
+// A running statistic after a batch; `old` times (1 - momentum) is exact where momentum is 0 or 1.
+__device__ __forceinline__ float updated_running(double old, double now, double momentum) {
+  return static_cast<float>(old * (1. - momentum) + now * momentum);
+}
+
+}  // namespace resfuse::cuda
