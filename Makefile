@@ -40,7 +40,7 @@ test: $(VENV)/.toolkit
 	@$(MAKE) --no-print-directory pytest
 
 docs: $(VENV)/.built
-	$(PY) -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 build: $(VENV)/.built
 

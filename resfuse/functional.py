@@ -42,6 +42,10 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         ValueError: shapes, devices or tensor layouts (strided, sparse) do not fit.
 
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), equation 1 and figure 2.
+
+    Example:
+        >>> add_relu(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5]))
+        tensor([1.5000, 0.0000])
     """
     _check_input("input", input)
     if _promotes(input.dtype, residual) and _autocast_enabled(input):
@@ -100,6 +104,12 @@ def bn_act(
 
     Saved for backward: `input`, mean, invstd and, with ReLU, the output.
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; running statistics as in `torch.nn.BatchNorm2d`.
+
+    Example:
+        >>> input, mean, var = torch.randn(8, 3, 5, 5), torch.zeros(3), torch.ones(3)
+        >>> output = bn_act(input, mean, var, activation="identity", training=True)
+        >>> torch.allclose(output.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+        True
     """
     relu = _check_activation(activation)
     _check_input("input", input, 4)
@@ -253,6 +263,12 @@ def conv_bn_act(
 
     Saved for backward: `input`, the weights, with ReLU the output, and in training z, mean and invstd.
     Source: conv2d and BatchNorm2d of the PyTorch documentation; Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
+
+    Example:
+        >>> input, conv_weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+        >>> output = conv_bn_act(input, conv_weight, torch.zeros(4), torch.ones(4), stride=2, padding=1)
+        >>> output.shape, output.min().item() >= 0
+        (torch.Size([2, 4, 4, 4]), True)
     """
     relu = _check_activation(activation)
     if not training and _records_nothing():

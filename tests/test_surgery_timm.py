@@ -249,6 +249,30 @@ def test_block_compiles_fullgraph(name: str) -> None:
     output.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["se", "aa", "preact-projection"])
+def test_block_can_be_traced(name: str) -> None:
+    build, channels = BLOCKS[name]
+    fused, eager, _ = both(build)
+    input = models.random_input((2, channels, 9, 9))
+    traced = torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(input), eager.eval()(input), rtol=1e-4, atol=1e-4)
+
+
+def test_preactivation_block_under_vmap() -> None:
+    """Where the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
+    fused, eager, _ = both(BLOCKS["preact-projection"][0])
+    input = models.random_input((2, 16, 9, 9))
+    expected = eager.eval()(input)
+    parameters = dict(fused.eval().named_parameters())
+
+    def call(scale: Tensor) -> Tensor:
+        scaled = {key: value * scale if "downsample" in key else value for key, value in parameters.items()}
+        return torch.func.functional_call(fused, scaled, (input,))
+
+    for output in torch.vmap(call)(torch.ones(2)):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_checkpointing_and_intermediate_features() -> None:
     fused, eager, _ = both(resnetv2)
     input = models.random_input(IMAGE)

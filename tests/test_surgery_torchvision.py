@@ -223,6 +223,14 @@ def test_shared_last_convolution_of_a_regnet_block() -> None:
     models.assert_equal_before_and_after(build, (2, 16, 9, 9))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_regnet_block_can_be_traced(stride: int) -> None:
+    fused, eager, _ = both(lambda: regnet_block(stride))
+    input = models.random_input((2, 16, 9, 9))
+    traced = torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(input), eager.eval()(input), rtol=1e-4, atol=1e-4)
+
+
 def test_aspp_pooling_keeps_the_contract() -> None:
     eager = models.seeded(lambda: ASPPPooling(12, 8)).eval()
     fused = copy.deepcopy(eager)

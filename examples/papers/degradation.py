@@ -7,10 +7,12 @@ python -m examples.papers.degradation --cifar10 FOLDER --width 16 --epochs 160 -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from examples.papers import experiment
+from examples.papers.experiment import Value
 from examples.papers.training import Run, train_all
 from resfuse.models import cifar_plain, cifar_resnet
 
@@ -30,16 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment.show_results(runs, console)
     values, facts = experiment.curves(runs), experiment.conditions(options, images)
     experiment.write_csv(options.output / "degradation.csv", values, facts)
-    figure, axes = experiment.new_figure(2, facts)
-    for panel, kind in zip(axes, KINDS, strict=True):
-        for color, depth in zip(experiment.COLORS, options.depths, strict=False):
-            name = f"{kind}-{depth}"
-            experiment.plot_mean(panel, values, name, "train_loss", color=color, label=f"{name}, training loss")
-        panel.set(title=f"{kind} networks", xlabel="epoch", ylabel="training loss", yscale="log")
-        panel.sharey(axes[0])
-        panel.legend(frameon=False, fontsize=8)
-    experiment.save_figure(figure, options.output / "degradation.png")
+    plot(values, options.depths, facts, options.output / "degradation.png")
     console.print(f"Wrote {options.output / 'degradation.csv'} and .png")
+
+
+def plot(values: Sequence[Value], depths: Sequence[int], facts: dict[str, object], path: Path) -> None:
+    """The training loss by epoch: left the plain networks, right the residual ones."""
+    figure, axes = experiment.new_figure(2, facts, sharey=True)
+    for panel, kind in zip(axes, KINDS, strict=True):
+        for color, depth in zip(experiment.COLORS, depths, strict=False):
+            name = f"{kind}-{depth}"
+            experiment.plot_mean(panel, values, name, "train_loss", color=color, label=name)
+        panel.set(title=f"{kind} networks", xlabel="epoch", yscale="log")
+        panel.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("training loss")
+    experiment.save_figure(figure, path)
 
 
 if __name__ == "__main__":

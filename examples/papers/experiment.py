@@ -85,14 +85,15 @@ def write_csv(path: Path, values: Iterable[Value], facts: dict[str, object]) -> 
         writer.writerows((*value[:-1], f"{value.value:.6g}", *facts.values()) for value in values)
 
 
-def new_figure(columns: int, facts: dict[str, object]) -> tuple[Any, Any]:
+def new_figure(columns: int, facts: dict[str, object], *, sharey: bool = False) -> tuple[Any, Any]:
     """A figure with so many axes side by side, and its conditions below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(5.2 * columns, 4.2), layout="constrained", squeeze=False)
+    size = {"figsize": (5.2 * columns, 4.2), "layout": "constrained"}
+    figure, axes = pyplot.subplots(1, columns, squeeze=False, sharey=sharey, **size)
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(", ".join(f"{name} {value}" for name, value in facts.items()), fontsize=7, color="#777777")

@@ -33,7 +33,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = experiment.parser(__doc__ or "", epochs=4, seeds=1, depths=(20, 56, 110)).parse_args(arguments)
+    options = experiment.parser(__doc__ or "", epochs=3, seeds=1, depths=(20, 56, 110)).parse_args(arguments)
     console, images = Console(), experiment.load(options)
     runs = [
         Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))

@@ -41,7 +41,7 @@ def responses(model: nn.Module, images: Tensor) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = experiment.parser(__doc__ or "", epochs=10, seeds=1, depths=(20, 56)).parse_args(arguments)
+    options = experiment.parser(__doc__ or "", epochs=8, seeds=1, depths=(20, 56)).parse_args(arguments)
     console, images = Console(), experiment.load(options)
     runs = [
         Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))

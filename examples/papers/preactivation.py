@@ -18,7 +18,9 @@ from resfuse.models import cifar_preact_resnet, cifar_resnet
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = experiment.parser(__doc__ or "", epochs=10, seeds=1, depths=(110, 164)).parse_args(arguments)
+    parser = experiment.parser(__doc__ or "", epochs=6, seeds=1, depths=(110, 164))
+    parser.set_defaults(width=4)  # minutes rather than a quarter of an hour
+    options = parser.parse_args(arguments)
     console, images = Console(), experiment.load(options)
     runs = []
     for depth in options.depths:

@@ -79,7 +79,12 @@ def unavailable_reasons() -> dict[str, str | None]:
 
 
 def available_backends() -> list[str]:
-    """Names of the backends usable on this machine, in order of preference: `["cpu", "reference"]` without a GPU."""
+    """Names of the backends usable on this machine, in order of preference: `["cpu", "reference"]` without a GPU.
+
+    Example:
+        >>> available_backends()[-1]
+        'reference'
+    """
     return [name for name, reason in unavailable_reasons().items() if reason is None]
 
 
@@ -94,6 +99,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: no backend has that name.
         RuntimeError: the backend cannot be used on this machine (the message says why).  An op that the backend
             does not support raises the same error when it is called.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     requested_backend()
+        'reference'
     """
     if _validated(name) is not None:
         reason = backend(str(name)).unavailable_reason()

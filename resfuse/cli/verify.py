@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from resfuse import contract
 from resfuse.backends import registry
-from resfuse.cli import cases, models
+from resfuse.cli import cases, model_table, models
 from resfuse.contract import Deviation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,10 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=tuple(cases.VERBS), help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this (repeatable)")
     parser.add_argument("--model", metavar="NAME", help="also fuse a torchvision model, e.g. resnet50, and compare")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        metavar="PATTERN",
+        help="instead: fuse every listed model of torchvision and timm (whose name has a pattern in it, such as "
+        "timm/resnetv2), and compare forward, gradients and statistics; takes minutes",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table of --models to this .csv")
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
+    if args.models is not None:
+        return model_table.run(args.models, args.output, console)
     if args.model and (objection := _model_objection(args.model)):
         console.print(f"--model: {objection}", markup=False, soft_wrap=True)
         return 1

@@ -99,6 +99,11 @@ def cifar_resnet(depth: int, **options: Any) -> CifarResNet:
         ValueError: `depth` is not 6n + 2 with a positive n.
 
     Source: He et al. 2016 (arXiv:1512.03385), section 4.2 and table 6.
+
+    Example:
+        >>> model = cifar_resnet(20, in_channels=1)
+        >>> model(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
     """
     return CifarResNet(BasicBlock, blocks_per_stage(depth, 6), **options)
 

@@ -33,6 +33,10 @@ def complexity(model: nn.Module, input_shape: tuple[int, ...] = (3, 224, 224)) -
         Both counts.
 
     Source: the counts of He et al. 2016 (arXiv:1512.03385), table 1 and section 4.2.
+
+    Example:
+        >>> complexity(nn.Conv2d(3, 8, 1), (3, 4, 4))
+        Complexity(parameters=32, multiply_adds=384)
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}

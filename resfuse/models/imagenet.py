@@ -110,6 +110,11 @@ def resnet18(**options: Any) -> ResNet:
     """ResNet-18, of basic blocks; `options` are the keyword arguments of `ResNet`.
 
     1.8 G multiply-adds at 224x224, 11.7 M parameters.  Loads torchvision's `resnet18`.
+
+    Example:
+        >>> model = resnet18(num_classes=10, width=8)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     return ResNet(BasicBlock, (2, 2, 2, 2), **options)
 

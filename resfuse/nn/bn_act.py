@@ -42,6 +42,12 @@ class BNAct2d(nn.BatchNorm2d):
         ValueError: `activation` is neither of the two; and what `resfuse.bn_act` raises when called.
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), and the documentation of `torch.nn.BatchNorm2d`.
+
+    Example:
+        >>> norm = BNAct2d(8)
+        >>> input = torch.randn(2, 8, 5, 5)
+        >>> norm(input, residual=input).shape
+        torch.Size([2, 8, 5, 5])
     """
 
     def __init__(

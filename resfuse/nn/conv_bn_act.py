@@ -38,6 +38,11 @@ class ConvBNAct2d(nn.Module):
         ValueError: `activation` is neither of the two; and what `resfuse.conv_bn_act` raises when called.
 
     Source: the documentation of `torch.nn.Conv2d` and `torch.nn.BatchNorm2d`; Ioffe & Szegedy 2015 (arXiv:1502.03167).
+
+    Example:
+        >>> layer = ConvBNAct2d(3, 8, kernel_size=3, stride=2, padding=1)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 4, 4])
     """
 
     def __init__(

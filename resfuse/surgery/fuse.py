@@ -40,16 +40,17 @@ def fuse_(
     """Make a model run its convolutions, batch norms, additions and ReLUs fused, in place.
 
     Fused are, wherever they are in the model: torchvision's `BasicBlock`, `Bottleneck` (ResNet, ResNeXt, Wide-ResNet)
-    and the stem of its `ResNet`, also as the backbone of a detection or segmentation model; the same three of timm,
-    without attention, anti-aliasing, drop-block or drop-path; and in any `nn.Sequential` the runs of
-    Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.  A Sequential of such blocks lets
-    each of them, in inference, write its output over its input.
+    and the stem of its `ResNet`, also as the backbone of a detection or segmentation model, and the blocks of its
+    RegNet; the same three of timm, where attention, anti-aliasing, drop-block and drop-path are called as they are
+    between fused calls; timm's pre-activation blocks (ResNetV2); and in any `nn.Sequential`, such as torchvision's
+    `Conv2dNormActivation`, the runs of Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.
+    A Sequential of blocks lets each of them, in inference, write its output over its input.
 
     Nothing is replaced: a fused module only changes its class, to a subclass of its own with another forward.
     Parameters, buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and
     optimizers remain, and so do copying, pickling, `train()`, DDP and `torch.compile`.  What happens to a part later is
-    honoured, too: a hook or parametrization inside of a fused module makes it call that part again, a SyncBatchNorm makes
-    it exchange statistics with the other processes.
+    honoured, too: a hook or parametrization inside of a fused module makes it call that part again, a SyncBatchNorm
+    makes it exchange statistics with the other processes.
 
     Equivalent to the model before, within rounding, in `train()` and `eval()`.
 

@@ -7,7 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from resfuse.nn.blocks import CHAINS, Chain, basic_block_forward, bottleneck_forward, plain_convolution
-from resfuse.nn.fused_call import activation_of, add_act, bn_act, conv_bn_act, global_hooks, unobserved
+from resfuse.nn.fused_call import (
+    activation_of,
+    add_act,
+    bn_act,
+    conv_bn_act,
+    global_hooks,
+    unobserved,
+    wants_pytorch_operators,
+)
 from resfuse.nn.sequential import sequential_forward
 from resfuse.surgery.fused import Fused
 from resfuse.surgery.mixins import is_plain_sequential
@@ -129,9 +137,9 @@ def _end(block: Any, output: Tensor, input: Tensor, act: nn.Module) -> Tensor:
 def _add_shortcut(block: Any, conv: nn.Module, input: Tensor, shortcut: Tensor) -> Tensor:
     """conv(input) + shortcut, in the convolution's own output where nobody else can get hold of that one."""
     z = conv(input)
-    own = plain_convolution(conv) and not global_hooks() and type(z) is Tensor
     if activation_of(block.drop_path) != "identity":
         return block.drop_path(z) + shortcut
+    own = plain_convolution(conv) and not global_hooks() and not wants_pytorch_operators(z)
     return z.add_(shortcut) if own and z.dtype is shortcut.dtype and z.shape == shortcut.shape else z + shortcut
 
 
