@@ -146,9 +146,10 @@ def test_bank_conflicts_of_ldmatrix() -> None:
 )
 def test_sanitizers(name: str, variant: build.Variant, report: str | None) -> None:
     """They see what each CUDA thread does, and nothing wrong in what is right."""
+    path = build.probes(variant)
     code = f"""
 import ctypes
-loaded = ctypes.CDLL({str(build.probes(variant))!r})
+loaded = ctypes.CDLL({str(path)!r})
 loaded.probe.restype = ctypes.c_char_p
 loaded.emulator_configure(1, 4)
 message = loaded.probe({name!r}.encode(), (ctypes.c_float * 260)(*[0.0] * 256, *[1.0] * 4), (ctypes.c_uint * 2)())
@@ -161,4 +162,4 @@ assert message is None, message
     else:
         assert done.returncode != 0
         assert report in done.stderr
-        assert "probes.cu:" in done.stderr
+        assert "probes.cu:" in build.with_lines(done.stderr, path)

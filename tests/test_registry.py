@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_unknown_and_unavailable_names() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'cuda' is not available"), resfuse.use_backend("cuda"):
             pass
+
+
+def test_registered_backends_run_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    other = types.ModuleType("other")
+    other.unavailable_reason = lambda: None  # type: ignore[attr-defined]
+    other.unsupported_reasons = lambda problem: []  # type: ignore[attr-defined]
+    other.add_relu_forward = lambda input, residual: input  # type: ignore[attr-defined]
+    registry.register("other", other)
+    registry.register("other", other)  # once more is no conflict
+    input = torch.ones(3)
+    with resfuse.use_backend("other"):
+        assert resfuse.add_relu(input, input) is input
+        assert registry.explain_choice(problem(torch.float32), "other") == ("other", {})
+    assert "other" not in resfuse.available_backends()
+    assert resfuse.add_relu(input, input).tolist() == [2, 2, 2]
+    for taken in ("other", "cuda"):
+        with pytest.raises(ValueError, match=f"a backend named '{taken}' exists already"):
+            registry.register(taken, types.ModuleType("third"))
+    registry.choose.cache_clear()
 
 
 def test_nesting_and_restoring() -> None:

@@ -9,17 +9,29 @@ namespace resfuse::cuda {
 enum class Phase : int32_t { both, first, second };
 
 // (count, mean, M2) of a set of values, M2 = sum (x - mean)^2, merged by Chan's formula (Chan, Golub, LeVeque 1983,
-// "Algorithms for computing the sample variance", (2.1)).
+// "Algorithms for computing the sample variance", (2.1)). M2 is a sum of thousands of positive terms, in which the
+// roundings of a float would add up to more than eager PyTorch is off by: what they took is kept beside it.
 struct Moments {
-  float count = 0.f, mean = 0.f, m2 = 0.f;
+  float count = 0.f, mean = 0.f, m2 = 0.f, m2_low = 0.f;
 
   __device__ __forceinline__ void merge(const Moments& other) {
     const float total = count + other.count;
     if (total == 0.f) return;
     const float share = other.count / total, delta = other.mean - mean;
-    mean += delta * share;
-    m2 += other.m2 + delta * (delta * (count * share));
+    mean = fmaf(delta, share, mean);
+    add(other.m2);
+    add(delta * (delta * (count * share)));
+    m2_low += other.m2_low;
     count = total;
+  }
+
+  __device__ __forceinline__ double sum_of_squares() const { return static_cast<double>(m2) + m2_low; }
+
+  // m2 += term, exactly: Knuth's two-sum.
+  __device__ __forceinline__ void add(float term) {
+    const float sum = m2 + term, added = sum - m2;
+    m2_low += (m2 - (sum - added)) + (term - added);
+    m2 = sum;
   }
 };
 

@@ -116,7 +116,8 @@ __device__ void part_moments(const T* input, const Pivot<T>& pivot, const Channe
   if (share.member == 0 && share.channel < t.channels)
 #pragma unroll
     for (int k = 0; k < N; ++k)
-      if (k < t.lanes) store_part(workspace, t, share.part, share.channel + k, moments[k].mean, moments[k].m2);
+      if (k < t.lanes)
+        store_part(workspace, t, share.part, share.channel + k, moments[k].mean, moments[k].m2 + moments[k].m2_low);
 }
 
 // Thread c gets those of channel c of the block's tile.
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
     const float centre = pivot(channel), mean = centre + moments.mean;
     const double mean_low = (static_cast<double>(centre) - mean) + moments.mean;  // what rounding took from it
-    const double variance = static_cast<double>(moments.m2) / moments.count;
+    const double variance = moments.sum_of_squares() / moments.count;
     const double invstd = inverse_deviation(variance, args.eps);
     const double scale = invstd * channel_value<T>(args.weight, channel, 1.f);
     const double shift = channel_value<T>(args.bias, channel, 0.f) - mean_low * scale;
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
     if (share.part == 0) {
       args.mean[channel] = mean;
       args.invstd[channel] = static_cast<float>(invstd);
-      const double momentum = args.momentum, unbiased = static_cast<double>(moments.m2) / (moments.count - 1.);
+      const double momentum = args.momentum, unbiased = moments.sum_of_squares() / (moments.count - 1.);
       if (args.running_mean.data != nullptr) {
         const float old = channel_value<T>(args.running_mean, channel, 0.f);
         set_channel_value<T>(args.running_mean, channel, updated_running(old, mean, momentum));
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
     args.mean[channel] = pivot(channel) + moments.mean;
-    args.m2[channel] = moments.m2;
+    args.m2[channel] = static_cast<float>(moments.sum_of_squares());
   }
 }
 

@@ -78,12 +78,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"cuda implements {', '.join(VERBS)}, not {problem.verb}")
     if problem.dtype not in DTYPES:
         reasons.append(f"cuda computes in float32, bfloat16 and float16, not {problem.dtype}")
-    if problem.device.type != "cuda":
-        reasons.append(f"cuda needs tensors on a CUDA device, not on {problem.device}")
-    elif _capability(problem.device) < MINIMUM_CAPABILITY:
-        reasons.append(
-            f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, _capability(problem.device)))}"
-        )
+    reasons.extend(device_reasons(problem.device))
     if 0 in problem.shape or (problem.conv is not None and 0 in problem.conv[0]):
         reasons.append("cuda has no kernel for an empty tensor")
     elif problem.conv is not None:
@@ -91,6 +86,15 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     elif problem.verb in BATCH_NORM_VERBS:
         reasons.extend(_unsupported_activation(problem.shape))
     return reasons
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """What the kernels miss in a device, whatever the problem."""
+    if device.type != "cuda":
+        return [f"cuda needs tensors on a CUDA device, not on {device}"]
+    if _capability(device) < MINIMUM_CAPABILITY:
+        return [f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, _capability(device)))}"]
+    return []
 
 
 def _unsupported_activation(shape: torch.Size) -> list[str]:

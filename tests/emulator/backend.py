@@ -37,7 +37,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     """Those of the cuda backend, with the CPU for its device."""
     if problem.device.type != "cpu":
         return [f"tensors on cpu only, got {problem.device}"]
-    return [reason for reason in cuda.unsupported_reasons(problem) if "needs tensors on a CUDA device" not in reason]
+    of_a_gpu = cuda.device_reasons(problem.device)
+    return [reason for reason in cuda.unsupported_reasons(problem) if reason not in of_a_gpu]
 
 
 def __getattr__(name: str) -> Any:

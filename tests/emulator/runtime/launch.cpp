@@ -64,6 +64,7 @@ class Resident {
 
  private:
   void main(const Block::Launch& launch, uint3 index) {
+    const Unseen unseen;  // of this OS thread, not of the block's CUDA threads, which are fibers
     go_.acquire();
     if (!abandoned_) {
       Block block(launch, index);
