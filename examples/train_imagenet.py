@@ -15,7 +15,11 @@ A run that was killed goes on where its last checkpoint is when the same command
 weights, bit for bit, as one that was not: checkpoints hold model, average, optimizer, schedule, loss scale, position in
 the epoch, and every process's random state; and what is random about a sample depends on nothing but the seed, the
 epoch and the sample.  (With three processes or more, and with kernels that are not deterministic, sums may be taken in
-another order.)  `torchrun --max-restarts=3` therefore survives the loss of a process.
+another order.)  So torchrun can survive the loss of a process:
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=3 --nproc-per-node=8 examples/train_imagenet.py DATA
+
+(Without that variable torch 2.11 may give the processes that it starts again the addresses of those that are gone.)
 """
 
 from __future__ import annotations

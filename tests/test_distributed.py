@@ -50,6 +50,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     command += ["--max-restarts=2"]  # gloo's first connection can time out on a busy machine
     command += [distributed_worker.__file__, str(directory), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart may find the addresses of the dead
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     files = [directory / f"{rank}.json" for rank in range(PROCESSES)]
     assert all(file.exists() for file in files), run.stderr[-5000:]

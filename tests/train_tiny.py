@@ -1,4 +1,4 @@
-"""examples/train_imagenet.py with a small model, `tiny_resnet`; what test_train_imagenet.py starts as a process.
+"""examples/train_imagenet.py with small models; what test_train_imagenet.py starts as a process.
 
 With RESFUSE_TEST_KILL=rank:epoch:step that process kills itself after that step, the first time that it gets there.
 """
@@ -17,10 +17,18 @@ from tests import models
 
 
 @register_model()
-def tiny_resnet(num_classes: int, weights: None = None) -> nn.Module:
+def tiny_resnet(num_classes: int, weights: None = None, dropout: float = 0.1) -> nn.Module:
+    """What it computes in training depends on random numbers of the process."""
     stem = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
     blocks = [BasicBlock(8, 8), BasicBlock(8, 16, 2, models.projection(8, 16, 2))]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+    return nn.Sequential(
+        *stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(16, num_classes)
+    )
+
+
+@register_model()
+def tiny_resnet_without_dropout(num_classes: int, weights: None = None) -> nn.Module:
+    return tiny_resnet(num_classes, dropout=0.0)
 
 
 class Mortal(train_imagenet.Training):

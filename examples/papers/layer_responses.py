@@ -10,6 +10,7 @@ forward hook on the batch norm makes the layer run its parts one by one, and sho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -60,19 +61,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         values += [Value(run.network, run.seed, i + 1, "sorted_response_std", std) for i, std in enumerate(ordered)]
     facts = experiment.conditions(options, images)
     experiment.write_csv(options.output / "layer_responses.csv", values, facts)
-    figure, axes = experiment.new_figure(2, facts)
+    plot(values, options.depths, facts, options.output / "layer_responses.png")
+    console.print(f"Wrote {options.output / 'layer_responses.csv'} and .png")
+
+
+def plot(values: Sequence[Value], depths: Sequence[int], facts: dict[str, object], path: Path) -> None:
+    """The responses: left by layer, right sorted by size."""
+    figure, axes = experiment.new_figure(2, facts, sharey=True)
     for panel, quantity, title in zip(
         axes, ("response_std", "sorted_response_std"), ("by layer", "sorted by size"), strict=True
     ):
         for j, kind in enumerate(KINDS):
-            for i, depth in enumerate(options.depths):
+            for i, depth in enumerate(depths):
                 name = f"{kind}-{depth}"
                 style = {"color": experiment.COLORS[j], "linestyle": ("-", "--", ":")[i % 3], "label": name}
                 experiment.plot_mean(panel, values, name, quantity, **style)
-        panel.set(title=f"layer responses {title}", xlabel="layer", ylabel="standard deviation")
+        panel.set(title=f"layer responses {title}", xlabel="layer", yscale="log")
         panel.legend(frameon=False, fontsize=8)
-    experiment.save_figure(figure, options.output / "layer_responses.png")
-    console.print(f"Wrote {options.output / 'layer_responses.csv'} and .png")
+    axes[0].set_ylabel("standard deviation")
+    experiment.save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,6 @@ def entries() -> Iterator[Entry]:
         yield Entry("timm", name, create(name), classify)
 
 
-def matching(pattern: str) -> list[Entry]:
-    """The entries whose name, or family and name ("timm/resnet50"), has the pattern in it; "" for all."""
-    return [entry for entry in entries() if pattern in str(entry)]
-
-
 def classify(model: Any, images: Tensor) -> Tensor:
     """The logits."""
     return model(images).flatten(1)

@@ -16,13 +16,13 @@ import resfuse
 from resfuse import contract
 from resfuse.cli import models, signs
 from resfuse.cli.catalogue import Entry, Evaluate
-from resfuse.cli.signs import Signs
+from resfuse.cli.signs import Flips, Signs
 from resfuse.contract import Deviation
 
 IMAGES = (4, 3, 64, 64)
-SIGN_TOLERANCE = 1e-3
-"""An argument of a ReLU may have another sign than in float64 if it is at most this part of the largest one: what some
-hundred layers make of rounding errors in float32."""
+SIGN_FACTOR, SIGN_TOLERANCE = 4.0, 1e-3
+"""An argument of a ReLU may have another sign than in float64 if it is small, as a part of the largest one: at most so
+many times what eager's are, and this.  A hundred layers make 1e-3 of rounding errors in float32."""
 ZERO = 1e-10
 """A gradient whose norm is this part of the largest one is zero, but for rounding."""
 
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     calls: int
     """Fused calls in a forward pass."""
     flips: int
-    """ReLUs' arguments whose sign differed from that in float64."""
+    """Arguments of ReLUs that had another sign in the fused run than in float64."""
     deviations: list[Deviation]
 
     @property
@@ -134,21 +134,22 @@ def _deviations(
 ) -> tuple[int, list[Deviation]]:
     truths = _Truths(versions[models.EAGER], evaluate, images, training)
     errors: dict[str, dict[str, Tensor]] = {}
+    flips: dict[str, Flips] = {}
     reference: Results = {}
     for name, model in versions.items():
         with signs.recorded() as recorded:
             found = results(model, evaluate, models.layout_for(name, images), training)
-        truth = truths.of(recorded)
+        truth, flips[name] = truths.of(recorded)
         reference = reference or truth
         if found.keys() != truth.keys() or any(found[group].keys() != truth[group].keys() for group in truth):
             raise RuntimeError(f"{name}: other results than eager's in float64")
         errors[name] = {group: _joined(found[group], truth[group], truth[group]) for group in truth}
-    deviations = [_sign_deviation(truths.largest)]
+    deviations = [_sign_deviation(*(flips[name].largest for name in versions))]
     for group, tensors in reference.items():
         exact = _joined(tensors, {}, tensors)
         fused, *eager = (exact + errors[name][group] for name in versions)
         deviations.append(contract.measure(group, fused, eager, exact, images.dtype))
-    return truths.flips, deviations
+    return flips[models.FUSED].count, deviations
 
 
 class _Truths:
@@ -156,24 +157,23 @@ class _Truths:
 
     def __init__(self, model: nn.Module, evaluate: Evaluate, images: Tensor, training: bool) -> None:
         self._arguments = copy.deepcopy(model).double(), evaluate, images.double(), training
-        self._known: list[tuple[Signs, Results]] = []
-        self.flips, self.largest = 0, 0.0
+        self._known: list[tuple[Signs, Results, Flips]] = []
 
-    def of(self, recorded: Signs) -> Results:
-        """The results in float64 of the function that a run with these signs differentiated."""
-        for known, truth in self._known:
+    def of(self, recorded: Signs) -> tuple[Results, Flips]:
+        """The results in float64 of the function that a run with these signs differentiated, and where they differ."""
+        for known, truth, flips in self._known:
             if signs.same(known, recorded):
-                return truth
+                return truth, flips
         with signs.imposed(recorded) as flips:
             truth = results(*self._arguments)
-        self.flips, self.largest = max(self.flips, flips.count), max(self.largest, flips.largest)
-        self._known.append((recorded, truth))
-        return truth
+        self._known.append((recorded, truth, flips))
+        return truth, flips
 
 
-def _sign_deviation(largest: float) -> Deviation:
-    """The largest argument of a ReLU that had another sign than in float64, as a part of what it may be."""
-    return Deviation("a ReLU's argument", largest, 0.0, SIGN_TOLERANCE, largest, 0.0, SIGN_TOLERANCE)
+def _sign_deviation(fused: float, *eager: float) -> Deviation:
+    """The largest arguments of ReLUs that had another sign than in float64, as parts of what they may be."""
+    limit = SIGN_FACTOR * max(eager) + SIGN_TOLERANCE
+    return Deviation("a ReLU's argument", fused, max(eager), limit, fused, max(eager), limit)
 
 
 def _joined(tensors: dict[str, Tensor], minus: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:

@@ -98,12 +98,14 @@ def _write(path: Path, comparisons: Sequence[Comparison]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("family", "model", "mode", "fused_calls", "quantity", *NUMBERS))
+        writer.writerow(("family", "model", "mode", "fused_calls", "flipped_signs", "quantity", *NUMBERS))
         for comparison in comparisons:
             mode = "training" if comparison.training else "inference"
             for found in comparison.deviations:
                 values = [f"{getattr(found, name):.3g}" for name in NUMBERS]
-                writer.writerow((*comparison.entry[:2], mode, comparison.calls, found.quantity, *values))
+                writer.writerow(
+                    (*comparison.entry[:2], mode, comparison.calls, comparison.flips, found.quantity, *values)
+                )
 
 
 def _conclude(comparisons: Sequence[Comparison], failures: int, seconds: float, console: Console) -> int:
