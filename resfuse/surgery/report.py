@@ -55,7 +55,7 @@ class FuseReport:
         width = max((len(kind) for _, kind, _ in kinds), default=0)
         lines += [f"  {count:>4}  {kind:<{width}}  {ops}" for count, kind, ops in kinds]
         if self.left:
-            lines.append(f"left {_count(len(self.left))} alone")
+            lines.append(f"left {_count(len(self.left), 'module')} alone")
             lines += [f"  {count:>4}  {reason}: {self._names(reason)}" for reason, count in self.reasons().items()]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -76,12 +76,14 @@ class FuseReport:
         return table
 
     def _headline(self) -> str:
-        return f"fused {_count(len(self.fused))} into {self.fused_ops} calls" if self.fused else "fused no module"
+        if not self.fused:
+            return "fused no module"
+        return f"fused {_count(len(self.fused), 'module')} into {_count(self.fused_ops, 'call')}"
 
     def _names(self, reason: str, shown: int = 3) -> str:
         names = [module.name or "(model)" for module in self.left if module.reason == reason]
         return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def _count(modules: int) -> str:
-    return f"{modules} module{'' if modules == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
