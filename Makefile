@@ -68,7 +68,7 @@ $(VENV)/.torch: $(VENV)/.created requirements/constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py resfuse/_build.py $(NATIVE)
-	@echo "Installing resfuse with what its demo and tests need, and compiling (a minute or two) ..."
+	@echo "Installing resfuse with what its demo and tests need, and compiling (some minutes) ..."
 	$(PIP_INSTALL) -q --no-build-isolation -e '.[demo,bench,test,lint,docs]'
 	@$(PY) -m resfuse._extension
 	@touch $@
