@@ -59,7 +59,7 @@ PROBES = Path(build.HERE, "probes.cu")
         ("index_beyond_array", "index 32 in 'float [32]'", "out[threadIdx.x] = values[threadIdx.x + 1];"),
         ("half_of_a_warp_multiplies", "mma: only lanes 0000ffff", None),
         ("grid_barrier_without_cooperation", "not launched cooperatively", "if (blockIdx.x != 1)"),
-        ("some_blocks_skip_the_grid_barrier", "is reached by 2 of 3 blocks", None),
+        ("some_blocks_skip_the_grid_barrier", "is reached by 2 of 3 blocks", "launch(kernel, dim3(blocks)"),
         (
             "too_many_blocks_to_cooperate",
             "grid of 5 blocks, of which only 4 can be resident",

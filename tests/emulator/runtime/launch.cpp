@@ -95,9 +95,9 @@ void run_together(std::vector<std::unique_ptr<Resident>>& residents, std::minstd
       require(resident->failure().empty(), resident->failure());
       done += resident->done();
     }
-    require(done == 0 || done == residents.size(),
-            "grid.sync() is reached by " + std::to_string(residents.size() - done) + " of " +
-                std::to_string(residents.size()) + " blocks, the others returned");
+    require_at_launch(done == 0 || done == residents.size(),
+                      "grid.sync() is reached by " + std::to_string(residents.size() - done) + " of " +
+                          std::to_string(residents.size()) + " blocks, the others returned");
   }
 }
 
