@@ -16,6 +16,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import registry, triton
+from resfuse.backends.problem import Problem
 from resfuse.layout import conv_output_shape
 from tests.contract import Call
 from tests.emulator import backend as emulator
@@ -245,7 +246,7 @@ def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
     geometry = (torch.Size(conv.weight), conv.stride, conv.padding, conv.dilation, conv.groups)
     for verb in VERBS[op]:
         of_verb = geometry if "conv" in verb else None
-        problem = registry.Problem(verb, torch.device(device), dtype, torch.Size(conv.input), of_verb)
+        problem = Problem(verb, torch.device(device), dtype, torch.Size(conv.input), of_verb)
         if registry.backend(backend).unsupported_reasons(problem):
             return False
     return True

@@ -244,9 +244,10 @@ def test_jit_builds_and_loads_the_cpu_library(tmp_path: Path) -> None:
 import sys, torch, resfuse
 from resfuse import _extension, jit
 from resfuse.backends import registry
+from resfuse.backends.problem import Problem
 _extension._outcome["_cpu"] = "pretend that it was never built"
 x, r = torch.randn(2, 2, 8, 3, 3)
-problem = registry.Problem("add_relu_forward", x.device, x.dtype, x.shape)
+problem = Problem("add_relu_forward", x.device, x.dtype, x.shape)
 assert registry.explain_choice(problem)[0] == "reference"
 assert jit.load(build_directory=sys.argv[1])["_cpu"] is None
 assert registry.explain_choice(problem)[0] == "cpu"

@@ -21,7 +21,7 @@ from torch import Tensor
 import resfuse
 from resfuse import _build
 from resfuse.backends import cuda, cuda_conv, reference
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from tests import contract, shapes
 from tests.emulator import backend as emulator
 from tests.shapes import LAYOUTS, Values, bn_act_call

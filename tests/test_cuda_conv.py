@@ -18,7 +18,7 @@ from torch import Tensor
 from resfuse import contract
 from resfuse.backends import cuda, cuda_conv, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig, use_config
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from tests.emulator import backend as emulator
 from tests.shapes import Convolution
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resfuse.backends import cuda, ranking, registry, triton
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from tests.shapes import CONVOLUTIONS
 
 GPU = torch.device("cuda", 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import registry, triton
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 
 needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET is not set")
 needs_cpu = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")

@@ -20,7 +20,7 @@ from resfuse.backends.cpu_conv import (
     conv_forward,
     unsupported_convolution,
 )
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from resfuse.layout import dense, gapless, ordered_like, residual_for
 
 __all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]

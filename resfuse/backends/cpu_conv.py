@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import buffer_pool, cpu_kernels, reference
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from resfuse.layout import conv_memory_format, conv_output_shape, place_padded
 
 Pair = tuple[int, int]

@@ -15,7 +15,7 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from resfuse.layout import dense, ordered_like, residual_for
 
 __all__ = ["conv_backward", "conv_bn_act_forward", "conv_forward"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from resfuse.layout import conv_memory_format, conv_output_shape, residual_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,12 +7,11 @@ count only where the preferred backend can run the problem, so none is ever left
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 
 PREDICTED = "predicted, not measured"
 

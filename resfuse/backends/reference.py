@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from resfuse.layout import conv_memory_format, is_channels_last
 
 Pair = tuple[int, int]

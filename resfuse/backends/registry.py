@@ -15,26 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from resfuse.backends import ranking
+from resfuse.backends.problem import Problem
 
 logger = logging.getLogger("resfuse")
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
-
-
-class Problem(NamedTuple):
-    """What a backend needs to know to say whether it can run a verb.  Hashable: choices are cached by it."""
-
-    verb: str
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-    conv: tuple[torch.Size, tuple[int, int], tuple[int, int], tuple[int, int], int] | None = None
-    """(weight shape, stride, padding, dilation, groups) of a convolution, None for the other verbs."""
 
 
 _registered: dict[str, ModuleType] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 import resfuse
 from resfuse import contract
 from resfuse.backends import registry
+from resfuse.backends.problem import Problem
 from resfuse.layout import conv_output_shape
 
 VERBS = {
@@ -100,7 +101,7 @@ class Run:
         reasons = []
         for verb in VERBS[case.op]:
             conv_of_verb = conv if "conv" in verb else None
-            problem = registry.Problem(verb, self.device, self.dtype, torch.Size(case.shape), conv_of_verb)
+            problem = Problem(verb, self.device, self.dtype, torch.Size(case.shape), conv_of_verb)
             reasons += registry.backend(self.backend).unsupported_reasons(problem)
         return reasons
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import resfuse
 from resfuse.backends import registry
+from resfuse.backends.problem import Problem
 from resfuse.cli import digits, models, report, resnet50, timing
 from resfuse.cli.info import processor_name
 
@@ -112,10 +113,10 @@ def _choose_device() -> tuple[torch.device, str]:
     return torch.device("cpu"), f"there is a GPU, but no fused convolution for it yet: {reasons}"
 
 
-def _problem(verb: str, device: torch.device) -> registry.Problem:
+def _problem(verb: str, device: torch.device) -> Problem:
     """A 3x3 convolution of ResNet-50's first stage, as an example of what a verb works on."""
     conv = (torch.Size((64, 64, 3, 3)), (1, 1), (1, 1), (1, 1), 1) if "conv" in verb else None
-    return registry.Problem(verb, device, torch.float32, torch.Size((16, 64, 56, 56)), conv)
+    return Problem(verb, device, torch.float32, torch.Size((16, 64, 56, 56)), conv)
 
 
 def _conditions(device: torch.device) -> dict[str, object]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resfuse.backends import cuda
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 from tests.emulator import build
 
 RESIDENT_BLOCKS = 4

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resfuse.backends.registry import Problem
+from resfuse.backends.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
