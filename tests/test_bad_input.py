@@ -63,7 +63,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Callable[[], Any]], type[Exception]
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ops", "changes", "error", "message"), CASES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("ops", "changes", "error", "message"), CASES, ids=[case[-1] for case in CASES])
 def test_error_before_anything_is_written(
     ops: tuple[str, ...], changes: dict[str, Callable[[], Any]], error: type[Exception], message: str
 ) -> None:
