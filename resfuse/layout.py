@@ -38,6 +38,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """The tensor itself if it lies in dense NHWC memory, which the convolution kernels read, else such a copy of it."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
 def gapless(tensor: Tensor) -> Tensor:
     """The tensor itself, of any rank, if its elements fill one block of memory in any order, else such a copy of it."""
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):

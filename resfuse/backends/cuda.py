@@ -7,7 +7,6 @@ Here are layouts and allocation: the kernels read tensors that are dense, NHWC o
 from __future__ import annotations
 
 import functools
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
 from resfuse.backends.problem import Problem
+from resfuse.backends.vectors import copy_back, kernel_vector
 from resfuse.layout import dense, ordered_like, residual_for
 
 __all__ = ["conv_backward", "conv_bn_act_forward", "conv_forward"]
@@ -135,8 +135,8 @@ def bn_act_forward(
     input = dense(input)
     output = torch.empty_like(input)
     residual = residual_for(output, residual)
-    weight, bias = _vector(weight, input), _vector(bias, input)
-    means, variances = _vector(running_mean, input), _vector(running_var, input)
+    weight, bias = kernel_vector(weight, input), kernel_vector(bias, input)
+    means, variances = kernel_vector(running_mean, input), kernel_vector(running_var, input)
     if not training:
         assert means is not None and variances is not None
         _bn_apply(input, residual, means, variances, weight, bias, relu, True, eps, output)
@@ -146,9 +146,7 @@ def bn_act_forward(
         input, residual, means, variances, weight, bias, relu, momentum, eps, output, mean, invstd,
         _workspace(input), _launches,
     )  # fmt: skip
-    for statistic, updated in ((running_mean, means), (running_var, variances)):
-        if statistic is not None and updated is not None and updated is not statistic:
-            statistic.copy_(updated)  # a view, or of a dtype that no kernel writes
+    copy_back((running_mean, running_var), (means, variances))
     return output, mean, invstd
 
 
@@ -169,9 +167,9 @@ def bn_act_backward(
     grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
     sum_g, sum_g_xhat = _two_vectors(input)
     _bn_backward(
-        ordered_like(grad_output, input), input, ordered_like(output, input), _vector(weight, input),
-        _vector(mean, input), _vector(invstd, input), training, grad_input, grad_residual, sum_g, sum_g_xhat,
-        _workspace(input), _launches,
+        ordered_like(grad_output, input), input, ordered_like(output, input), kernel_vector(weight, input),
+        kernel_vector(mean, input), kernel_vector(invstd, input), training, grad_input, grad_residual, sum_g,
+        sum_g_xhat, _workspace(input), _launches,
     )  # fmt: skip
     if needs_residual_grad and output is None:
         grad_residual = grad_output
@@ -198,7 +196,12 @@ def bn_apply(
     """act(weight (input - mean) invstd + bias [+ residual])."""
     input = dense(input)
     output = torch.empty_like(input)
-    vectors = _vector(mean, input), _vector(invstd, input), _vector(weight, input), _vector(bias, input)
+    vectors = (
+        kernel_vector(mean, input),
+        kernel_vector(invstd, input),
+        kernel_vector(weight, input),
+        kernel_vector(bias, input),
+    )
     _bn_apply(input, ordered_like(residual, input), *vectors, relu, False, 0.0, output)
     return output
 
@@ -226,24 +229,11 @@ def bn_backward_apply(
     """grad_input from given sums over `count` values per channel; None: running statistics were used."""
     input = dense(input)
     grad_input = torch.empty_like(input)
-    vectors = (_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
+    vectors = (kernel_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
     _bn_backward_apply(
         ordered_like(grad_output, input), input, ordered_like(output, input), *vectors, float(count or 0), grad_input
     )
     return grad_input
-
-
-@overload
-def _vector(vector: Tensor, input: Tensor) -> Tensor: ...
-@overload
-def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None: ...
-def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
-    """A per-channel vector as the kernels read it: contiguous, in float32 or in the dtype of the input."""
-    if vector is None:
-        return None
-    if vector.dtype != torch.float32 and vector.dtype != input.dtype:
-        vector = vector.float()
-    return vector.contiguous()
 
 
 def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:

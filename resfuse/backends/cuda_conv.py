@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference
+from resfuse.backends.integers import cdiv, round_up
 from resfuse.backends.problem import Problem
-from resfuse.layout import conv_memory_format, conv_output_shape, residual_for
+from resfuse.backends.vectors import copy_back, kernel_vector
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, residual_for
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VERBS = ("conv_bn_act_forward", "conv_forward", "conv_backward")
@@ -101,7 +103,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         return [f"cuda convolves (N, C, H, W) tensors, not shape {tuple(problem.shape)}"]
     n, k, oh, ow = conv_output_shape(problem.shape, weight_shape, stride, padding, dilation)
     reasons = []
-    if _ceil_div(n * oh * ow, _SMALLEST_M) * groups * _ceil_div(k // groups, _SMALLEST_N) > _INT32:
+    if cdiv(n * oh * ow, _SMALLEST_M) * groups * cdiv(k // groups, _SMALLEST_N) > _INT32:
         reasons.append("cuda counts the tiles of a convolution in 31 bits")
     if oh * ow > _INT32 - _LARGEST_BLOCK or max(*problem.shape, *weight_shape) > _INT32:
         reasons.append("cuda counts the pixels of an image, and every dimension, in 31 bits")
@@ -121,10 +123,10 @@ def heuristic_config(pixels: int, filters: int, depth: int, groups: int, trainin
     """
 
     def tiles(tile: Pair) -> int:
-        return _ceil_div(pixels, tile[0]) * _ceil_div(filters, tile[1]) * groups
+        return cdiv(pixels, tile[0]) * cdiv(filters, tile[1]) * groups
 
     def time(tile: Pair) -> float:
-        return _ceil_div(tiles(tile), processors) * tile[0] * tile[1] / _EFFICIENCY[tile]
+        return cdiv(tiles(tile), processors) * tile[0] * tile[1] / _EFFICIENCY[tile]
 
     best = min(TILES, key=time)
     idle = processors // tiles(best)  # further blocks that would still find a multiprocessor
@@ -159,12 +161,18 @@ def conv_bn_act_forward(
     )  # fmt: skip
     x, w = _operands(input, conv_weight, plan)
     if overwrite_residual and residual is not None and not training:
-        output = residual = _channels_last(residual)
+        output = residual = channels_last(residual)
     else:
         output = _output(x, plan)
         residual = residual_for(output, residual)
-    means, variances = _vector(running_mean, input), _vector(running_var, input)
-    vectors = _vector(conv_bias, input), means, variances, _vector(weight, input), _vector(bias, input)
+    means, variances = kernel_vector(running_mean, input), kernel_vector(running_var, input)
+    vectors = (
+        kernel_vector(conv_bias, input),
+        means,
+        variances,
+        kernel_vector(weight, input),
+        kernel_vector(bias, input),
+    )
     if not training:
         _conv_inference_forward(
             x, w, *vectors, residual, relu, eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
@@ -178,9 +186,7 @@ def conv_bn_act_forward(
         x, w, *vectors, residual, relu, momentum, eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
         _workspace(x, plan), z, output, mean, invstd,
     )  # fmt: skip
-    for statistic, updated in ((running_mean, means), (running_var, variances)):
-        if statistic is not None and updated is not None and updated is not statistic:
-            statistic.copy_(updated)
+    copy_back((running_mean, running_var), (means, variances))
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
@@ -201,7 +207,7 @@ def conv_forward(
     x, w = _operands(input, conv_weight, plan)
     output = _output(x, plan)
     _conv_inference_forward(
-        x, w, _vector(conv_bias, input), None, None, None, None, None, False, 0.0, *plan.geometry, _uses_tf32(x),
+        x, w, kernel_vector(conv_bias, input), None, None, None, None, None, False, 0.0, *plan.geometry, _uses_tf32(x),
         *plan.config, _workspace(x, plan), output,
     )  # fmt: skip
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
@@ -234,15 +240,15 @@ def _plan(
     channels = input_shape[1]
     multiple = _COPIED_BYTES // dtype.itemsize
     if groups == 1 and channels < _MANY_CHANNELS and weight_shape[3] > 1 and pixels >= _PADDED_FROM:
-        channels = _rounded_up(channels, multiple)
-    depth = weight_shape[2] * weight_shape[3] * _ceil_div(channels // groups, 64 // dtype.itemsize)
+        channels = round_up(channels, multiple)
+    depth = weight_shape[2] * weight_shape[3] * cdiv(channels // groups, 64 // dtype.itemsize)
     config = forced or heuristic_config(pixels, filters // groups, depth, groups, training, _processors(device))
     if training:  # a mean and an M2 of each channel for each block that works on it
         resident = _processors(device) * _MOST_BLOCKS_PER_PROCESSOR
-        parts = min(_ceil_div(pixels, _SMALLEST_M) * filters, max(filters, resident * _LARGEST_BLOCK))
+        parts = min(cdiv(pixels, _SMALLEST_M) * filters, max(filters, resident * _LARGEST_BLOCK))
         workspace = 2 * parts
     else:
-        rows, columns = _rounded_up(pixels, _LARGEST_BLOCK), groups * _rounded_up(filters // groups, _LARGEST_BLOCK)
+        rows, columns = round_up(pixels, _LARGEST_BLOCK), groups * round_up(filters // groups, _LARGEST_BLOCK)
         workspace = config.splits * rows * columns if config.splits > 1 else 0
     return _Plan(output, channels, (*stride, *padding, *dilation, groups), config, workspace)
 
@@ -276,7 +282,7 @@ def _operands(input: Tensor, conv_weight: Tensor, plan: _Plan) -> tuple[Tensor, 
         return _padded(input, plan.channels, input.dtype), _padded(conv_weight, plan.channels, input.dtype)
     if conv_weight.dtype != input.dtype:  # inference under autocast
         conv_weight = conv_weight.to(input.dtype)
-    return _channels_last(input), _channels_last(conv_weight)
+    return channels_last(input), channels_last(conv_weight)
 
 
 def _padded(tensor: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -284,24 +290,3 @@ def _padded(tensor: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     padded = torch.empty((n, channels, h, w), dtype=dtype, device=tensor.device, memory_format=torch.channels_last)
     padded.zero_()[:, :c].copy_(tensor)
     return padded
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
-    """A per-channel vector as the kernels read it: contiguous, in float32 or in the input's dtype."""
-    if vector is None:
-        return None
-    if vector.dtype not in (torch.float32, input.dtype):
-        vector = vector.float()
-    return vector.contiguous()
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _rounded_up(value: int, multiple: int) -> int:
-    return _ceil_div(value, multiple) * multiple

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.integers import cdiv
+from resfuse.backends.integers import cdiv
 from resfuse.backends.triton.launch import launch
 
 BLOCK = 4096

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resfuse.backends.triton.integers import cdiv, power_of_two_above
+from resfuse.backends.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.launch import interpreted, properties
 
 INTERPRETED_PROGRAMS = 3  # of a reduction: enough to merge something, and few because each takes long

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resfuse.backends.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.configs import conv_config, is_forced
 from resfuse.backends.triton.heuristics import shared_memory
-from resfuse.backends.triton.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.launch import DeviceProperties, interpreted, resident_programs
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem, Kind, Precision
 

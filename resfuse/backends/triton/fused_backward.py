@@ -17,7 +17,7 @@ from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.grad_prologue import BatchNormGrad
 from resfuse.backends.triton.problems import Kind
 from resfuse.backends.triton.wgrad import wgrad
-from resfuse.layout import conv_memory_format, like_strides
+from resfuse.layout import channels_last, conv_memory_format, like_strides
 
 Pair = tuple[int, int]
 Gradients = tuple[tuple[Tensor | None, Tensor | None, None], Tensor | None, Tensor | None, Tensor | None]
@@ -64,8 +64,8 @@ def conv_bn_act_backward(
     if not pays(reads, relu=output is not None, training=training, sums=needs_sums, residual=needs_residual_grad):
         return None
 
-    dy, y = _channels_last(grad_output), None if output is None else _channels_last(output)
-    z = dy if z is None else _channels_last(z)  # any tensor of its shape: what it has part in is not needed then
+    dy, y = channels_last(grad_output), None if output is None else channels_last(output)
+    z = dy if z is None else channels_last(z)  # any tensor of its shape: what it has part in is not needed then
     sum_g = sum_g_xhat = grad_residual = None
     if needs_residual_grad:
         grad_residual = torch.empty_like(dy) if y is not None else dy
@@ -85,11 +85,11 @@ def conv_bn_act_backward(
     grad_input = grad_conv_weight = None
     if needs_conv[0]:
         dx = torch.empty_like(input, memory_format=torch.channels_last)
-        dgrad(dz, _channels_last(conv_weight.to(input.dtype)), *conv, dx)
+        dgrad(dz, channels_last(conv_weight.to(input.dtype)), *conv, dx)
         grad_input = like_strides(dx, input)
     if needs_conv[1]:
         dw = torch.empty_like(conv_weight, memory_format=torch.channels_last)
-        wgrad(dz, _channels_last(input), *conv, dw)
+        wgrad(dz, channels_last(input), *conv, dw)
         grad_conv_weight = like_strides(dw, conv_weight)
     return (grad_input, grad_conv_weight, None), sum_g_xhat, sum_g, grad_residual
 
@@ -109,7 +109,3 @@ def pays(reads: list[int], *, relu: bool, training: bool, sums: bool, residual: 
     separate = reduction + (operands if training else 0) + 1 + loads
     masking = 3 if writes_g else 0  # reads dy and y, writes g
     return (reduction if sums else masking) + operands * loads < _WORTH * separate
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)

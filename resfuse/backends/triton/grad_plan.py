@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from resfuse.backends.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.configs import ConvConfig, ConvProblem, conv_config
-from resfuse.backends.triton.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.launch import interpreted, properties
 
 # Channels of a tile that are worth having: of smaller groups, neighbours are multiplied as one, which costs products

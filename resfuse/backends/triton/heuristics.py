@@ -12,8 +12,8 @@ import math
 
 import torch
 
+from resfuse.backends.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.devices import DeviceProperties
-from resfuse.backends.triton.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.problems import ConvConfig, ConvProblem
 
 # (BLOCK_M, BLOCK_N, num_warps) whose accumulators, with a residual in the epilogue, stay in registers.  wgmma wants 64

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.integers import cdiv, power_of_two_above
+from resfuse.backends.integers import cdiv, power_of_two_above
 from resfuse.backends.triton.launch import launch, properties
 
 _ELEMENTS = 4096  # of a program's tile

@@ -12,7 +12,9 @@ from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.fused_backward import conv_bn_act_backward
 from resfuse.backends.triton.split_sum import column_sum
 from resfuse.backends.triton.wgrad import wgrad
+from resfuse.backends.vectors import copy_back
 from resfuse.layout import (
+    channels_last,
     conv_memory_format,
     conv_output_shape,
     dense,
@@ -64,7 +66,7 @@ def bn_act_forward(
         return output, None, None
     mean, invstd = _statistics_like(input), _statistics_like(input)
     bn_act.train_forward(input, residual, output, weight, bias, *running, mean, invstd, momentum, eps, relu)
-    _copy_back((running_mean, running_var), running)
+    copy_back((running_mean, running_var), running)
     return output, mean, invstd
 
 
@@ -113,10 +115,10 @@ def conv_bn_act_forward(
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     memory_format = conv_memory_format(input, conv_weight)
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    x, w = channels_last(input), _weight_for(conv_weight, input)
     conv = (stride, padding, dilation, groups)
     if overwrite_residual and residual is not None and not training:
-        output = residual = _channels_last(residual)
+        output = residual = channels_last(residual)
     else:
         output = _conv_output(input, conv_weight, conv)
         residual = residual_for(output, residual)
@@ -134,7 +136,7 @@ def conv_bn_act_forward(
         x, w, *running, *vectors, residual, relu, stride, padding, dilation, groups, momentum, eps,
         z, output, mean, invstd,
     )  # fmt: skip
-    _copy_back((running_mean, running_var), running)
+    copy_back((running_mean, running_var), running)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
@@ -149,7 +151,7 @@ def conv_forward(
 ) -> Tensor:
     conv = stride, padding, dilation, groups
     output = _conv_output(input, conv_weight, conv)
-    x, w = _channels_last(input), _weight_for(conv_weight, input)
+    x, w = channels_last(input), _weight_for(conv_weight, input)
     conv_bn_act.conv_forward(x, w, _unstrided(conv_bias), *conv, output)
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
@@ -165,15 +167,15 @@ def conv_backward(
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     conv = stride, padding, dilation, groups
-    dz = _channels_last(grad_output)
+    dz = channels_last(grad_output)
     grad_input = grad_weight = grad_bias = None
     if needs_grad[0]:
         dx = torch.empty_like(input, memory_format=torch.channels_last)
-        dgrad(dz, _channels_last(conv_weight.to(dz.dtype)), *conv, dx)
+        dgrad(dz, channels_last(conv_weight.to(dz.dtype)), *conv, dx)
         grad_input = like_strides(dx, input)
     if needs_grad[1]:
         dw = torch.empty_like(conv_weight, memory_format=torch.channels_last)
-        wgrad(dz, _channels_last(input), *conv, dw)
+        wgrad(dz, channels_last(input), *conv, dw)
         grad_weight = like_strides(dw, conv_weight)
     if needs_grad[2]:
         grad_bias = dz.new_empty(conv_weight.shape[0])
@@ -244,22 +246,10 @@ def _conv_output(input: Tensor, conv_weight: Tensor, conv: tuple[Pair, Pair, Pai
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    """What the convolution kernels read: dense NHWC memory."""
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _weight_for(conv_weight: Tensor, input: Tensor) -> Tensor:
     if conv_weight.dtype != input.dtype:  # inference under autocast
         return conv_weight.to(input.dtype, memory_format=torch.channels_last)
-    return _channels_last(conv_weight)
-
-
-def _copy_back(statistics: tuple[Tensor | None, ...], updated: tuple[Tensor | None, ...]) -> None:
-    """Give running statistics that the kernels could not write in place their new values."""
-    for statistic, value in zip(statistics, updated, strict=True):
-        if statistic is not None and value is not None and value is not statistic:
-            statistic.copy_(value)
+    return channels_last(conv_weight)
 
 
 @overload

@@ -8,6 +8,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below `value`."""
+    return cdiv(value, multiple) * multiple
+
+
 def power_of_two_above(value: int) -> int:
     """The least power of two that is not below `value`."""
     return 1 << (value - 1).bit_length()
