@@ -7,7 +7,6 @@ eager operators would give (`bn_act`, `add_relu`: that of `input`; `conv_bn_act`
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from resfuse.layout import conv_output_shape
+from resfuse import arguments
 from resfuse.ops import add_relu as _add_relu
 from resfuse.ops import bn_act as _bn_act
 from resfuse.ops import conv_bn_act as _conv_bn_act
 from resfuse.ops import sync_bn_act as _sync_bn_act
-
-_ACTIVATIONS = ("relu", "identity")
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -47,10 +44,10 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         >>> add_relu(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.5]))
         tensor([1.5000, 0.0000])
     """
-    _check_input("input", input)
+    arguments.check_input("input", input)
     if _promotes(input.dtype, residual) and _autocast_enabled(input):
         return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
-    _check_residual(residual, input.shape, input)
+    arguments.check_residual(residual, input.shape, input)
     if _needs_grad(input, residual):
         return _add_relu.AddReluFunction.apply(*_distinct(input, residual))
     if torch.compiler.is_compiling():
@@ -111,11 +108,11 @@ def bn_act(
         >>> torch.allclose(output.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
         True
     """
-    relu = _check_activation(activation)
-    _check_input("input", input, 4)
-    _check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, training)
+    relu = arguments.check_activation(activation)
+    arguments.check_input("input", input, 4)
+    arguments.check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, training)
     if training:
-        _check_values_per_channel(input.shape)
+        arguments.check_values_per_channel(input.shape)
     if residual is not None:
         if _promotes(input.dtype, residual) and _autocast_enabled(input):
             # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
@@ -123,7 +120,7 @@ def bn_act(
             output = bn_act(input, running_mean, running_var, weight, bias, **options)
             output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, input.shape, input, pad_residual)
+        arguments.check_residual(residual, input.shape, input, pad_residual)
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if _needs_grad(input, weight, bias, residual):
         return _bn_act.BNActFunction.apply(*_distinct(*tensors), relu, training, momentum, eps)
@@ -186,15 +183,15 @@ def sync_bn_act(
     options: dict[str, Any] = {"residual": residual, "activation": activation, "momentum": momentum, "eps": eps}
     if world_size == 1:
         return bn_act(input, running_mean, running_var, weight, bias, training=True, **options)
-    relu = _check_activation(activation)
-    _check_input("input", input, 4)
-    _check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, True)
+    relu = arguments.check_activation(activation)
+    arguments.check_input("input", input, 4)
+    arguments.check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, True)
     if residual is not None:
         if _promotes(input.dtype, residual) and _autocast_enabled(input):
             options |= {"residual": None, "activation": "identity", "process_group": group}
             output = sync_bn_act(input, running_mean, running_var, weight, bias, **options) + residual
             return torch.relu(output) if relu else output
-        _check_residual(residual, input.shape, input)
+        arguments.check_residual(residual, input.shape, input)
     needs_grad = _needs_grad(input, weight, bias, residual)
     if torch.compiler.is_compiling():
         group = group.group_name
@@ -270,7 +267,7 @@ def conv_bn_act(
         >>> output.shape, output.min().item() >= 0
         (torch.Size([2, 4, 4, 4]), True)
     """
-    relu = _check_activation(activation)
+    relu = arguments.check_activation(activation)
     if not training and _records_nothing():
         # A call like one that has been checked before, on a backend that remembers it, needs no check.
         output = _conv_bn_act.repeated(
@@ -279,21 +276,21 @@ def conv_bn_act(
         )  # fmt: skip
         if output is not None:
             return output
-    _check_input("input", input, 4)
-    _check_input("conv_weight", conv_weight, 4)
-    geometry = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    arguments.check_input("input", input, 4)
+    arguments.check_input("conv_weight", conv_weight, 4)
+    geometry = arguments.geometry if torch.compiler.is_compiling() else arguments.cached_geometry
     if isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list):
-        geometry = _geometry  # the cache wants hashable arguments
+        geometry = arguments.geometry  # the cache wants hashable arguments
     stride, padding, dilation, shape = geometry(input.shape, conv_weight.shape, stride, padding, dilation, groups)
     autocast = _autocast_enabled(input)
     # What autocast makes of a convolution's operands: float64 is left alone, as F.conv2d leaves it.
     dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
-    _check_convolution(input, conv_weight, conv_bias, autocast)
+    arguments.check_convolution(input, conv_weight, conv_bias, autocast)
     if training:
-        _check_values_per_channel(shape)
+        arguments.check_values_per_channel(shape)
     if input.dtype != dtype:
         input = input.to(dtype)
-    _check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
+    arguments.check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
     if conv_bias is not None and conv_bias.dtype != dtype:
         conv_bias = conv_bias.to(dtype)
     if residual is not None:
@@ -305,7 +302,7 @@ def conv_bn_act(
             output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options)
             output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
             return torch.relu(output) if relu else output
-        _check_residual(residual, shape, input, pad_residual)
+        arguments.check_residual(residual, shape, input, pad_residual)
         overwrite_residual = overwrite_residual and residual.shape[1] == shape[1]
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
     if conv_weight.dtype != dtype and (needs_grad or training):
@@ -368,134 +365,7 @@ def _promotes(dtype: torch.dtype, residual: Tensor) -> bool:
     return isinstance(residual, Tensor) and residual.dtype != dtype
 
 
-def _check_activation(activation: str) -> bool:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f'activation: expected "relu" or "identity", got {activation!r}')
-    return activation == "relu"
-
-
-def _check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name}: expected a strided (dense) tensor, got layout {tensor.layout}")
-    if rank is not None and tensor.dim() != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
-
-
 def _padded(residual: Tensor, channels: int) -> Tensor:
     """The residual with zeros for the channels that it does not have."""
     missing = channels - residual.shape[1]
     return F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing > 0 else residual
-
-
-def _check_residual(residual: Tensor, shape: Any, input: Tensor, pad: bool = False) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
-    if pad:
-        size = tuple(residual.shape)
-        if len(size) != 4 or (size[0], *size[2:]) != (shape[0], *shape[2:]) or not 1 <= size[1] <= shape[1]:
-            raise ValueError(f"residual: expected shape {tuple(shape)}, or with fewer channels, got {size}")
-    elif residual.shape != shape:
-        raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
-    if residual.dtype != input.dtype:
-        raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")
-    if residual.device != input.device:
-        raise ValueError(f"residual: expected device {input.device} (that of input), got {residual.device}")
-    if residual.layout != torch.strided:
-        raise ValueError(f"residual: expected a strided (dense) tensor, got layout {residual.layout}")
-
-
-def _check_batch_norm(
-    input: Tensor,
-    channels: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-) -> None:
-    if running_mean is None or running_var is None:
-        if running_mean is not running_var:
-            missing = "running_mean" if running_mean is None else "running_var"
-            raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
-        if not training:
-            raise ValueError("running_mean: expected a tensor, because training is False, got None")
-    dtype, device = input.dtype, input.device
-    narrow = torch.float32 if dtype != torch.float64 else dtype
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is None:
-            continue
-        if vector.dim() != 1 or vector.numel() != channels:
-            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
-        if vector.dtype != narrow and vector.dtype != dtype:
-            either = f"{dtype} (that of input)" + (f" or {narrow}" if narrow != dtype else "")
-            raise TypeError(f"{name}: expected dtype {either}, got {vector.dtype}")
-        if vector.device != device:
-            raise ValueError(f"{name}: expected device {device} (that of input), got {vector.device}")
-
-
-def _check_values_per_channel(shape: Any) -> None:
-    if shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
-
-
-def _check_convolution(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, autocast: bool) -> None:
-    if conv_weight.dtype != input.dtype and not autocast:
-        raise TypeError(f"conv_weight: expected dtype {input.dtype} (that of input), got {conv_weight.dtype}")
-    if conv_weight.device != input.device:
-        raise ValueError(f"conv_weight: expected device {input.device} (that of input), got {conv_weight.device}")
-    if conv_bias is None:
-        return
-    channels = conv_weight.shape[0]
-    if conv_bias.dim() != 1 or conv_bias.numel() != channels:
-        raise ValueError(f"conv_bias: expected shape ({channels},), got {tuple(conv_bias.shape)}")
-    if conv_bias.dtype != input.dtype and not autocast:
-        raise TypeError(f"conv_bias: expected dtype {input.dtype} (that of input), got {conv_bias.dtype}")
-    if conv_bias.device != input.device:
-        raise ValueError(f"conv_bias: expected device {input.device} (that of input), got {conv_bias.device}")
-
-
-def _geometry(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-    groups: int,
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
-    """(stride, padding, dilation, output shape) of a convolution whose options and shapes fit each other."""
-    stride = _pair("stride", stride, 1)
-    padding = _pair("padding", padding, 0)
-    dilation = _pair("dilation", dilation, 1)
-    if groups < 1 or weight_shape[0] % groups:
-        raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} output channels, got {groups}")
-    if input_shape[1] != weight_shape[1] * groups:
-        raise ValueError(
-            f"input: expected {weight_shape[1] * groups} channels (conv_weight {tuple(weight_shape)}, "
-            f"groups {groups}), got {input_shape[1]}"
-        )
-    shape = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
-    if shape[2] < 1 or shape[3] < 1:
-        raise ValueError(
-            f"input: expected at least the size of the (padded, dilated) kernel {tuple(weight_shape[2:])}, "
-            f"got {tuple(input_shape[2:])}, which leaves an output of {shape[2:]}"
-        )
-    return stride, padding, dilation, shape
-
-
-_cached_geometry = functools.lru_cache(maxsize=4096)(_geometry)
-
-
-def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
-        raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
-    return pair

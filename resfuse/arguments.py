@@ -1,0 +1,140 @@
+"""What the public functions accept: an error names the argument, what came and what was expected, before any work."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfuse.layout import conv_output_shape
+
+_ACTIVATIONS = ("relu", "identity")
+
+
+def check_activation(activation: str) -> bool:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'activation: expected "relu" or "identity", got {activation!r}')
+    return activation == "relu"
+
+
+def check_input(name: str, tensor: Tensor, rank: int | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: expected a strided (dense) tensor, got layout {tensor.layout}")
+    if rank is not None and tensor.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got {tensor.dim()} (shape {tuple(tensor.shape)})")
+
+
+def check_residual(residual: Tensor, shape: Any, input: Tensor, pad: bool = False) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a Tensor, got {type(residual).__name__}")
+    if pad:
+        size = tuple(residual.shape)
+        if len(size) != 4 or (size[0], *size[2:]) != (shape[0], *shape[2:]) or not 1 <= size[1] <= shape[1]:
+            raise ValueError(f"residual: expected shape {tuple(shape)}, or with fewer channels, got {size}")
+    elif residual.shape != shape:
+        raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: expected dtype {input.dtype} (that of input), got {residual.dtype}")
+    if residual.device != input.device:
+        raise ValueError(f"residual: expected device {input.device} (that of input), got {residual.device}")
+    if residual.layout != torch.strided:
+        raise ValueError(f"residual: expected a strided (dense) tensor, got layout {residual.layout}")
+
+
+def check_batch_norm(
+    input: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+) -> None:
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
+        if not training:
+            raise ValueError("running_mean: expected a tensor, because training is False, got None")
+    dtype, device = input.dtype, input.device
+    narrow = torch.float32 if dtype != torch.float64 else dtype
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is None:
+            continue
+        if vector.dim() != 1 or vector.numel() != channels:
+            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+        if vector.dtype != narrow and vector.dtype != dtype:
+            either = f"{dtype} (that of input)" + (f" or {narrow}" if narrow != dtype else "")
+            raise TypeError(f"{name}: expected dtype {either}, got {vector.dtype}")
+        if vector.device != device:
+            raise ValueError(f"{name}: expected device {device} (that of input), got {vector.device}")
+
+
+def check_values_per_channel(shape: Any) -> None:
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+
+
+def check_convolution(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, autocast: bool) -> None:
+    if conv_weight.dtype != input.dtype and not autocast:
+        raise TypeError(f"conv_weight: expected dtype {input.dtype} (that of input), got {conv_weight.dtype}")
+    if conv_weight.device != input.device:
+        raise ValueError(f"conv_weight: expected device {input.device} (that of input), got {conv_weight.device}")
+    if conv_bias is None:
+        return
+    channels = conv_weight.shape[0]
+    if conv_bias.dim() != 1 or conv_bias.numel() != channels:
+        raise ValueError(f"conv_bias: expected shape ({channels},), got {tuple(conv_bias.shape)}")
+    if conv_bias.dtype != input.dtype and not autocast:
+        raise TypeError(f"conv_bias: expected dtype {input.dtype} (that of input), got {conv_bias.dtype}")
+    if conv_bias.device != input.device:
+        raise ValueError(f"conv_bias: expected device {input.device} (that of input), got {conv_bias.device}")
+
+
+def geometry(
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
+    """(stride, padding, dilation, output shape) of a convolution whose options and shapes fit each other."""
+    stride = _pair("stride", stride, 1)
+    padding = _pair("padding", padding, 0)
+    dilation = _pair("dilation", dilation, 1)
+    if groups < 1 or weight_shape[0] % groups:
+        raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} output channels, got {groups}")
+    if input_shape[1] != weight_shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight_shape[1] * groups} channels (conv_weight {tuple(weight_shape)}, "
+            f"groups {groups}), got {input_shape[1]}"
+        )
+    shape = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"input: expected at least the size of the (padded, dilated) kernel {tuple(weight_shape[2:])}, "
+            f"got {tuple(input_shape[2:])}, which leaves an output of {shape[2:]}"
+        )
+    return stride, padding, dilation, shape
+
+
+cached_geometry = functools.lru_cache(maxsize=4096)(geometry)
+
+
+def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
+        raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
+    return pair
