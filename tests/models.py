@@ -8,7 +8,9 @@ where the contract applies, single blocks are, on an input that leaves no sign o
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,8 +29,40 @@ from resfuse.surgery import FuseReport
 Evaluate = Callable[[Any, Tensor], Tensor]
 """How a model is run: its differentiable output for an input, as one tensor."""
 
+IMAGE = (4, 3, 32, 32)
 TORCHVISION = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
 TIMM = ("resnet18", "resnet50", "resnet50d", "resnext50_32x4d")
+
+
+def state(model: nn.Module) -> list[Any]:
+    """All that `fuse_` could change: classes, instance attributes, and each tensor's identity, layout and values."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        found.append((name, id(module), type(module), sorted(module.__dict__), module.training))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        checksum = zlib.crc32(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        found.append((name, id(tensor), tensor.stride(), tensor.requires_grad, tensor.dtype, checksum))
+    return found
+
+
+def chain_of_blocks() -> nn.Module:
+    """Residual blocks of every kind, one after the other."""
+    return nn.Sequential(
+        BasicBlock(8, 8), BasicBlock(8, 8), Bottleneck(8, 2), Bottleneck(8, 4, downsample=projection(8, 16, 1))
+    )
+
+
+def reloaded(model: nn.Module) -> nn.Module:
+    """The model after pickling."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def conv_bn_relu(channels: int = 8) -> nn.Sequential:
+    """What `fuse_` makes one call of."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import resfuse
 import resfuse.nn as rnn
 from resfuse.nn import fused_call
 from tests import models
+from tests.models import reloaded
 
 OWN_BLOCKS = {
     torchvision.models.resnet.BasicBlock: rnn.BasicBlock,
@@ -596,14 +596,6 @@ def test_sync_conversion_of_others_is_left_alone() -> None:
     rnn.BNAct2d(4)
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(4))) is nn.SyncBatchNorm
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(BatchNormAct2d(4))) is nn.SyncBatchNorm
-
-
-def reloaded(model: nn.Module) -> nn.Module:
-    """The model after pickling."""
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("name", ["basic-stride", "bottleneck"])
