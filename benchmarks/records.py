@@ -6,9 +6,12 @@ import csv
 import dataclasses
 import datetime
 import importlib.metadata
+import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +20,8 @@ from benchmarks.measure import Quantiles, quantiles
 from resfuse.cli.info import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
+CEILINGS = "device"
+"""The level of the rows that hold what the machine reached in a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,15 @@ class Conditions:
     versions: str
     commit: str
     date: str
+
+
+class Roofline(NamedTuple):
+    """What a case costs on paper: the fused plan, the same for all providers, so that their fractions compare."""
+
+    bytes: int
+    flops: int
+    seconds: float
+    """At the ceilings of the machine; 0 where they are not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +62,12 @@ class Record:
     samples: int
     unit: str
     conditions: Conditions
+    bytes: int | None = None
+    """Of device memory that the case moves, read and written, where every operation that fits is fused."""
+    flops: int | None = None
+    """Of the case; of a training step backward too."""
+    roofline: float | None = None
+    """Of a time: the time that these bytes and FLOPs take at the ceilings of the same run, divided by the median."""
 
     @property
     def quantiles(self) -> Quantiles:
@@ -57,7 +77,9 @@ class Record:
     def case(self) -> tuple[str, ...]:
         """What the providers of one comparison have in common."""
         conditions = self.conditions
-        return self.level, self.name, self.mode, self.shape, self.dtype, conditions.device, str(conditions.threads)
+        key = (self.level, self.name, self.mode, self.shape, self.dtype, conditions.device, str(conditions.threads))
+        # Ceilings belong to the run that they were measured in, whose other rows may be kept while newer ones come.
+        return (*key, conditions.date) if self.level == CEILINGS else key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +94,24 @@ class Subject:
     dtype: str
     layout: str
 
-    def record(self, metric: str, values: Sequence[float], unit: str, conditions: Conditions) -> Record:
-        """The row for the values that one quantity had."""
+    def record(
+        self, metric: str, values: Sequence[float], unit: str, conditions: Conditions, cost: Roofline | None = None
+    ) -> Record:
+        """The row for the values that one quantity had; `cost` is what the case costs on paper."""
         spread = quantiles(values)
+        roofline = cost.seconds / spread.p50 if cost and cost.seconds and unit == "s" and spread.p50 > 0 else None
         return Record(
             **dataclasses.asdict(self), metric=metric, **spread._asdict(), samples=len(values), unit=unit,
-            conditions=conditions,
+            conditions=conditions, bytes=cost.bytes if cost else None, flops=cost.flops if cost else None,
+            roofline=roofline,
         )  # fmt: skip
 
 
+ADDED = ("bytes", "flops", "roofline")
+"""Columns that may be empty, and that older files do not have."""
 COLUMNS = (
-    *(field.name for field in dataclasses.fields(Record) if field.name != "conditions"),
+    *(field.name for field in dataclasses.fields(Record) if field.name not in ("conditions", *ADDED)),
+    *ADDED,
     *(field.name for field in dataclasses.fields(Conditions)),
 )
 
@@ -125,25 +154,40 @@ def update(path: Path, records: Sequence[Record]) -> None:
     A case's rows therefore always come from one run, in which its providers took turns.
     """
     replaced = {record.case for record in records}
-    kept = [record for record in read(path) if record.case not in replaced]
+    rows = [*(record for record in read(path) if record.case not in replaced), *records]
+    used = {record.conditions.date for record in rows if record.level != CEILINGS}
+    rows = [record for record in rows if record.level != CEILINGS or record.conditions.date in used]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
+    # Written aside and then put in place: a run that is stopped meanwhile leaves the file as it was.
+    with tempfile.NamedTemporaryFile("w", newline="", dir=path.parent, suffix=".tmp", delete=False) as file:
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(_cells(record) for record in [*kept, *records])
+        writer.writerows(_cells(record) for record in rows)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
 
 def _cells(record: Record) -> list[str]:
     values = {name: getattr(record, name) for name in COLUMNS if hasattr(record, name)}
     values |= dataclasses.asdict(record.conditions)
-    return [f"{values[name]:.6g}" if isinstance(values[name], float) else str(values[name]) for name in COLUMNS]
+    return [_cell(values[name]) for name in COLUMNS]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _parse(row: dict[str, str]) -> Record:
     conditions = {field.name: row.pop(field.name) for field in dataclasses.fields(Conditions)}
     numbers = {name: float(row.pop(name)) for name in Quantiles._fields}
+    added = {name: row.pop(name, None) or None for name in ADDED}
     return Record(
         **row | numbers | {"samples": int(row["samples"])},  # type: ignore[arg-type]
+        bytes=None if added["bytes"] is None else int(float(added["bytes"])),
+        flops=None if added["flops"] is None else int(float(added["flops"])),
+        roofline=None if added["roofline"] is None else float(added["roofline"]),
         conditions=Conditions(**conditions | {"threads": int(conditions["threads"])}),  # type: ignore[arg-type]
     )
 

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 
 Mode = Literal["inference", "train"]
+Level = Literal["op", "layer", "block", "model"]
 Layout = Literal["nchw", "channels_last"]
 Step = Callable[..., Any]
-"""Inference: step(input) -> output.  Training: step(input, labels) -> loss, with the weights updated."""
+"""What is timed; it takes what `Provider.convert` made of the inputs.
+
+- Inference: step(*inputs) -> output.
+- Training a model: step(images, labels) -> loss, with the weights updated.
+- Training an op, a layer or a block: step(*inputs, grad_output) -> (output, *gradients), forward and backward: the
+  gradients of those inputs that require one, then of all parameters (`steps.differentiated`).
+"""
 
 MEMORY_FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -27,17 +34,22 @@ def in_layout(model: nn.Module, layout: Layout) -> nn.Module:
 class Setting:
     """What all providers of a comparison have in common.
 
-    In bfloat16, inference runs with parameters and images of that dtype, training under autocast with float32 ones.
+    In bfloat16 and float16, inference runs with parameters and inputs of that dtype, training under autocast with
+    float32 parameters.
     """
 
     mode: Mode
     dtype: torch.dtype
     device: torch.device
     threads: int
+    graph: bool = False
+    """Calls are captured in CUDA graphs and replayed; the step itself is the same, but has to allow it: no
+    synchronisation, the same addresses at every call."""
+    level: Level = "model"
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """The dtype of the model and of the images."""
+        """The dtype of the parameters, and of the images that a model is given."""
         return self.dtype if self.mode == "inference" else torch.float32
 
     def autocast(self) -> torch.autocast:
@@ -47,9 +59,9 @@ class Setting:
 
 
 class Provider(abc.ABC):
-    """A way to run a model.
+    """A way to run a module.
 
-    `prepare` and `convert` are not timed, the step that `prepare` returns is.  A step's output is something that
+    `prepare` and `convert` are not timed, the step that `prepare` returns is.  Outputs are something that
     `torch.as_tensor` takes.
     """
 
@@ -65,12 +77,18 @@ class Provider(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def prepare(self, model: nn.Module, example: Tensor, setting: Setting) -> Step:
-        """Take over a model (of the setting's dtype, on its device) and return what is timed.
+    def prepare(self, module: nn.Module, examples: tuple[Tensor, ...], setting: Setting) -> Step:
+        """Take over a module (of the setting's dtype, on its device) and return what is timed.
 
         In training the parameters stay the same objects, so that their gradients can be looked at.
+
+        Args:
+            module: a model, a block, a layer or an operator; never fused or compiled before.
+            examples: arguments of its forward, NCHW, as the step will get them apart from `convert`: one for most,
+                input and residual for some.  Labels and grad_output are not among them.
+            setting: mode, dtype and so on.
         """
 
-    def convert(self, input: Tensor) -> Any:
-        """A batch of images in the form that the step takes."""
-        return input.contiguous(memory_format=MEMORY_FORMATS[self.layout])
+    def convert(self, tensor: Tensor) -> Any:
+        """An input, a residual or a grad_output (N, C, H, W) in the form that the step takes."""
+        return tensor.contiguous(memory_format=MEMORY_FORMATS[self.layout])
