@@ -1,6 +1,6 @@
 """Two processes, started by torchrun, that talk over gloo: DDP, synchronised batch norm, FSDP2.
 
-The scenarios, and what each of them checks, are in `distributed_worker.py`.
+The scenarios, and what each of them checks, are in `distributed/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from resfuse.functional import sync_bn_act
 from resfuse.ops.sync_bn_act import merge
-from tests import distributed_worker
+from tests.distributed import worker
 
 PROCESSES = 2
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ SCENARIOS = [
             reason="torch.nn.SyncBatchNorm runs on GPUs only",
         ),
     )
-    for name in distributed_worker.SCENARIOS
+    for name in worker.SCENARIOS
 ]
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -48,7 +48,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     directory = tmp_path_factory.mktemp("outcomes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command += ["--max-restarts=2"]  # gloo's first connection can time out on a busy machine
-    command += [distributed_worker.__file__, str(directory), *names]
+    command += ["-m", worker.__name__, str(directory), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart may find the addresses of the dead
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

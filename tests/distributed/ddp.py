@@ -1,0 +1,103 @@
+"""DistributedDataParallel around fused models."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import resfuse
+from tests import models
+from tests.distributed.scenario import assert_equal_everywhere, rank, scenario, share
+
+
+def ddp_training(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Gradients, buffers and parameters after three steps of DDP training, each process with its part of a batch."""
+    wrapped = DistributedDataParallel(model.to(dtype), bucket_cap_mb=1)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    for step in range(3):
+        input = share(models.random_input((4, 3, 48, 48), step, dtype), (2, 2))
+        target = torch.tensor([[1, 5], [7, 3]])[rank()]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(input), target, label_smoothing=0.1).backward()
+        optimizer.step()
+    found = {f"grad of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None} | model.state_dict()
+
+
+@scenario
+def ddp_equals_eager_ddp() -> None:
+    """Gradients, running statistics and weights of fused models in DDP are those of eager ones in DDP."""
+    for block in (BasicBlock, Bottleneck):
+        eager = models.small_resnet(block)
+        fused = copy.deepcopy(eager)
+        report = resfuse.fuse_(fused)
+        with models.counted_calls() as calls:
+            found = ddp_training(fused, torch.float64)
+        assert calls.conv_bn_act == 3 * report.fused_ops
+        expected = ddp_training(eager, torch.float64)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-7, atol=1e-9, msg=lambda text, n=name: f"{n} {text}"
+            )
+            if "running" not in name and "num_batches" not in name:  # those are each process's own
+                assert_equal_everywhere(found[name])
+
+
+@scenario
+def ddp_gradients_keep_the_contract() -> None:
+    """In float32 the averaged gradients are as near to the truth as eager's."""
+    shape = (4, 8, 9, 9)
+    eager = models.block("basic-stride")
+    fused = copy.deepcopy(eager)
+    resfuse.fuse_(fused)
+    input = torch.cat([models.decided_input(eager, (2, *shape[1:]), margin=2e-5) * scale for scale in (1, 2)])
+    found, expected, truth = (
+        models.results(DistributedDataParallel(model), share(input, (2, 2)).to(dtype))
+        for model, dtype in (
+            (fused, torch.float32),
+            (copy.deepcopy(eager), torch.float32),
+            (copy.deepcopy(eager).double(), torch.float64),
+        )
+    )
+    assert found.keys() == truth.keys()
+    for name, tensor in truth.items():
+        if tensor.is_floating_point():
+            resfuse.contract.check(name, found[name], expected[name], tensor, torch.float32)
+
+
+@scenario
+def ddp_with_compile() -> None:
+    """torch.compile of a fused model inside of DDP, gradients averaged as without it."""
+    torch._dynamo.reset()
+    eager = models.small_resnet()
+    fused = copy.deepcopy(eager)
+    resfuse.fuse_(fused)
+    input = share(models.random_input((4, 3, 48, 48)), (2, 2)).double()
+    expected = models.results(DistributedDataParallel(eager.double()), input)
+    found = models.results(torch.compile(DistributedDataParallel(fused.double()), backend="aot_eager"), input)
+    for name, tensor in expected.items():
+        key = name.replace("grad of module", "grad of _orig_mod.module").replace("buffer ", "buffer _orig_mod.")
+        torch.testing.assert_close(found[key], tensor, rtol=1e-7, atol=1e-9)
+
+
+@scenario
+def ddp_without_synchronisation() -> None:
+    """Gradient accumulation: no_sync leaves each process its own gradients, the next backward averages the sum."""
+    models_ = []
+    for fuse in (True, False):
+        model = models.small_resnet().double()
+        if fuse:
+            resfuse.fuse_(model)
+        wrapped = DistributedDataParallel(model)
+        for step, context in enumerate((wrapped.no_sync, contextlib.nullcontext)):
+            with context():
+                wrapped(share(models.random_input((4, 3, 48, 48), step).double(), (2, 2))).square().sum().backward()
+        models_.append(model)
+    for found, expected in zip(*(model.parameters() for model in models_), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
