@@ -54,7 +54,7 @@ def problem(
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "capability", lambda device: (9, 0))
 
 
 @DTYPE
@@ -73,7 +73,7 @@ def test_each_obstacle_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not torch.float64" in reasons[1]
     assert "not on cpu" in reasons[2]
 
-    monkeypatch.setattr(cuda, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(cuda, "capability", lambda device: (7, 5))
     assert cuda.unsupported_reasons(problem()) == ["cuda needs compute capability 8.0 or newer, not 7.5"]
 
 

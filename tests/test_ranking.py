@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resfuse.backends import cuda, ranking, registry, triton
-from resfuse.backends.problem import Problem
+from resfuse.backends.problem import AbsentDevice, Problem
 from tests.shapes import CONVOLUTIONS
 
 GPU = torch.device("cuda", 0)
@@ -20,7 +20,9 @@ VERBS = (
 
 
 def problem(
-    verb: str = "conv_bn_act_forward", dtype: torch.dtype = torch.bfloat16, device: torch.device = GPU
+    verb: str = "conv_bn_act_forward",
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | AbsentDevice = GPU,
 ) -> Problem:
     conv = CONVOLUTIONS["3x3"]
     of_verb = (torch.Size(conv.weight), conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -31,7 +33,7 @@ def problem(
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine with a GPU on which `runs` says what each backend runs."""
     machine = SimpleNamespace(major=9, runs={"cuda": VERBS, "triton": VERBS})
-    monkeypatch.setattr(ranking, "_major", lambda device: machine.major)
+    monkeypatch.setattr(ranking, "capability", lambda device: (machine.major, 0))
     for module, name in ((cuda, "cuda"), (triton, "triton")):
         monkeypatch.setattr(module, "unavailable_reason", lambda name=name: None if name in machine.runs else "absent")
         monkeypatch.setattr(
@@ -96,6 +98,31 @@ def test_a_request_is_met(gpu: SimpleNamespace) -> None:
 
 def test_other_devices_have_no_exceptions() -> None:
     assert ranking.exceptions("cuda", problem(device=torch.device("cpu"))) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "convolution", "other"),
+    [
+        ((7, 5), "reference", "reference"),
+        ((8, 0), "cuda", "cuda"),
+        ((9, 0), "triton", "cuda"),
+        ((10, 0), "triton", "cuda"),
+        ((12, 0), "cuda", "cuda"),
+    ],
+)
+def test_a_gpu_that_is_not_there(capability: tuple[int, int], convolution: str, other: str) -> None:
+    """By the real backends' own reasons, whatever this machine has."""
+    device = AbsentDevice(capability)
+    assert registry.explain_choice(problem(device=device))[0] == convolution
+    name, rejected = registry.explain_choice(problem("bn_act_backward", device=device))
+    assert name == other
+    if other == "reference":
+        assert rejected["cuda"] == ["cuda needs compute capability 8.0 or newer, not 7.5"]
+        assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
+        assert rejected["cpu"] == ["runs on the CPU, the tensors are on cuda of compute capability 7.5"]
+    assert registry.explain_choice(problem(device=device), "reference")[0] == "reference"
+    with pytest.raises(RuntimeError, match="runs on the CPU"):
+        registry.explain_choice(problem(device=device), "cpu")
 
 
 def test_the_table_is_consistent() -> None:

@@ -6,15 +6,13 @@ Here are layouts and allocation: the kernels read tensors that are dense, NHWC o
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
-from resfuse.backends.problem import Problem
+from resfuse.backends.problem import AbsentDevice, Problem, capability
 from resfuse.backends.vectors import copy_back, kernel_vector
 from resfuse.layout import dense, ordered_like, residual_for
 
@@ -88,12 +86,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def device_reasons(device: torch.device) -> list[str]:
+def device_reasons(device: torch.device | AbsentDevice) -> list[str]:
     """What the kernels miss in a device, whatever the problem."""
     if device.type != "cuda":
         return [f"cuda needs tensors on a CUDA device, not on {device}"]
-    if _capability(device) < MINIMUM_CAPABILITY:
-        return [f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, _capability(device)))}"]
+    if capability(device) < MINIMUM_CAPABILITY:
+        return [f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, capability(device)))}"]
     return []
 
 
@@ -255,8 +253,3 @@ def _workspace(input: Tensor) -> Tensor:
     if size is None:
         size = _workspace_sizes[key] = _OPERATORS.bn_workspace_size(input)
     return torch.empty(size, dtype=torch.float32, device=input.device)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

@@ -6,12 +6,11 @@ count only where the preferred backend can run the problem, so none is ever left
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from resfuse.backends.problem import Problem
+from resfuse.backends.problem import Problem, capability
 
 PREDICTED = "predicted, not measured"
 
@@ -57,10 +56,5 @@ def exceptions(name: str, problem: Problem) -> list[Entry]:
         and problem.verb in entry.verbs
         and problem.dtype in entry.dtypes
         and problem.device.type == "cuda"
-        and _major(problem.device) in entry.majors
+        and capability(problem.device)[0] in entry.majors
     ]
-
-
-@functools.cache
-def _major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from resfuse.backends import ranking
-from resfuse.backends.problem import Problem
+from resfuse.backends.problem import AbsentDevice, Problem
 
 logger = logging.getLogger("resfuse")
 
@@ -152,6 +152,8 @@ def forget_choices() -> None:
 
 def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
     module = backend(name)
+    if isinstance(problem.device, AbsentDevice):  # this machine does not matter
+        return tuple(module.unsupported_reasons(problem))
     unavailable = module.unavailable_reason()
     if unavailable is None and automatic and hasattr(module, "only_on_request_reason"):
         unavailable = module.only_on_request_reason()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resfuse.backends.problem import Problem
+from resfuse.backends.problem import AbsentDevice, Problem, capability
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
@@ -56,11 +56,11 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.verb not in VERBS:
         reasons.append(f"{problem.verb} is not implemented")
-    device_type = "cpu" if INTERPRETED else "cuda"
+    device_type = "cpu" if INTERPRETED and not isinstance(problem.device, AbsentDevice) else "cuda"
     if problem.device.type != device_type:
         reasons.append(f"tensors on {device_type} only, got {problem.device}")
-    elif not INTERPRETED and _capability(problem.device) < MINIMUM_CAPABILITY:
-        found = ".".join(map(str, _capability(problem.device)))
+    elif device_type == "cuda" and capability(problem.device) < MINIMUM_CAPABILITY:
+        found = ".".join(map(str, capability(problem.device)))
         reasons.append(f"compute capability 8.0 or newer, got {found}")
     if problem.dtype not in DTYPES:
         reasons.append(f"float32, bfloat16 and float16 only, got {problem.dtype}")
@@ -78,8 +78,3 @@ def _import_failure() -> str | None:
     except ImportError as error:
         return f"Triton can not be used: {error}"
     return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
