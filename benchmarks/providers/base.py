@@ -58,6 +58,10 @@ class Setting:
         return torch.autocast(self.device.type, self.dtype if narrow else torch.bfloat16, enabled=narrow)
 
 
+class Unsuitable(ValueError):
+    """A provider has nothing to offer for a module that it was given; the message, a sentence, says why."""
+
+
 class Provider(abc.ABC):
     """A way to run a module.
 
@@ -87,6 +91,9 @@ class Provider(abc.ABC):
             examples: arguments of its forward, NCHW, as the step will get them apart from `convert`: one for most,
                 input and residual for some.  Labels and grad_output are not among them.
             setting: mode, dtype and so on.
+
+        Raises:
+            Unsuitable: the provider could run here, but has nothing to offer for this module.
         """
 
     def convert(self, tensor: Tensor) -> Any:
