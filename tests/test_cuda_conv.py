@@ -274,11 +274,11 @@ def test_few_channels_are_padded(
         check(given)
         with monkeypatch.context() as patch:
             patch.setattr(cuda_conv, "_PADDED_FROM", 0)
-            cuda_conv._plan.cache_clear()
+            cuda_conv.planned.cache_clear()
             check(given)
-            plan = cuda_conv._plan(given.input.shape, given.conv_weight.shape, conv.stride, conv.padding, (1, 1), 1,
-                                   training, dtype, given.input.device, None)  # fmt: skip
-        cuda_conv._plan.cache_clear()
+            plan = cuda_conv.planned(given.input.shape, given.conv_weight.shape, conv.stride, conv.padding, (1, 1), 1,
+                                     training, dtype, processors=4)  # fmt: skip
+        cuda_conv.planned.cache_clear()
         assert plan.channels == (2 if dtype == torch.float32 and conv.input[1] == 1 else 4)
 
 

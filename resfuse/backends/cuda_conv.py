@@ -155,9 +155,9 @@ def conv_bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None without `training`."""
     memory_format = conv_memory_format(input, conv_weight)
-    plan = _plan(
-        input.shape, conv_weight.shape, stride, padding, dilation, groups, training, input.dtype, input.device,
-        _forced.get(),
+    plan = planned(
+        input.shape, conv_weight.shape, stride, padding, dilation, groups, training, input.dtype,
+        _processors(input.device), _forced.get(),
     )  # fmt: skip
     x, w = _operands(input, conv_weight, plan)
     if overwrite_residual and residual is not None and not training:
@@ -200,9 +200,9 @@ def conv_forward(
     groups: int,
 ) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
-    plan = _plan(
-        input.shape, conv_weight.shape, stride, padding, dilation, groups, False, input.dtype, input.device,
-        _forced.get(),
+    plan = planned(
+        input.shape, conv_weight.shape, stride, padding, dilation, groups, False, input.dtype,
+        _processors(input.device), _forced.get(),
     )  # fmt: skip
     x, w = _operands(input, conv_weight, plan)
     output = _output(x, plan)
@@ -217,7 +217,7 @@ conv_backward = reference.conv_backward
 """torch's own: cuDNN's on a GPU.  What is fused of backward is in front of it, in bn_act_backward."""
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What follows from the shapes alone, worked out once per problem."""
 
     output: tuple[int, int, int, int]
@@ -231,10 +231,11 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    input_shape: torch.Size, weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair, groups: int,
-    training: bool, dtype: torch.dtype, device: torch.device, forced: ConvConfig | None,
-) -> _Plan:  # fmt: skip
+def planned(
+    input_shape: torch.Size, weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair,
+    groups: int, training: bool, dtype: torch.dtype, processors: int, forced: ConvConfig | None = None,
+) -> Plan:  # fmt: skip
+    """How a convolution runs on a GPU with so many multiprocessors, which need not be there."""
     output = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
     pixels, filters = output[0] * output[2] * output[3], output[1]
     channels = input_shape[1]
@@ -242,15 +243,15 @@ def _plan(
     if groups == 1 and channels < _MANY_CHANNELS and weight_shape[3] > 1 and pixels >= _PADDED_FROM:
         channels = round_up(channels, multiple)
     depth = weight_shape[2] * weight_shape[3] * cdiv(channels // groups, 64 // dtype.itemsize)
-    config = forced or heuristic_config(pixels, filters // groups, depth, groups, training, _processors(device))
+    config = forced or heuristic_config(pixels, filters // groups, depth, groups, training, processors)
     if training:  # a mean and an M2 of each channel for each block that works on it
-        resident = _processors(device) * _MOST_BLOCKS_PER_PROCESSOR
+        resident = processors * _MOST_BLOCKS_PER_PROCESSOR
         parts = min(cdiv(pixels, _SMALLEST_M) * filters, max(filters, resident * _LARGEST_BLOCK))
         workspace = 2 * parts
     else:
         rows, columns = round_up(pixels, _LARGEST_BLOCK), groups * round_up(filters // groups, _LARGEST_BLOCK)
         workspace = config.splits * rows * columns if config.splits > 1 else 0
-    return _Plan(output, channels, (*stride, *padding, *dilation, groups), config, workspace)
+    return Plan(output, channels, (*stride, *padding, *dilation, groups), config, workspace)
 
 
 @functools.cache
@@ -265,15 +266,15 @@ def _uses_tf32(x: Tensor) -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _output(x: Tensor, plan: _Plan) -> Tensor:
+def _output(x: Tensor, plan: Plan) -> Tensor:
     return torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _workspace(x: Tensor, plan: _Plan) -> Tensor | None:
+def _workspace(x: Tensor, plan: Plan) -> Tensor | None:
     return torch.empty(plan.workspace, dtype=torch.float32, device=x.device) if plan.workspace else None
 
 
-def _operands(input: Tensor, conv_weight: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _operands(input: Tensor, conv_weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """Input and weight as the kernels read them: in NHWC memory and in the input's dtype.
 
     Few channels that do not fill the smallest copy, such as an image's three, are padded with zeros where that pays.
