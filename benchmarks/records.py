@@ -17,7 +17,7 @@ import torch
 
 import resfuse
 from benchmarks.measure import Quantiles, quantiles
-from resfuse.cli.info import processor_name
+from resfuse.processor import processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = "device"

@@ -18,7 +18,7 @@ import resfuse
 from resfuse.backends import registry
 from resfuse.backends.problem import Problem
 from resfuse.cli import digits, models, report, resnet50, timing
-from resfuse.cli.info import processor_name
+from resfuse.processor import processor_name
 
 VERBS = ("conv_bn_act_forward", "bn_act_forward", "bn_act_backward", "conv_backward", "add_relu_forward")
 

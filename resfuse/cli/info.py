@@ -18,6 +18,7 @@ from rich.table import Table
 import resfuse
 from resfuse import _build, _extension
 from resfuse.backends import ranking, registry
+from resfuse.processor import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
 VARIABLES = (
@@ -125,16 +126,6 @@ def _machine() -> dict[str, str | None]:
         "torch's kernels": torch.backends.cpu.get_cpu_capability(),
         "resfuse's kernels": _instruction_set(),
     }
-
-
-def processor_name() -> str:
-    """The processor's model, as the operating system names it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        found = ""
-    return found or platform.processor() or platform.machine()
 
 
 def _instruction_set() -> str | None:

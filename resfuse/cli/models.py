@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 import resfuse
 from resfuse import contract
+from resfuse.calibration import calibrate_
 from resfuse.surgery.report import FuseReport
 
 EAGER, EAGER_CHANNELS_LAST, FUSED = "eager", "eager, channels_last", "fused"
@@ -42,35 +42,13 @@ def photographs(count: int, size: int) -> Tensor:
 def calibrated(name: str, images: Tensor) -> nn.Module:
     """A torchvision model with random weights, and the running statistics and affine parameters of a trained one.
 
-    Fresh batch norms (mean 0, variance 1, weight 1, bias 0) would hide a mistake in any of the four.
-
     Raises:
         ValueError: torchvision has no such model.
     """
     from torchvision import models
 
     torch.manual_seed(0)
-    model = models.get_model(name, weights=None).to(images.device)
-    with torch.no_grad(), _cumulative_statistics(model) as norms:
-        for norm in norms:
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.1)
-        model.train()(images)
-    return model.eval()
-
-
-@contextmanager
-def _cumulative_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
-    """Running statistics that are the mean over the batches seen, instead of mostly their initial values."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = None
-    try:
-        yield norms
-    finally:
-        for norm, momentum in zip(norms, before, strict=True):
-            norm.momentum = momentum
+    return calibrate_(models.get_model(name, weights=None).to(images.device), images)
 
 
 def versions(model: nn.Module) -> tuple[dict[str, nn.Module], FuseReport]:
