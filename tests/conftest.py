@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -18,21 +18,23 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     torch.backends.cudnn.allow_tf32 = False
 
 from resfuse.backends import buffer_pool
+from tests import needs
 
-# Of other people's models; `make compat` has torch releases that no torchvision can be had for.
-_OF_OTHERS = ["test_nn.py", "test_surgery.py", "test_surgery_torchvision.py", "test_surgery_timm.py"]
-_OF_OTHERS += ["test_equality.py", "test_fused_models.py"]
-_OF_OTHERS += ["test_distributed.py", "test_export.py", "test_train_imagenet.py", "test_training.py"]
-collect_ignore = [] if importlib.util.find_spec("torchvision") else _OF_OTHERS
+# `make compat` has torch releases that no torchvision can be had for, a machine with a GPU may have torch and no more.
+_LEFT_OUT = needs.left_out(Path(__file__).parent)
+collect_ignore = list(_LEFT_OUT)
 
 
 def pytest_report_header() -> list[str]:
-    return [f"torchvision is not installed: {', '.join(collect_ignore)} are left out"] if collect_ignore else []
+    return [f"left out, for what is not installed: {name}: {', '.join(why)}" for name, why in _LEFT_OUT.items()]
 
 
 # The same examples on every run: a failure belongs to the change that caused it.
-hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("fixed")
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,8 @@ VARIANTS = {variant.name: variant for variant in (PLAIN, UCONTEXT, ASAN, TSAN, C
 @cache
 def unavailable_reason() -> str | None:
     """Why the emulator can not be built here, or None."""
+    if _build.flag_set(os.environ, "EMU_OFF"):
+        return "EMU_OFF is set: what the kernels compute on a CPU is not asked for"
     compiler = _build.find_compiler(os.environ)
     if compiler is None:
         return "no C++ compiler was found; the emulator needs g++"

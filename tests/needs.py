@@ -1,0 +1,74 @@
+"""Which test files can not even be imported here, because a package is not installed that they, or what they use, need.
+
+A machine with a GPU may have torch and pytest and little else, and no network.  It is found by reading imports, so that
+no list has to be kept.  Only what a module imports at its top counts: tests that import more skip themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = (
+    "hypothesis",
+    "matplotlib",
+    "numpy",
+    "onnx",
+    "rich",
+    "setuptools",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "triton",
+)
+
+
+def left_out(folder: Path) -> dict[str, list[str]]:
+    """{"test_nn.py": ["timm", "torchvision"]}: the files that can not be imported, and what they miss."""
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    if not absent:
+        return {}
+    found = {path.name: sorted(needed(path).intersection(absent)) for path in sorted(folder.glob("test_*.py"))}
+    return {name: missing for name, missing in found.items() if missing}
+
+
+def needed(path: Path) -> set[str]:
+    """Packages from outside this repository that importing a file imports."""
+    seen, waiting, packages = set[Path](), [path], set[str]()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for name in imports(file):
+            own = list(files(name))
+            waiting += own
+            if not own:
+                packages.add(name.partition(".")[0])
+    return packages
+
+
+@cache
+def imports(path: Path) -> tuple[str, ...]:
+    """Dotted names that a file imports when it is imported; `from a import b` is `a.b`."""
+    found = []
+    waiting = list(ast.parse(path.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(found)
+
+
+def files(name: str) -> Iterator[Path]:
+    """The files of this repository that importing a dotted name executes; its last part may be no module."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        stem = ROOT.joinpath(*parts[:end])
+        yield from (path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
