@@ -85,7 +85,7 @@ bench: $(VENV)/.built
 	$(PY) -m benchmarks.models --mode train --model resnet50 --dtype float32 bfloat16
 	$(PY) -m benchmarks.overhead
 	$(PY) -m benchmarks.saved_bytes
-	$(PY) -m benchmarks.plot benchmarks/results/*.csv
+	$(PY) -m benchmarks.plots benchmarks/results/*.csv
 
 # The binaries built above, unchanged, under other releases of torch.
 compat: $(VENV)/.built

@@ -14,7 +14,7 @@ from rich.console import Console
 
 pytest.importorskip("torchvision")
 
-from benchmarks import measure, ops, overhead, plot, records, report, saved_bytes
+from benchmarks import measure, ops, overhead, records, report, saved_bytes
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.records import Record, Subject
 from benchmarks.worker import ProviderError, Worker
@@ -53,7 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workload, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["inference", "train"])
-def test_models_and_their_plot(mode: str, tmp_path: Path) -> None:
+def test_models(mode: str, tmp_path: Path) -> None:
     providers = [BASELINE, "resfuse", *(["onnxruntime"] if mode == "train" else [])]  # which says why it can not
     output = run(
         "-m", "benchmarks.models", "--quick", "--mode", mode, "--device", "cpu", "--provider", *providers,
@@ -70,9 +70,6 @@ def test_models_and_their_plot(mode: str, tmp_path: Path) -> None:
         assert found["time"] > 0
         assert found["peak_memory"] > 0
         assert all(found[error] < 1e-2 for error in errors)
-    pytest.importorskip("matplotlib")
-    assert plot.main([str(path)]) == 0
-    assert path.with_suffix(".png").stat().st_size > 0
 
 
 def test_overhead(tmp_path: Path) -> None:
@@ -135,15 +132,6 @@ def test_a_file_keeps_what_a_run_did_not_measure(tmp_path: Path) -> None:
     records.update(path, [newer])
     assert records.read(path) == [narrow, newer]
     assert narrow.quantiles == pytest.approx((1.4, 2.0, 2.6))
-
-
-def test_ratios_need_a_base_of_the_same_run() -> None:
-    rows = [record(BASELINE, "float32", [4.0]), record("resfuse", "float32", [2.0])]
-    (panel,) = plot.panels(rows)
-    assert panel.groups == {"resnet50\nbatch 1": {BASELINE: (1.0, 1.0, 1.0), "resfuse": (2.0, 2.0, 2.0)}}
-    rows[1] = record("resfuse", "float32", [2.0], date="2026-01-02")
-    (panel,) = plot.panels(rows)
-    assert panel.groups == {"resnet50\nbatch 1": {BASELINE: (1.0, 1.0, 1.0)}}
 
 
 def test_times_that_scatter_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:

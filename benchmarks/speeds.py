@@ -1,0 +1,179 @@
+"""What measured rows say about each other: comparisons, ratios, the best peer and geometric means.
+
+Nothing here prints or draws: `report` (terminal), `markdown` and `plots` do, from what this finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import records
+from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
+from benchmarks.records import CEILINGS, Conditions, Record
+
+OURS = "resfuse"
+"""The provider whose speed is in question: the automatic choice of backends."""
+BASELINES = (BASELINE_CHANNELS_LAST, BASELINE)
+"""What a ratio refers to, the first of them that took part."""
+GPUS = ("NVIDIA", "Tesla", "AMD Instinct")
+"""How the names of GPUs begin."""
+LEVELS = ("model", "block", "layer", "op")
+"""In the order of their weight to a user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What the providers of one case did in one run, in turns: quantities that can be held against each other."""
+
+    first: Record
+    """Any row of it: level, name, mode, shape, dtype and conditions are the same in all."""
+    rows: Mapping[str, Mapping[str, Record]]
+    """By provider and metric."""
+
+    @property
+    def batch(self) -> int:
+        """Images of the input."""
+        return int(self.first.shape.partition("x")[0])
+
+    @property
+    def image(self) -> str:
+        """Shape of one image: 3x224x224."""
+        return self.first.shape.partition("x")[2]
+
+    @property
+    def times(self) -> dict[str, Record]:
+        """The times per call, by provider."""
+        return {provider: found["time"] for provider, found in self.rows.items() if "time" in found}
+
+    @property
+    def peers(self) -> list[str]:
+        """Providers with a time that are not resfuse in some form."""
+        return [provider for provider in self.times if not is_ours(provider)]
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest of the peers, eager PyTorch among them."""
+        return min(self.peers, key=lambda provider: self.times[provider].p50, default=None)
+
+    @property
+    def base(self) -> str | None:
+        """What ratios against eager refer to."""
+        return next((provider for provider in BASELINES if provider in self.times), None)
+
+    def median(self, provider: str, metric: str = "time") -> float | None:
+        """p50 of a quantity; None where it was not measured."""
+        found = self.rows.get(provider, {}).get(metric)
+        return found.p50 if found else None
+
+    def speed(self, provider: str, against: str | None) -> float | None:
+        """How many times as fast a provider is as another; None where one of them has no time."""
+        mine = self.median(provider)
+        other = self.median(against) if against else None
+        return other / mine if mine and other else None
+
+    def against_best_peer(self) -> float | None:
+        """The speed of resfuse relative to that of its fastest peer."""
+        return self.speed(OURS, self.best_peer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a machine reached in a run: no operation can be faster than these let it."""
+
+    bandwidth: float
+    """B/s of a large copy, bytes read and written; 0 where it was not measured."""
+    rates: Mapping[str, float]
+    """FLOP/s of a large matrix product, by dtype."""
+
+    def attainable(self, intensity: float, dtype: str) -> float:
+        """FLOP/s at so many FLOPs per byte."""
+        return min(self.rates[dtype], self.bandwidth * intensity)
+
+
+def ceilings(rows: Iterable[Record], conditions: Conditions) -> Ceilings:
+    """Those of one run: the same machine, the same beginning."""
+    mine = [row for row in rows if row.level == CEILINGS and _run(row.conditions) == _run(conditions)]
+    return Ceilings(
+        bandwidth=next((row.p50 for row in mine if row.unit == "B/s"), 0.0),
+        rates={row.dtype: row.p50 for row in mine if row.unit == "FLOP/s"},
+    )
+
+
+def _run(conditions: Conditions) -> tuple[object, ...]:
+    return conditions.device, conditions.threads, conditions.date
+
+
+def on_gpu(conditions: Conditions) -> bool:
+    """Whether the device that rows are of is a GPU; told by its name."""
+    return conditions.device.startswith(GPUS)
+
+
+def is_ours(provider: str) -> bool:
+    """Whether that is resfuse, in whatever layout, by whatever backend or behind a compiler."""
+    return provider == OURS or provider.startswith(f"{OURS}_")
+
+
+def read_all(paths: Iterable[Path]) -> list[Record]:
+    """The rows of several files, one after another.
+
+    Raises:
+        ValueError: a file has not the columns of `benchmarks.records`.
+    """
+    rows: list[Record] = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file")
+        try:
+            rows += records.read(path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has not the columns of a benchmark ({error})") from error
+    return rows
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The benchmarks' CSV files in a folder; others, such as lists of kernels' registers, are passed over."""
+    return [path for path in sorted(folder.glob("*.csv")) if _is_result(path)]
+
+
+def _is_result(path: Path) -> bool:
+    with path.open(newline="") as file:
+        header = file.readline().strip().split(",")
+    return {"level", "provider", "metric", "p50", "device"} <= set(header)
+
+
+def comparisons(rows: Sequence[Record]) -> list[Comparison]:
+    """One for each case, of its latest run; rows of ceilings belong to none.
+
+    Runs that took times and runs that took something else, such as memory, do not replace each other.
+    """
+    grouped: dict[tuple[object, ...], dict[str, dict[str, Record]]] = {}
+    for row in rows:
+        if row.level != CEILINGS:
+            key = (row.level, row.name, row.mode, row.shape, row.dtype, row.conditions)
+            grouped.setdefault(key, {}).setdefault(row.provider, {})[row.metric] = row
+    latest: dict[tuple[object, ...], Comparison] = {}
+    for providers in grouped.values():
+        one = Comparison(next(iter(next(iter(providers.values())).values())), providers)
+        key = (*one.first.case, bool(one.times))
+        if key not in latest or latest[key].first.conditions.date <= one.first.conditions.date:
+            latest[key] = one
+    return list(latest.values())
+
+
+def select(found: Iterable[Comparison], **wanted: str) -> list[Comparison]:
+    """Those whose rows have these values: `select(found, level="model", dtype="bfloat16")`."""
+    return [one for one in found if all(getattr(one.first, name) == value for name, value in wanted.items())]
+
+
+def geometric_mean(ratios: Iterable[float | None]) -> float | None:
+    """Of the ratios that are known; None where none is."""
+    known = [ratio for ratio in ratios if ratio]
+    return math.exp(math.fsum(map(math.log, known)) / len(known)) if known else None
+
+
+def by_level(found: Iterable[Comparison]) -> list[Comparison]:
+    """Models first, operators last; otherwise in the order in which they came."""
+    return sorted(found, key=lambda one: LEVELS.index(one.first.level) if one.first.level in LEVELS else len(LEVELS))
