@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.providers.base import Level, Mode, Provider, Setting, Step, Unsuitable
+from benchmarks.providers.base import Level, Mode, Provider, Setting, Step, UnsuitableError
 from benchmarks.providers.compiled import Inductor
 from benchmarks.providers.cudnn_aten import AtenCudnn
 from benchmarks.providers.cudnn_graph import CudnnGraph
@@ -57,5 +57,5 @@ __all__ = [
     "Provider",
     "Setting",
     "Step",
-    "Unsuitable",
+    "UnsuitableError",
 ]

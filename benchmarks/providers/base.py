@@ -58,7 +58,7 @@ class Setting:
         return torch.autocast(self.device.type, self.dtype if narrow else torch.bfloat16, enabled=narrow)
 
 
-class Unsuitable(ValueError):
+class UnsuitableError(ValueError):
     """A provider has nothing to offer for a module that it was given; the message, a sentence, says why."""
 
 
@@ -93,7 +93,7 @@ class Provider(abc.ABC):
             setting: mode, dtype and so on.
 
         Raises:
-            Unsuitable: the provider could run here, but has nothing to offer for this module.
+            UnsuitableError: the provider could run here, but has nothing to offer for this module.
         """
 
     def convert(self, tensor: Tensor) -> Any:

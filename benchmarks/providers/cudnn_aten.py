@@ -1,4 +1,4 @@
-"""cuDNN's fused convolutions as PyTorch has them: `torch.cudnn_convolution_relu` and `torch.cudnn_convolution_add_relu`."""
+"""cuDNN's fused convolutions as PyTorch has them: `torch.cudnn_convolution_relu` and `..._add_relu`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cuDNN's graph API by its Python frontend (`nvidia-cudnn-frontend`): convolution, bias, addition and ReLU as one graph."""
+"""cuDNN's graph API by its Python frontend (`nvidia-cudnn-frontend`): conv + bias + add + ReLU as one graph."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 import resfuse
-from benchmarks.providers.base import Unsuitable
+from benchmarks.providers.base import UnsuitableError
 from benchmarks.providers.folding import fold
 
 Pair = tuple[int, int]
@@ -42,7 +42,7 @@ class Group:
 
 
 MakeCall = Callable[[Group], nn.Module]
-"""Gives the module that computes a group: call(input), or call(input, residual) where the group has one; NCHW shapes."""
+"""Gives the module that computes a group: call(input), or call(input, residual) where the group has one."""
 
 
 def rewrite(module: nn.Module, examples: tuple[Tensor, ...], make_call: MakeCall) -> GraphModule:
@@ -54,14 +54,14 @@ def rewrite(module: nn.Module, examples: tuple[Tensor, ...], make_call: MakeCall
         make_call: called once per group, in the order of the graph.
 
     Raises:
-        Unsuitable: there is no convolution with a batch norm in the module.
+        UnsuitableError: there is no convolution with a batch norm in the module.
     """
     program = _exported(module, examples)
     graph_module = _with_attributes(program)
     graph = graph_module.graph
     found = list(graph.find_nodes(op="call_function", target=torch.ops.resfuse.conv_bn_act_eval.default))
     if not found:
-        raise Unsuitable("a fused convolution has nothing to do here: no convolution is followed by a batch norm")
+        raise UnsuitableError("a fused convolution has nothing to do here: no convolution is followed by a batch norm")
     for index, node in enumerate(found):
         name = f"group_{index}"
         graph_module.add_submodule(name, make_call(_group(node, graph_module)))
@@ -101,7 +101,7 @@ def _with_attributes(program: torch.export.ExportedProgram) -> GraphModule:
         elif node.op == "output":
             (outputs,) = node.args
             if len(outputs) != 1:
-                raise Unsuitable(f"expected one output, the module has {len(outputs)}")
+                raise UnsuitableError(f"expected one output, the module has {len(outputs)}")
             graph.output(copies[outputs[0]])
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)

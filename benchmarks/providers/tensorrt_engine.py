@@ -23,9 +23,9 @@ class TensorRT(Exported):
 
     The model is exported in the dtype that is measured, and the network strongly typed: TensorRT computes in the types
     that the model has, which newer releases do always.  TF32 follows eager's switch.  Kernels by trial at optimisation
-    level 4.  Calls go to torch's current stream by `execute_async_v3`, from and to torch's tensors, the output being the
-    same memory at every call, so that they can be captured in CUDA graphs.  By the documentation of TensorRT 10: no
-    test has run it, as it does not install where there is no GPU; the exported models are tested.
+    level 4.  Calls go to torch's current stream by `execute_async_v3`, from and to torch's tensors, the output being
+    the same memory at every call, so that they can be captured in CUDA graphs.  By the documentation of TensorRT 10:
+    no test has run it, as it needs a GPU; the exported models are tested, and the calls with a stand-in.
     """
 
     modules = ("tensorrt", "onnx", "onnxscript")
