@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from benchmarks import labels
+from benchmarks.labels import number_text, time_unit
 from benchmarks.measure import Quantiles
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
 from benchmarks.records import Conditions, Record
+from benchmarks.speeds import OURS, Comparison, by_level, comparisons, geometric_mean
 
 FASTER, SLOWER = 1.02, 0.98
 """Ratios outside of these are coloured."""
 RESTLESS = 0.15
 """A spread over which a measurement says more about the machine than about what was measured."""
+WIDTH, GAP = 80, 2
+"""Of a table, and between its columns."""
 
 
 def new_table(title: str, columns: Sequence[str]) -> Table:
@@ -28,11 +35,6 @@ def new_table(title: str, columns: Sequence[str]) -> Table:
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def number_text(value: float) -> str:
-    """Three digits, or all those before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def spread_text(values: Quantiles) -> str:
@@ -68,7 +70,7 @@ def ratio_text(ratio: float | None) -> str:
     if ratio is None:
         return "-"
     color = "green" if ratio > FASTER else "red" if ratio < SLOWER else "default"
-    return f"[{color}]{ratio:.2f}x[/]"
+    return f"[{color}]{labels.ratio_text(ratio)}[/]"
 
 
 def show_conditions(console: Console, conditions: Conditions) -> None:
@@ -77,50 +79,130 @@ def show_conditions(console: Console, conditions: Conditions) -> None:
     console.print(conditions.versions, highlight=False)
 
 
-def model_tables(records: Sequence[Record]) -> Iterable[Table]:
-    """A table for each dtype of one case of a model benchmark."""
-    by_key = {(record.provider, record.dtype, record.metric): record for record in records}
-    for dtype in dict.fromkeys(record.dtype for record in records):
-        yield _model_table([record for record in records if record.dtype == dtype], by_key)
+class _Column(NamedTuple):
+    """One that is shown where there is something in it and room for it."""
+
+    head: str
+    text: Callable[[Comparison, str], str | None]
+    """Of a provider; None where there is nothing."""
 
 
-def _model_table(records: Sequence[Record], by_key: Mapping[tuple[str, str, str], Record]) -> Table:
-    first = records[0]
-    wide = first.dtype == "float32"
-    columns = ["provider", "ms", "spread", "vs\neager", "vs ch.\nlast"]
-    columns += [] if wide else ["vs\nfp32"]
-    table = new_table(
-        f"{first.name}, {first.mode}, {first.shape}, {first.dtype}", [*columns, "page\nfaults", "system\nms", "error"]
-    )
-    for record in records:
-        if record.metric != "time":
-            continue
+def case_tables(records: Sequence[Record]) -> Iterable[Table]:
+    """A table of all providers for each case and dtype."""
+    found = comparisons(records)
+    wide = {_but_dtype(one): one for one in found if one.first.dtype == "float32"}
+    for one in by_level(found):
+        if one.times:
+            yield _case_table(one, wide.get(_but_dtype(one)))
 
-        def against(provider: str, dtype: str, record: Record = record) -> str:
-            base = by_key.get((provider, dtype, "time"))
-            return ratio_text(base.p50 / record.p50 if base else None)
 
-        def median(metric: str, record: Record = record) -> float:
-            return by_key[record.provider, record.dtype, metric].p50
+model_tables = case_tables
 
-        errors = [by_key[record.provider, record.dtype, name].p50 for name in error_metrics(record.mode)]
-        table.add_row(
-            record.provider,
-            number_text(record.p50 * 1e3),
-            spread_text(record.quantiles),
-            against(BASELINE, record.dtype),
-            against(BASELINE_CHANNELS_LAST, record.dtype),
-            *([] if wide else [against(BASELINE, "float32")]),
-            f"{median('minor_faults'):.0f}",
-            f"{median('system_time') * 1e3:.1f}",
-            f"{max(errors):.0e}",
-        )
+
+def _but_dtype(one: Comparison) -> tuple[object, ...]:
+    first = one.first
+    return first.level, first.name, first.mode, first.shape, first.conditions
+
+
+def _case_table(one: Comparison, wide: Comparison | None) -> Table:
+    scale, unit = time_unit(row.p50 for row in one.times.values())
+    rows = {provider: [provider] for provider in one.times}
+    heads = ["provider"]
+    width = max(map(len, rows))
+    for column in _columns(one, wide, scale, unit):
+        texts = {provider: column.text(one, provider) for provider in rows}
+        lines = [*column.head.split("\n"), *(Text.from_markup(text).plain for text in texts.values() if text)]
+        needed = GAP + max(map(len, lines))
+        if any(texts.values()) and width + needed <= WIDTH:
+            width += needed
+            heads.append(column.head)
+            for provider, text in texts.items():
+                rows[provider].append(text or "-")
+    first = one.first
+    table = new_table(f"{first.name}, {first.mode}, {first.shape}, {first.dtype}", heads)
+    for cells in rows.values():
+        table.add_row(*cells)
     return table
 
 
-def error_metrics(mode: str) -> tuple[str, ...]:
-    """The metrics of a mode that are relative errors."""
-    return ("error_output",) if mode == "inference" else ("error_loss", "error_gradient")
+def _columns(one: Comparison, wide: Comparison | None, scale: float, unit: str) -> Sequence[_Column]:
+    """The most important first."""
+
+    def metric(name: str, form: Callable[[float], str]) -> Callable[[Comparison, str], str | None]:
+        def text(one: Comparison, provider: str) -> str | None:
+            value = one.median(provider, name)
+            return None if value is None else form(value)
+
+        return text
+
+    def roofline(one: Comparison, provider: str) -> str | None:
+        fraction = one.times[provider].roofline
+        return f"{fraction:.0%}" if fraction else None
+
+    def against(base: str, other: Comparison | None = None) -> Callable[[Comparison, str], str | None]:
+        other = other or one
+        return lambda one, provider: (
+            ratio_text(other.times[base].p50 / one.times[provider].p50) if base in other.times else None
+        )
+
+    columns = [
+        _Column(unit, lambda one, provider: number_text(one.times[provider].p50 * scale)),
+        _Column("spread", lambda one, provider: spread_text(one.times[provider].quantiles)),
+        _Column("vs\neager", against(BASELINE)),
+        _Column("vs ch.\nlast", against(BASELINE_CHANNELS_LAST)),
+        _Column("roof-\nline", roofline),
+        _Column("error", _error),
+        _Column("launches", metric("launches", lambda value: f"{value:.0f}")),
+        _Column("host\nus", metric("host_time", lambda value: number_text(value * 1e6))),
+        _Column("peak\nMB", metric("peak_memory", lambda value: f"{value / 1e6:.0f}")),
+        _Column("page\nfaults", metric("minor_faults", lambda value: f"{value:.0f}")),
+        _Column("system\nms", metric("system_time", lambda value: f"{value * 1e3:.1f}")),
+    ]
+    if wide and one.first.dtype != "float32":
+        columns.insert(4, _Column("vs\nfp32", against(BASELINE, wide)))
+    return columns
+
+
+def _error(one: Comparison, provider: str) -> str | None:
+    errors = [row.p50 for name, row in one.rows[provider].items() if name.startswith("error_")]
+    return f"{max(errors):.0e}" if errors else None
+
+
+def summary_tables(records: Sequence[Record]) -> Iterable[Table]:
+    """A table for each level, mode and dtype: resfuse against its best peer in every case."""
+    found = [one for one in by_level(comparisons(records)) if OURS in one.times]
+    for key in dict.fromkeys(_chapter(one) for one in found):
+        yield _summary_table(key, [one for one in found if _chapter(one) == key])
+
+
+def _chapter(one: Comparison) -> tuple[str, ...]:
+    first = one.first
+    return first.level, first.mode, first.dtype, first.conditions.device
+
+
+def _summary_table(key: tuple[str, ...], found: Sequence[Comparison]) -> Table:
+    level, mode, dtype, device = key
+    scale, unit = time_unit(one.times[OURS].p50 for one in found)
+    table = new_table(
+        f"{level}s, {mode}, {dtype}, {device}",
+        ["case", "batch", f"resfuse\n{unit}", "best peer", f"its\n{unit}", "vs\npeer", "vs\neager", "roof-\nline"],
+    )
+    table.columns[3].justify = "left"
+    table.columns[0].no_wrap = False
+    for one in found:
+        peer, row = one.best_peer, one.times[OURS]
+        table.add_row(
+            one.first.name, str(one.batch), number_text(row.p50 * scale), peer or "-",
+            number_text(one.times[peer].p50 * scale) if peer else "-", ratio_text(one.against_best_peer()),
+            ratio_text(one.speed(OURS, one.base)), f"{row.roofline:.0%}" if row.roofline else "-",
+        )  # fmt: skip
+    if len(found) > 1:
+        table.add_section()
+        table.add_row(
+            "geometric mean", "", "", "", "", ratio_text(geometric_mean(one.against_best_peer() for one in found)),
+            ratio_text(geometric_mean(one.speed(OURS, one.base) for one in found)), "",
+        )  # fmt: skip
+    return table
 
 
 def pair_table(title: str, records: Sequence[Record], unit: str, scale: float) -> Table:

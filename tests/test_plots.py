@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, records
+from benchmarks import labels, plots, records
 from benchmarks.plots import __main__ as command
 from benchmarks.plots import batches, ratios, roofline, style
 from benchmarks.records import Record
@@ -107,7 +107,7 @@ def test_forms_of_one_system_differ_in_brightness_or_pattern() -> None:
 def test_conditions_are_told_once() -> None:
     later = dataclasses.replace(made_up.CPU, date="2026-11-23T10:00:00", commit="def")
     rows = [made_up.row("resfuse", 1.0), made_up.row("resfuse", 1.0, conditions=later)]
-    text = style.conditions_text(rows)
+    text = labels.conditions_text(rows)
     assert text == f"a processor, 2 threads; {made_up.CPU.versions}; commit abc, def, 2026-11-21 to 2026-11-23"
 
 

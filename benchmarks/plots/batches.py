@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import labels
 from benchmarks.plots import style
 from benchmarks.records import Record
 from benchmarks.speeds import Comparison, comparisons, on_gpu
@@ -104,7 +105,7 @@ def _draw(charts: Sequence[Chart], path: Path, rows: Sequence[Record], note: str
 
 
 def _chart(axis: Any, chart: Chart, looks: dict[str, style.Style], legend: bool) -> None:
-    for provider in style.ordered(provider for provider, _ in chart.lines):
+    for provider in labels.ordered(provider for provider, _ in chart.lines):
         for kind in dict.fromkeys(MEMORY.values()):
             points = chart.lines.get((provider, kind))
             if points:
@@ -113,7 +114,7 @@ def _chart(axis: Any, chart: Chart, looks: dict[str, style.Style], legend: bool)
                 axis.plot(
                     list(points), list(points.values()), linestyle=kind, color=look.color,
                     marker="" if predicted else look.marker, markersize=5, markeredgecolor=style.DARK,
-                    markeredgewidth=0.4, label=style.label(provider) + (", predicted" if predicted else ""),
+                    markeredgewidth=0.4, label=labels.label(provider) + (", predicted" if predicted else ""),
                 )  # fmt: skip
     if chart.unit == "GiB":  # a fixed part and one per image: a straight line
         axis.set_ylim(bottom=0)

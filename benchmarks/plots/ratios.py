@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import labels
 from benchmarks.measure import Quantiles
 from benchmarks.plots import style
 from benchmarks.records import Record
@@ -32,7 +33,7 @@ class Panel(NamedTuple):
     @property
     def providers(self) -> list[str]:
         """Those of all its cases."""
-        return style.ordered(provider for group in self.groups.values() for provider in group)
+        return labels.ordered(provider for group in self.groups.values() for provider in group)
 
     @property
     def bars(self) -> int:
@@ -101,7 +102,7 @@ def _speeds(chosen: Iterable[Comparison], wide: dict[tuple[object, ...], Compari
         if other is None or other.base is None:
             continue
         base = other.times[other.base].p50
-        label = f"speed against {style.label(other.base)}" + (" in float32" if wide else "")
+        label = f"speed against {labels.label(other.base)}" + (" in float32" if wide else "")
         found.setdefault(f"{label}\n(higher is better)", {})[_name_and_batch(one)] = {
             provider: Quantiles(*(base / value for value in row.quantiles)) for provider, row in one.times.items()
         }
@@ -136,7 +137,7 @@ def _bars(axis: Any, panel: Panel, looks: dict[str, style.Style]) -> None:
         look, offset = looks[provider], (index + 0.5) * width - WIDTH / 2
         bars = axis.bar(
             [place + offset for place in places], [ratio.p50 for ratio in ratios], width * 0.92, yerr=_spreads(ratios),
-            label=style.label(provider), color=look.color, hatch=look.hatch, edgecolor="white", linewidth=0,
+            label=labels.label(provider), color=look.color, hatch=look.hatch, edgecolor="white", linewidth=0,
             error_kw={"elinewidth": style.FINE, "ecolor": style.DARK},
         )  # fmt: skip
         size = 7 if panel.bars <= CROWDED_BARS else 5.5
@@ -156,7 +157,7 @@ def _dots(axis: Any, panel: Panel, looks: dict[str, style.Style]) -> None:
         look = looks[provider]
         axis.errorbar(
             [ratio.p50 for _, ratio in shown], [place for place, _ in shown],
-            xerr=_spreads([ratio for _, ratio in shown]), label=style.label(provider), color=look.color,
+            xerr=_spreads([ratio for _, ratio in shown]), label=labels.label(provider), color=look.color,
             marker=look.marker, markersize=5, markeredgecolor=style.DARK, markeredgewidth=0.4, linestyle="none",
             elinewidth=style.FINE,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import labels
 from benchmarks.plots import style
 from benchmarks.records import Record
 from benchmarks.speeds import OURS, Ceilings, Comparison, ceilings, comparisons
@@ -82,13 +83,13 @@ def _point(one: Comparison, provider: str) -> Point | None:
 
 def _scatter(axis: Any, panel: Panel, looks: dict[str, style.Style]) -> None:
     roof, dtype = panel.roof, panel.dtype
-    for provider in style.ordered(point.provider for point in panel.points):
+    for provider in labels.ordered(point.provider for point in panel.points):
         shown = [point for point in panel.points if point.provider == provider]
         look = looks[provider]
         axis.plot(
             [point.intensity for point in shown], [point.rate for point in shown], linestyle="none", color=look.color,
             marker=look.marker, markersize=6, markeredgecolor=style.DARK, markeredgewidth=0.4, alpha=0.9,
-            label=style.label(provider),
+            label=labels.label(provider),
         )  # fmt: skip
     ridge = roof.rates[dtype] / roof.bandwidth
     edges = [*(point.intensity for point in panel.points), ridge]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.records import Conditions, Record
-from benchmarks.speeds import is_ours
+from benchmarks.labels import conditions_text
+from benchmarks.records import Record
 
 DPI = 110
 FINE = 0.8
@@ -72,31 +72,6 @@ def styles(providers: Iterable[str]) -> dict[str, Style]:
     return found
 
 
-LABELS = {
-    "eager_nchw": "eager NCHW",
-    "eager_channels_last": "eager channels_last",
-    "inductor": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-}
-
-
-def label(provider: str) -> str:
-    """As prose has it: torch.compile max autotune."""
-    if provider in LABELS:
-        return LABELS[provider]
-    if provider.startswith("inductor_"):
-        return f"torch.compile {provider.removeprefix('inductor_').replace('_', ' ')}"
-    return provider.replace("_", " ")
-
-
-def ordered(providers: Iterable[str]) -> list[str]:
-    """Eager first, resfuse last, each once."""
-    names = list(dict.fromkeys(providers))
-    return sorted(names, key=lambda name: (not name.startswith("eager"), is_ours(name), names.index(name)))
-
-
 def subplots(
     rows: int, columns: int, size: tuple[float, float], heights: Sequence[float] | None = None
 ) -> tuple[Any, Any]:
@@ -126,22 +101,6 @@ def finish(figure: Any, path: Path, rows: Sequence[Record], note: str) -> None:
 def caption(rows: Sequence[Record], note: str, width: int) -> str:
     """Under which conditions the figures were measured, in lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(f"{conditions_text(rows)}. {note}", width))
-
-
-def conditions_text(rows: Iterable[Record]) -> str:
-    """Machine, versions, commits and days of the rows; runs that differ in nothing but the time are told once."""
-    found: dict[tuple[str, int, str], list[Conditions]] = {}
-    for row in rows:
-        one = row.conditions
-        found.setdefault((one.device, one.threads, one.versions), []).append(one)
-    parts = []
-    for (device, threads, versions), runs in found.items():
-        commits = ", ".join(dict.fromkeys(run.commit or "unknown" for run in runs))
-        days = sorted({run.date.partition("T")[0] for run in runs})
-        span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-        plural = "s" if threads > 1 else ""
-        parts.append(f"{device}, {threads} thread{plural}; {versions}; commit {commits}, {span}")
-    return ". ".join(parts)
 
 
 def plain_axes(axis: Any) -> None:
