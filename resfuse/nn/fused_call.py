@@ -13,6 +13,8 @@ The checks take two to three microseconds, less than what the calls of the modul
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -337,13 +339,27 @@ def wants_pytorch_operators(input: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
+        return _traced_as_pytorch or torch.onnx.is_in_onnx_export()
     return (
         type(input) not in _PLAIN_TENSORS
         or input.is_meta
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
+
+
+_traced_as_pytorch = False
+
+
+@contextmanager
+def traced_as_pytorch() -> Iterator[None]:
+    """Inside, whoever traces a model gets PyTorch's own operators from it, as if nothing were fused."""
+    global _traced_as_pytorch
+    before, _traced_as_pytorch = _traced_as_pytorch, True
+    try:
+        yield
+    finally:
+        _traced_as_pytorch = before
 
 
 def _either(inner: str, outer: str | None) -> str:
