@@ -122,10 +122,15 @@ def occupancy(device: DeviceProperties, registers: int, warps: int, shared: int)
     )
 
 
+def demangler() -> str | None:
+    """c++filt, of binutils or LLVM, or None."""
+    return shutil.which("c++filt") or shutil.which("llvm-cxxfilt")
+
+
 def demangled(names: Iterable[str]) -> list[str]:
-    """C++ names for people, by c++filt (binutils, or LLVM's)."""
+    """C++ names for people; as they are where there is no `demangler`."""
     names = list(names)
-    filt = shutil.which("c++filt") or shutil.which("llvm-cxxfilt")
+    filt = demangler()
     if filt is None:
         return names
     done = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True)

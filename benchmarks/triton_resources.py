@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.status("listing the kernels"):
         layers = dict(_jobs(args))
     usages, errors = triton_compile.compile_all(layers, args.jobs, console, cache=args.cache)
-    rows = [_row(job, *layers[job], usage) for job, usage in usages.items()]
+    rows = [row_of(job, *layers[job], usage) for job, usage in usages.items()]
     by_target = sorted(rows, key=_target)
     for (capability, dtype), group in itertools.groupby(by_target, key=_target):
         console.print(_table(f"sm_{capability}, {dtype}: the most that any layer needs", list(group)))
@@ -145,7 +145,7 @@ def _configuration(job: Job) -> tuple[object, ...]:
     return job.capability, job.name, job.signature[0], tile, absent, options
 
 
-def _row(job: Job, layer: str, shared_bound: int, usage: Usage) -> Row:
+def row_of(job: Job, layer: str, shared_bound: int, usage: Usage) -> Row:
     constants = dict(job.constants)
     blocks = [str(value) for name, value in job.constants if name.startswith("BLOCK")]
     flags = [name for name in FLAGS if constants.get(name)]
