@@ -59,8 +59,8 @@ def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, m
     if not shapes.supports("cpu", "conv_bn_act", dtype, "cpu") or "cpu" not in resfuse.available_backends():
         pytest.skip("the cpu backend does not run here")
     monkeypatch.setattr(buffer_pool, "SMALLEST", 1)
-    monkeypatch.setattr(cpu_conv, "_MAPPED_ANEW", 1)
-    monkeypatch.setattr(cpu_conv, "_POOLED_GRADIENT", 1)
+    monkeypatch.setattr(cpu_conv, "MAPPED_ANEW", 1)
+    monkeypatch.setattr(cpu_conv, "POOLED_GRADIENT", 1)
     used = buffer_pool.allocated()
     for layout, residual_layout in (("nhwc", "nhwc"), ("nhwc", None), ("nchw", "nhwc")):
         call = conv_bn_act_call(

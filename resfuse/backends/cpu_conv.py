@@ -41,8 +41,8 @@ if torch.backends.mkldnn.is_available():  # otherwise `unsupported_convolution` 
 
 # glibc returns allocations of this size to the system and maps them anew: page faults then cost more than accumulating
 # onto a pooled buffer of zeros.
-_MAPPED_ANEW = 16 << 20
-_POOLED_GRADIENT = 4 << 20  # bytes
+MAPPED_ANEW = 16 << 20
+POOLED_GRADIENT = 4 << 20  # bytes
 
 
 def unsupported_convolution(problem: Problem) -> list[str]:
@@ -249,7 +249,7 @@ def conv_backward(
     conv = (stride, padding, dilation, groups)
     if not (
         needs_grad[0]
-        and input.nbytes >= _POOLED_GRADIENT
+        and input.nbytes >= POOLED_GRADIENT
         and input.is_contiguous(memory_format=torch.channels_last)
         and conv_weight.shape[2:] == (1, 1)
         and (stride, padding, groups) == ((1, 1), (0, 0), 1)
@@ -269,7 +269,7 @@ def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | 
     """The tensor the primitive adds its result to, if any, and whether all of its values are finite."""
     if residual is None:
         size = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
-        if size < _MAPPED_ANEW:
+        if size < MAPPED_ANEW:
             return None, True
         return _channels_last_empty(shape, dtype).zero_(), True
     output = _channels_last_empty(shape, dtype)

@@ -20,13 +20,26 @@ class Cost(NamedTuple):
     launches: int
     """Kernel launches on a GPU, calls of primitives on a CPU."""
 
-    def __add__(self, other: object) -> Cost:  # type: ignore[override]  # not the concatenation of tuples
+    def __add__(self, other: object) -> Cost:  # not the concatenation of tuples
         if not isinstance(other, Cost):
             return NotImplemented
         return Cost(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
 
 
+Kernels = tuple[Cost, ...]
+"""In the order in which they run."""
+
 FREE = Cost(0, 0, 0)
+
+
+def kernel(*touched: int, flops: int = 0) -> Cost:
+    """One launch that reads or writes operands of so many bytes, each once."""
+    return Cost(flops, sum(touched), 1)
+
+
+def total(kernels: Kernels) -> Cost:
+    """The sum; of no kernels nothing."""
+    return sum(kernels, FREE)
 
 
 def roofline(cost: Cost, dtype: torch.dtype, device: Device) -> float:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from resfuse.costs.cost import Cost
+from resfuse.costs import elementwise, pooling
+from resfuse.costs.batch_norm import batch_norm
+from resfuse.costs.convolution import conv2d
+from resfuse.costs.cost import Cost, Kernels, kernel, total
 from resfuse.costs.device import Device
+from resfuse.costs.fused import fused
 from resfuse.costs.operation import Operation
 
-Kernels = tuple[Cost, ...]
 Formula = Callable[[Operation, bool, "str | None", Device], tuple[Kernels, Kernels]]
 """(operation, training, backend, device) -> the kernels of forward, and those of backward."""
 
-_FORMULAS: Mapping[str, Formula] = {}
+_FORMULAS: Mapping[str, Formula] = {
+    **dict.fromkeys(("conv_bn_act", "bn_act", "add_relu", "sync_bn_act"), fused),
+    **dict.fromkeys(("conv2d", "convolution"), conv2d),
+    **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
+    **elementwise.FORMULAS,
+    **pooling.FORMULAS,
+}
 
 
 def forward_cost(operation: Operation, *, training: bool, backend: str | None, device: Device) -> Cost:
     """What one call costs: the sum of `forward_kernels`."""
-    return sum(forward_kernels(operation, training=training, backend=backend, device=device), Cost(0, 0, 0))
+    return total(forward_kernels(operation, training=training, backend=backend, device=device))
 
 
 def backward_cost(operation: Operation, *, training: bool, backend: str | None, device: Device) -> Cost:
     """What all gradients of one call cost: the sum of `backward_kernels`."""
-    return sum(backward_kernels(operation, training=training, backend=backend, device=device), Cost(0, 0, 0))
+    return total(backward_kernels(operation, training=training, backend=backend, device=device))
 
 
 def forward_kernels(operation: Operation, *, training: bool, backend: str | None, device: Device) -> Kernels:
@@ -30,15 +39,23 @@ def forward_kernels(operation: Operation, *, training: bool, backend: str | None
 
     Args:
         operation: which.
-        training: the mode of the model, where `operation.options` has no `training` of its own.
-        backend: "cuda", "triton", "cpu" or "reference" for resfuse's operators; None for ATen's.
+        training: whether batch norms use the batch's statistics, where `operation.options` has no `training`.
+        backend: "cuda", "triton", "cpu" or "reference" for resfuse's operators (None is the last); ATen's have none.
         device: the machine, which need not be there.
+
+    Raises:
+        ValueError: an unknown backend, one whose plans can not be made here, or operands that do not belong to the
+            operation.
     """
     return _formula(operation)(operation, training, backend, device)[0]
 
 
 def backward_kernels(operation: Operation, *, training: bool, backend: str | None, device: Device) -> Kernels:
-    """The kernels that the gradients of one call launch, in order, each with its cost; arguments as in forward."""
+    """The kernels that the gradients of one call launch, in order, each with its cost.
+
+    Arguments and errors are those of `forward_kernels`; `backend` is that of all verbs of backward, which automatic
+    choice may take from another backend than the forward's.
+    """
     return _formula(operation)(operation, training, backend, device)[1]
 
 
@@ -52,5 +69,5 @@ def _formula(operation: Operation) -> Formula:
 
 
 def _unknown(operation: Operation, training: bool, backend: str | None, device: Device) -> tuple[Kernels, Kernels]:
-    touched = sum(tensor.bytes for tensor in (*operation.inputs, operation.output))
-    return (Cost(0, touched, 1),), (Cost(0, touched, 1),)
+    one = kernel(*(tensor.bytes for tensor in (*operation.inputs, *operation.parameters, operation.output)))
+    return (one,), (one,)

@@ -6,7 +6,7 @@ import torch
 
 from resfuse.costs.device import Device
 
-GIB = 1 << 30
+_MIB = 1 << 20
 
 
 def _gpu(
@@ -15,31 +15,44 @@ def _gpu(
     *,
     bandwidth: float,
     half: float,
-    tf32: float,
-    memory: int,
+    memory: float,
     num_sms: int,
     shared_memory: int,
     l2: int,
     source: str,
 ) -> Device:
-    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: tf32}
+    """float32 multiplies as TF32, PyTorch's default for convolutions: half the rate of bfloat16."""
+    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: half / 2}
+    launch = 2e-6  # an estimate: what one more small kernel adds to a full stream; `measure_device` measures it
     return Device(
-        name, "cuda", bandwidth, rates, memory, 2e-6, source, capability, num_sms, shared_memory, l2
+        name, "cuda", bandwidth, rates, int(memory), launch, source, capability, num_sms, shared_memory, l2 * _MIB
     )  # fmt: skip
 
 
 DEVICES: dict[str, Device] = {
     "h200": _gpu(
-        "NVIDIA H200", (9, 0), bandwidth=4.3e12, half=790e12, tf32=395e12, memory=141 * 10**9, num_sms=132,
-        shared_memory=232448, l2=50 << 20,
-        source="bandwidth and bf16 measured on an NVIDIA H200, 2026-11; the rest is its datasheet's",
+        "NVIDIA H200", (9, 0), bandwidth=4.3e12, half=790e12, memory=141e9, num_sms=132, shared_memory=232448, l2=50,
+        source="bandwidth and bfloat16 rate measured on an NVIDIA H200, 2026-11 (datasheet: 4.8 TB/s, 989 TFLOP/s); "
+        "TF32 taken as half of it, launch time estimated, the rest is of its datasheet",
+    ),
+    "h100": _gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), bandwidth=3.35e12, half=989e12, memory=80e9, num_sms=132,
+        shared_memory=232448, l2=50, source="datasheet of the H100 SXM, dense; launch time estimated",
+    ),
+    "a100": _gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), bandwidth=2.039e12, half=312e12, memory=80e9, num_sms=108,
+        shared_memory=166912, l2=40, source="datasheet of the A100 SXM 80 GB, dense; launch time estimated",
+    ),
+    "b200": _gpu(
+        "NVIDIA B200", (10, 0), bandwidth=8e12, half=2250e12, memory=180e9, num_sms=148, shared_memory=232448, l2=126,
+        source="datasheet of the B200 SXM, dense; launch time estimated",
     ),
 }  # fmt: skip
 """By short name: "h200", "h100", "a100", "b200"."""
 
 
 def describe(name: str) -> Device:
-    """The device of this short name.
+    """The device of this short name, in any case.
 
     Raises:
         ValueError: there is none of this name; the message lists those that there are.

@@ -46,3 +46,38 @@ class Operation:
     `needs_input_grad` (True) and `needs_parameter_grad` (True): whether backward computes them; the first layer of a
     network has no gradient of its input.
     """
+
+    @property
+    def needs_input_grad(self) -> bool:
+        return bool(self.options.get("needs_input_grad", True))
+
+    @property
+    def needs_parameter_grad(self) -> bool:
+        return bool(self.options.get("needs_parameter_grad", True))
+
+    def weight(self) -> TensorInfo:
+        """The weight of a convolution or of a linear layer.
+
+        Raises:
+            ValueError: the first parameter is none.
+        """
+        dimensions = 2 if self.name == "linear" else 4
+        if not self.parameters or len(self.parameters[0].shape) != dimensions:
+            found = [parameter.shape for parameter in self.parameters]
+            raise ValueError(
+                f"parameters: expected a weight of {dimensions} dimensions first for {self.name} at {self.path!r}, "
+                f"got shapes {found}"
+            )
+        return self.parameters[0]
+
+    def pair(self, option: str, default: int) -> tuple[int, int]:
+        """An option that is one integer or two: stride, padding, dilation."""
+        value = self.options.get(option, default)
+        if isinstance(value, int):
+            return value, value
+        values = tuple(value)
+        if len(values) == 1:
+            values *= 2
+        if len(values) != 2 or not all(isinstance(item, int) for item in values):
+            raise ValueError(f"{option}: expected one integer or two for {self.name} at {self.path!r}, got {value!r}")
+        return values[0], values[1]

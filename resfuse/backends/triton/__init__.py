@@ -45,7 +45,7 @@ def unavailable_reason() -> str | None:
         )
     if torch.version.hip is not None:
         return "written for NVIDIA GPUs, torch is built for AMD"
-    return _import_failure()
+    return import_failure()
 
 
 def only_on_request_reason() -> str | None:
@@ -70,7 +70,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 @functools.cache
-def _import_failure() -> str | None:
+def import_failure() -> str | None:
+    """Why the kernels can not be imported, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:

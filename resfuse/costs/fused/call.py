@@ -1,0 +1,114 @@
+"""A call of one of resfuse's operators, checked and hashable."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from resfuse.costs.operation import Operation, TensorInfo
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedCall:
+    """conv_bn_act, bn_act, add_relu or sync_bn_act."""
+
+    name: str
+    input: TensorInfo
+    residual: TensorInfo | None
+    conv_weight: TensorInfo | None
+    vectors: int
+    """Bytes of all that is per channel."""
+    output: TensorInfo
+    relu: bool
+    training: bool
+    """Whether statistics are the batch's."""
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    conv_bias: bool
+    overwrite_residual: bool
+    needs_input: bool
+    needs_weight: bool
+    """Of the convolution."""
+    needs_norm: bool
+    """Of batch norm's weight and bias: False where they are frozen."""
+    needs_residual: bool
+
+    @property
+    def dz(self) -> int:
+        """Bytes of the convolution's output, and of anything in its shape."""
+        return self.output.bytes
+
+    @property
+    def needs_conv(self) -> tuple[bool, bool, bool]:
+        """Gradients of the convolution that are needed: of its input, weight and bias."""
+        return self.needs_input, self.needs_weight, self.conv_bias and self.needs_weight
+
+    @property
+    def needs_dz(self) -> bool:
+        """Whether batch norm has to give the gradient of its own input."""
+        return self.needs_input or self.needs_weight
+
+    @property
+    def computes_z_again(self) -> bool:
+        """Inference does not keep z, which the gradient of batch norm's weight needs."""
+        return self.conv_weight is not None and not self.training and self.needs_norm
+
+    @property
+    def conv(self) -> tuple[Pair, Pair, Pair, int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def masked_residual(self) -> bool:
+        """Whether the residual's gradient is a tensor of its own: without a ReLU it is the output's."""
+        return self.residual is not None and self.needs_residual and self.relu
+
+
+def call_of(operation: Operation, training: bool) -> FusedCall:
+    """The operation as a call; `training` holds where its options do not say otherwise.
+
+    Raises:
+        ValueError: operands that do not belong to the operator.
+    """
+    name = operation.name
+    if not 1 <= len(operation.inputs) <= 2 or (name == "add_relu" and len(operation.inputs) != 2):
+        expected = "two" if name == "add_relu" else "the input and at most a residual"
+        raise ValueError(f"inputs: expected {expected} for {name} at {operation.path!r}, got {len(operation.inputs)}")
+    conv = name == "conv_bn_act"
+    for tensor in (operation.inputs[0], operation.output):
+        if name != "add_relu" and len(tensor.shape) != 4:
+            raise ValueError(f"inputs: expected (N, C, H, W) for {name} at {operation.path!r}, got {tensor.shape}")
+    options = operation.options
+    vectors = operation.parameters[1:] if conv else operation.parameters
+    relu = options.get("relu", options.get("activation", "relu") == "relu")
+    return FusedCall(
+        name=name,
+        input=operation.inputs[0],
+        residual=operation.inputs[1] if len(operation.inputs) > 1 else None,
+        conv_weight=operation.weight() if conv else None,
+        vectors=sum(vector.bytes for vector in vectors),
+        output=operation.output,
+        relu=bool(relu),
+        training=bool(options.get("training", training)) and name != "add_relu",
+        stride=operation.pair("stride", 1),
+        padding=operation.pair("padding", 0),
+        dilation=operation.pair("dilation", 1),
+        groups=int(options.get("groups", 1)),
+        conv_bias=bool(options.get("conv_bias", False)),
+        overwrite_residual=bool(options.get("overwrite_residual", False)),
+        needs_input=operation.needs_input_grad,
+        needs_weight=conv and operation.needs_parameter_grad,
+        needs_norm=bool(options.get("needs_norm_grad", operation.needs_parameter_grad)),
+        needs_residual=len(operation.inputs) > 1,
+    )
+
+
+def without_data(tensor: TensorInfo) -> Tensor:
+    """A tensor of this shape and dtype on the meta device, in channels_last memory where it has four dimensions."""
+    memory_format = torch.channels_last if len(tensor.shape) == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", memory_format=memory_format)
