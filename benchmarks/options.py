@@ -17,6 +17,13 @@ def summary(doc: str | None) -> str:
     return (doc or "").partition("\n")[0]
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, for `type=`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Where to measure, and where to write."""
     parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")

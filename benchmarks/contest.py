@@ -1,0 +1,187 @@
+"""One case in all its settings: providers are prepared and checked, and then take turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import records, workload
+from benchmarks.cases import Case
+from benchmarks.crew import Crew, Plan
+from benchmarks.measure import Sample
+from benchmarks.providers import PROVIDERS, Setting
+from benchmarks.records import Conditions, Record, Roofline, Subject
+from benchmarks.runner import Findings
+from benchmarks.terminal import Progress, Terminal
+from benchmarks.worker import ProviderError, Worker
+from benchmarks.workload import Workload
+
+FAILED = "failed"
+"""The metric of a provider that has no speed: it failed, or was wrong.  Then it need not be tried again either."""
+MOST_CALLS = 200
+"""In a turn: enough for a median, however short they are."""
+
+
+class Contestant(NamedTuple):
+    """A provider at work in one setting."""
+
+    provider: str
+    workload: Workload
+    worker: Worker
+    errors: dict[str, float]
+
+
+class Contest:
+    """A case, the providers that take part in it, and how they are measured."""
+
+    def __init__(self, case: Case, entries: Sequence[tuple[str, Setting]], plan: Plan, terminal: Terminal) -> None:
+        self._case, self._entries, self._plan, self._terminal = case, entries, plan, terminal
+        self.failures: list[tuple[str, Setting]] = []
+
+    def hold(self, crew: Crew, costs: Callable[[Setting], Roofline | None], conditions: Conditions) -> list[Record]:
+        """The rows of the case.
+
+        Raises:
+            OutOfTimeError: the deadline has come before all had their turns.
+        """
+        rows: list[Record] = []
+        with ExitStack() as stack, self._terminal.progress() as progress:
+            stack.callback(crew.rest)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            contestants = list(self._prepared(crew, folder, progress))
+            for contestant, samples, found in self._take_turns(contestants, crew, progress):
+                setting = contestant.workload.setting
+                subject = self._subject(contestant.provider, setting)
+                rows += _rows(subject, contestant, samples, found, costs(setting), conditions)
+        for provider, setting in self.failures:
+            rows.append(self._subject(provider, setting).record(_metric(FAILED, setting), [1], "1", conditions))
+        return rows
+
+    def _prepared(self, crew: Crew, folder: Path, progress: Progress) -> Iterator[Contestant]:
+        """Those whose results are right; says why the others are left out."""
+        made: dict[Setting, Workload] = {}
+        files: dict[Setting, Path] = {}
+        progress.begin(f"{self._case.name}: preparing", len(self._entries))
+        for provider, setting in self._entries:
+            self._plan.time_for(None)
+            common = dataclasses.replace(setting, graph=False)
+            if common not in made:
+                made[common] = workload.make_workload(self._case, common)
+            job = dataclasses.replace(made[common], setting=setting)
+            if setting not in files:
+                files[setting] = folder / f"{len(files)}.pt"
+                job.save(files[setting])
+            if setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                yield self._check(provider, job, files[setting], crew)
+            except ProviderError as error:
+                self._leave_out(provider, setting, crew, error)
+            progress.advance()
+
+    def _check(self, provider: str, job: Workload, path: Path, crew: Crew) -> Contestant:
+        """Prepare a provider and look at what it computes.
+
+        Raises:
+            ProviderError: it failed, or its results are wrong: then it has no speed.
+        """
+        worker = crew.worker(provider, job.setting)
+        errors = worker.prepare(path, self._plan.time_for(self._plan.patience))
+        for quantity, error in errors.items():
+            if not error <= job.limit(quantity):
+                raise ProviderError(
+                    f"wrong: {workload.describe_errors(errors)}; limit {job.limit(quantity):.1e} for the {quantity}, "
+                    f"eager {workload.describe_errors(job.eager_errors)}"
+                )
+        return Contestant(provider, job, worker, errors)
+
+    def _leave_out(self, provider: str, setting: Setting, crew: Crew, error: ProviderError) -> None:
+        crew.dismiss(provider, setting)
+        self._plan.time_for(None)  # it may have failed for want of time, which says nothing about it
+        self.failures.append((provider, setting))
+        graph = ", as a CUDA graph" if setting.graph else ""
+        self._terminal.say(f"{provider}, {records.dtype_text(setting.dtype)}{graph}, is left out:", "failure")
+        self._terminal.say(str(error).rstrip(), "detail")
+
+    def _take_turns(
+        self, contestants: list[Contestant], crew: Crew, progress: Progress
+    ) -> Iterator[tuple[Contestant, list[Sample], Findings]]:
+        """Warm up, then A B C A B C ..."""
+
+        def each(what: str, turn: Callable[[Contestant], object], rounds: int = 1) -> None:
+            progress.begin(f"{self._case.name}: {what}", rounds * len(contestants))
+            for _ in range(rounds):
+                for contestant in list(contestants):
+                    try:
+                        turn(contestant)
+                    except ProviderError as error:
+                        contestants.remove(contestant)
+                        self._leave_out(contestant.provider, contestant.workload.setting, crew, error)
+                    progress.advance()
+                    self._plan.time_for(None)
+
+        calls: dict[int, int] = {}
+        samples: dict[int, list[Sample]] = {id(contestant): [] for contestant in contestants}
+        findings: dict[int, Findings] = {}
+
+        def warm_up(contestant: Contestant) -> None:
+            seconds = contestant.worker.warm_up(self._plan.warmup)
+            calls[id(contestant)] = max(1, min(MOST_CALLS, math.ceil(self._plan.turn / seconds)))
+
+        def run(contestant: Contestant) -> None:
+            # Another process ran before: the first call brings caches, memory and threads back.
+            count = calls[id(contestant)]
+            lead_in = count > 1 or contestant.workload.setting.device.type == "cuda"
+            samples[id(contestant)] += contestant.worker.run(count, lead_in)
+
+        def finish(contestant: Contestant) -> None:
+            findings[id(contestant)] = contestant.worker.finish()
+
+        each("warming up", warm_up)
+        each("measuring", run, self._plan.rounds)
+        each("looking back", finish)
+        for contestant in contestants:
+            yield contestant, samples[id(contestant)], findings[id(contestant)]
+
+    def _subject(self, provider: str, setting: Setting) -> Subject:
+        case, layout = self._case, PROVIDERS[provider].layout
+        shape, dtype = records.shape_text(case.inputs[0]), records.dtype_text(setting.dtype)
+        return Subject(case.level, case.name, provider, setting.mode, shape, dtype, layout)
+
+
+def _metric(name: str, setting: Setting) -> str:
+    return f"graph_{name}" if setting.graph else name
+
+
+def _rows(
+    subject: Subject,
+    contestant: Contestant,
+    samples: Sequence[Sample],
+    found: Findings,
+    cost: Roofline | None,
+    conditions: Conditions,
+) -> list[Record]:
+    setting = contestant.workload.setting
+    times = [sample.seconds for sample in samples]
+    if setting.graph:
+        return [subject.record(_metric("time", setting), times, "s", conditions, cost)]
+    errors = workload.summarise_errors(contestant.errors)
+    quantities: dict[str, tuple[Sequence[float] | None, str]] = {
+        "minor_faults": ([sample.minor_faults for sample in samples], "1"),
+        "system_time": ([sample.system_seconds for sample in samples], "s"),
+        "peak_memory": ([found.peak_memory], "B"),
+        "launches": (None if found.launches is None else [found.launches], "1"),
+        "host_time": (found.host_seconds, "s"),
+        **{f"error_{quantity}": ([error], "1") for quantity, error in errors.items()},
+    }
+    rows = [subject.record("time", times, "s", conditions, cost)]
+    return rows + [
+        subject.record(metric, values, unit, conditions) for metric, (values, unit) in quantities.items() if values
+    ]
