@@ -43,7 +43,7 @@ DEFAULT = (
     *(BASELINE, BASELINE_CHANNELS_LAST),
     *("inductor", "inductor_freezing", "inductor_reduce_overhead", "inductor_max_autotune"),
     *("cudnn_aten", "cudnn_graph", "onnxruntime", "openvino", "tensorrt"),
-    "resfuse",
+    *("resfuse", "resfuse_cuda", "resfuse_triton"),
 )
 """What runs unless told otherwise, as far as it can: the others are said, with their reasons, to be left out."""
 

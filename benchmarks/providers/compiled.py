@@ -21,10 +21,11 @@ class Inductor(Provider):
 
     `default` fuses what is pointwise, statistics included, around the convolutions of cuDNN or oneDNN.
     `reduce-overhead` adds CUDA graphs: a GPU only, and not where the calls of all providers are replayed from CUDA
-    graphs anyway (`Setting.graph`), as it would then be the default mode.  `max-autotune` also measures Triton's
-    templates against cuDNN's kernels and has CUDA graphs of its own, which it leaves off under `Setting.graph`.  With
-    freezing, inference only, weights are constants: batch norm is folded into them, and on a CPU they are packed for
-    oneDNN; it is the best that torch.compile offers there, as max-autotune with freezing is on a GPU.
+    graphs anyway (`Setting.graph`), as it would then be the default mode.  `max-autotune`, GPU only too, also measures
+    Triton's templates against cuDNN's kernels and has CUDA graphs of its own, which it leaves off under
+    `Setting.graph`.  With freezing, inference only, weights are constants: batch norm is folded into them, and on a CPU
+    they are packed for oneDNN; it is the best that torch.compile offers there, as max-autotune with freezing is on a
+    GPU.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Inductor(Provider):
             return "weights can be frozen for inference only"
         if self._mode == "reduce-overhead" and setting.device.type != "cuda":
             return "its CUDA graphs need a GPU"
+        if self._mode == "max-autotune" and setting.device.type != "cuda":
+            return "on a CPU it tries templates for matrix products only: convolutions are as in the default mode"
         if self._mode == "reduce-overhead" and setting.graph:
             return "where all are replayed from CUDA graphs it is torch.compile's default mode"
         return compiler_reason(setting)
@@ -66,5 +69,10 @@ def compiler_reason(setting: Setting) -> str | None:
 
 
 def compile_module(module: nn.Module, mode: str = "default") -> nn.Module:
-    """`torch.compile(module)` without symbolic shapes: each workload has one shape."""
+    """`torch.compile(module)` without symbolic shapes, each workload having one; forgets what was compiled before.
+
+    torch.compile keeps its code by the forward function, which many modules share: it would use that of another module
+    again, compiled without freezing, and after eight recompilations run the function in eager.
+    """
+    torch.compiler.reset()
     return cast(nn.Module, torch.compile(module, mode=mode, dynamic=False))

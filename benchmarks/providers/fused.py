@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resfuse
-from benchmarks.providers.base import Layout, Provider, Setting, Step, in_layout
+from benchmarks.providers.base import Layout, Provider, Setting, Step, UnsuitableError, in_layout
 from benchmarks.providers.compiled import compile_module, compiler_reason
 from benchmarks.providers.steps import make_step
 from resfuse.backends import registry
@@ -17,6 +17,8 @@ from resfuse.backends.problem import Problem
 
 BACKENDS = tuple(name for name in registry.PREFERENCE if name != "reference")
 """Those with kernels; `reference` is eager PyTorch."""
+REFUSAL = "no backend can run"
+"""How the registry's error begins where the requested backend does not support a call."""
 
 
 class Resfuse(Provider):
@@ -66,7 +68,12 @@ def backend_reason(name: str, setting: Setting) -> str | None:
 
 def _on_backend(step: Step, backend: str) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        with resfuse.use_backend(backend):
-            return step(*arguments)
+        try:
+            with resfuse.use_backend(backend):
+                return step(*arguments)
+        except RuntimeError as error:
+            if not str(error).startswith(REFUSAL):
+                raise
+            raise UnsuitableError(str(error)) from error
 
     return run
