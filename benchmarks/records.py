@@ -176,6 +176,8 @@ def _cells(record: Record) -> list[str]:
 def _cell(value: object) -> str:
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():  # bytes and counts lose no digits, however often they are read
+        return str(int(value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -193,7 +195,12 @@ def _parse(row: dict[str, str]) -> Record:
 
 
 def _commit() -> str:
-    """Of the repository, with a plus where files differ from it; empty outside of one."""
+    """Of the repository, with a plus where files differ from it; empty outside of one.
+
+    A copy of the files without a repository, on a GPU machine, is told by BENCH_COMMIT.
+    """
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
     git = ("git", "-C", str(ROOT))
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)

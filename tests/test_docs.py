@@ -240,7 +240,7 @@ COLUMNS = ("eager_nchw", "eager_channels_last", "inductor", "onnxruntime", "open
 def measured_table() -> list[str]:
     """The rows of the README's table: milliseconds, median."""
     times: dict[tuple[str, ...], dict[str, float]] = {}
-    for name in ("models-inference.csv", "models-train.csv"):
+    for name in ("model-inference.csv", "model-train.csv"):
         with open(ROOT / "benchmarks" / "results" / name, newline="") as file:
             for row in csv.DictReader(file):
                 if row["name"] == "resnet50" and row["metric"] == "time":
