@@ -20,7 +20,7 @@ from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.records import Conditions, Record, Roofline, Subject
 from benchmarks.runner import Findings
 from benchmarks.terminal import Progress, Terminal
-from benchmarks.worker import ProviderError, Worker
+from benchmarks.worker import NothingToOfferError, ProviderError, Worker
 from benchmarks.workload import Workload
 
 FAILED = "failed"
@@ -43,7 +43,9 @@ class Contest:
 
     def __init__(self, case: Case, entries: Sequence[tuple[str, Setting]], plan: Plan, terminal: Terminal) -> None:
         self._case, self._entries, self._plan, self._terminal = case, entries, plan, terminal
-        self.failures: list[tuple[str, Setting]] = []
+        self.left_out: list[tuple[str, Setting]] = []
+        self.failed = False
+        """Whether one of those failed, or was wrong; others have nothing to offer for the case."""
 
     def hold(self, crew: Crew, costs: Callable[[Setting], Roofline | None], conditions: Conditions) -> list[Record]:
         """The rows of the case.
@@ -60,7 +62,7 @@ class Contest:
                 setting = contestant.workload.setting
                 subject = self._subject(contestant.provider, setting)
                 rows += _rows(subject, contestant, samples, found, costs(setting), conditions)
-        for provider, setting in self.failures:
+        for provider, setting in self.left_out:
             rows.append(self._subject(provider, setting).record(_metric(FAILED, setting), [1], "1", conditions))
         return rows
 
@@ -103,11 +105,16 @@ class Contest:
         return Contestant(provider, job, worker, errors)
 
     def _leave_out(self, provider: str, setting: Setting, crew: Crew, error: ProviderError) -> None:
-        crew.dismiss(provider, setting)
+        unsuitable = isinstance(error, NothingToOfferError)
+        if not unsuitable:
+            crew.dismiss(provider, setting)
         self._plan.time_for(None)  # it may have failed for want of time, which says nothing about it
-        self.failures.append((provider, setting))
+        self.left_out.append((provider, setting))
+        self.failed = self.failed or not unsuitable
         graph = ", as a CUDA graph" if setting.graph else ""
-        self._terminal.say(f"{provider}, {records.dtype_text(setting.dtype)}{graph}, is left out:", "failure")
+        self._terminal.say(
+            f"{provider}, {records.dtype_text(setting.dtype)}{graph}, is left out:", "note" if unsuitable else "failure"
+        )
         self._terminal.say(str(error).rstrip(), "detail")
 
     def _take_turns(

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows = contest.hold(crew, costs, conditions)
             except OutOfTimeError:
                 return _stop(terminal, todo[index:], path)
-            failed = failed or bool(contest.failures)
+            failed = failed or contest.failed
             records.update(path, [*machine, *rows])
             terminal.results(rows)
             longest = max(longest, time.monotonic() - begun)

@@ -24,8 +24,13 @@ class ProviderError(RuntimeError):
     """A provider failed, or its results are wrong; the message says how, or holds its traceback."""
 
 
+class NothingToOfferError(ProviderError):
+    """A provider is in order, but not for this case; the message says why."""
+
+
 class _Failure(NamedTuple):
     traceback: str
+    unsuitable: bool = False
 
 
 class Worker:
@@ -96,7 +101,7 @@ class Worker:
             self._process.join(timeout=10)
             raise ProviderError(f"its process ended with code {self._process.exitcode}") from error
         if isinstance(reply, _Failure):
-            raise ProviderError(reply.traceback)
+            raise (NothingToOfferError if reply.unsuitable else ProviderError)(reply.traceback)
         return reply
 
 
@@ -108,7 +113,7 @@ def _serve(connection: Connection, provider: str) -> None:
             try:
                 reply = getattr(runner, method)(*args)
             except UnsuitableError as reason:
-                reply = _Failure(str(reason))
+                reply = _Failure(str(reason), unsuitable=True)
             except Exception:
                 reply = _Failure(traceback.format_exc())
             connection.send(reply)
