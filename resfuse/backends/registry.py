@@ -42,14 +42,19 @@ def register(name: str, module: ModuleType) -> None:
     _registered[name] = module
 
 
-def _validated(name: str | None) -> str | None:
+def validated(name: str | None) -> str | None:
+    """The name, if there is a backend of this name, or None.
+
+    Raises:
+        ValueError: there is none.
+    """
     names = (*PREFERENCE, *_registered)
     if name is not None and name not in names:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
     return name
 
 
-_from_environment = _validated(os.environ.get("RESFUSE_BACKEND") or None)
+_from_environment = validated(os.environ.get("RESFUSE_BACKEND") or None)
 _request: ContextVar[str | None] = ContextVar("resfuse_backend", default=_from_environment)
 
 
@@ -95,7 +100,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         ...     requested_backend()
         'reference'
     """
-    if _validated(name) is not None:
+    if validated(name) is not None:
         reason = backend(str(name)).unavailable_reason()
         if reason is not None:
             raise RuntimeError(f"backend {name!r} is not available: {reason}")

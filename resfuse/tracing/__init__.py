@@ -50,8 +50,11 @@ class Tracer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self._mode = FakeTensorMode()
-        self._inputs = fake_inputs(inputs, model, self._mode)
+        self.inputs = fake_inputs(inputs, model, self._mode)
+        """Fake tensors."""
         self._copy: Copy = copy_without_data(model)
+        self.name = type(self._copy.model).__name__
+        """The model's class."""
         self._is_fake = False
 
     @property
@@ -81,17 +84,15 @@ class Tracer:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about how models may be exported, which nobody does here
-                program = torch.export.export(self.model, self._inputs, strict=False)
+                program = torch.export.export(self.model, self.inputs, strict=False)
         except Exception as error:
-            shapes = ", ".join(str(tuple(input.shape)) for input in self._inputs)
+            shapes = ", ".join(str(tuple(input.shape)) for input in self.inputs)
             reason = str(error).strip() or type(error).__name__
-            raise ValueError(
-                f"model: {type(self.model).__name__} can not be traced for inputs of shape {shapes}: {reason}"
-            ) from error
+            raise ValueError(f"model: {self.name} can not be traced for inputs of shape {shapes}: {reason}") from error
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         flags = {place: parameters[name].requires_grad for place, name in signature.inputs_to_parameters.items()}
-        for place, input in zip(signature.user_inputs, self._inputs, strict=False):
+        for place, input in zip(signature.user_inputs, self.inputs, strict=False):
             flags[str(place)] = input.requires_grad
         return tuple(calls_in(program.graph_module, names, flags))
