@@ -1,0 +1,222 @@
+"""Memory of a training step: what is kept for backward, the peak for any batch, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import options, records
+from benchmarks.memory import measured, networks, plans, tables
+from benchmarks.memory.account import COMPILED, EAGER, PROVIDER_NAMES, Account, account
+from benchmarks.memory.networks import Network
+from benchmarks.providers import PROVIDERS
+from benchmarks.providers.base import Setting
+from benchmarks.records import Conditions, Record, Subject
+
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+FITTED = ("resnet50",)
+"""Whose largest batch is looked for on a GPU unless told otherwise."""
+
+
+class Job(NamedTuple):
+    """The command line's part for one network in one dtype."""
+
+    network: Network
+    dtype: str
+    args: argparse.Namespace
+    conditions: Conditions
+
+    @property
+    def setting(self) -> Setting:
+        """Of the device that was asked for."""
+        dtype = options.DTYPES[self.dtype]
+        return Setting("train", dtype, self.args.device, self.conditions.threads, level=self.network.level)
+
+    def row(self, provider: str, batch: int, metric: str, value: float, unit: str = "B", name: str = "") -> Record:
+        """Of the CSV."""
+        shape = records.shape_text(self.network.shape(batch))
+        subject = Subject(
+            self.network.level, name or self.network.name, provider, "train", shape, self.dtype, "channels_last"
+        )
+        return subject.record(metric, [value], unit, self.conditions)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    torch.backends.cudnn.benchmark = True  # as in all other benchmarks
+    deadline = time.monotonic() + args.limit
+    conditions = records.current_conditions(args.device, torch.get_num_threads())
+    print(f"{conditions.device}, {conditions.threads} threads, commit {conditions.commit or 'unknown'}")
+    path = args.output / "memory.csv"
+    done = _done(path, conditions) if args.resume else set()
+    jobs = [Job(network, dtype, args, conditions) for network, dtype in itertools.product(_networks(args), args.dtype)]
+    left, longest = [], 0.0
+    for job in jobs:
+        if (job.network.level, job.network.name, job.dtype) in done:
+            continue
+        started = time.monotonic()
+        if left or started + longest > deadline:
+            left.append(f"{job.network.name} {job.dtype}")
+            continue
+        records.update(path, _model(job) if job.network.level == "model" else _block(job))
+        longest = max(longest, time.monotonic() - started)
+    for dtype in args.dtype:
+        _plans(args, dtype)
+    if left:
+        print(f"Left for the next run (--resume), as --limit is near: {', '.join(left)}")
+    print(f"Wrote {path}")
+    return 0
+
+
+def _networks(args: argparse.Namespace) -> list[Network]:
+    models = [networks.model(name, args.size) for name in args.model] if "model" in args.level else []
+    return [*models, *(networks.BLOCKS if "block" in args.level else ())]
+
+
+def _done(path: Path, conditions: Conditions) -> set[tuple[str, str, str]]:
+    """What the file has of the same commit on the same device."""
+    here = (conditions.commit, conditions.device)
+    rows = [row for row in records.read(path) if (row.conditions.commit, row.conditions.device) == here]
+    return {(row.level, row.name, row.dtype) for row in rows}
+
+
+def _model(job: Job) -> list[Record]:
+    """Everything about one model; prints its table."""
+    args, accounts = job.args, _accounts(job)
+    rows, peaks = [], {}
+    for (provider, found), batch in itertools.product(accounts.items(), args.batch):
+        rows.append(job.row(provider, batch, "saved_bytes", found.saved.at(batch)))
+        rows.append(job.row(provider, batch, "predicted_peak", found.peak(batch)))
+        # Each batch is compiled anew: the two ends will do.
+        if args.measure and _can_run(job, provider) and (provider != COMPILED or batch in _ends(args.batch)):
+            try:
+                peaks[provider, batch] = measured.peak_bytes(job.network, provider, batch, job.setting)
+            except torch.OutOfMemoryError:
+                print(f"{job.network.name}, {provider}, batch {batch}: out of memory")
+                continue
+            rows.append(job.row(provider, batch, "peak_memory", peaks[provider, batch]))
+    tables.peak_table(job.network, job.dtype, accounts, args.batch, peaks).show()
+    print(tables.state_text(next(iter(accounts.values()))))
+    if args.fit and (args.fit_all or job.network.name in FITTED):
+        for provider, found in accounts.items():
+            rows += _fit(job, provider, found)
+    return rows
+
+
+def _block(job: Job) -> list[Record]:
+    """What a block keeps; prints it."""
+    batch, accounts = job.args.block_batch, _accounts(job)
+    tables.block_table(job.dtype, batch, {job.network.name: accounts}).show()
+    return [job.row(name, batch, "saved_bytes", found.saved.at(batch)) for name, found in accounts.items()]
+
+
+def _fit(job: Job, provider: str, found: Account) -> list[Record]:
+    """The largest batch within `--fit`: predicted and, where steps are run, found."""
+    limit = job.args.fit
+    name = f"{job.network.name} in {_size_text(limit)}"
+    predicted = found.largest_batch(limit)
+    print(f"{name}, {job.dtype}, {provider}: batch {predicted} predicted", end="")
+    rows = [job.row(provider, 1, "predicted_batch", predicted, "1", name)]
+    if job.args.measure and _can_run(job, provider):
+        tries = 4 if provider == COMPILED else 16
+        run = functools.partial(measured.fits, job.network, provider, limit, job.setting)
+        bracket = measured.search(predicted, run, tries)
+        print(f", {bracket.fits} {'fits and' if bracket.exact else 'fits,'} {bracket.fails} does not", end="")
+        rows.append(job.row(provider, 1, "largest_batch", bracket.fits, "1", name))
+    print()
+    return rows
+
+
+def _accounts(job: Job) -> dict[str, Account]:
+    return {name: account(job.network, name, options.DTYPES[job.dtype]) for name in job.args.provider}
+
+
+def _can_run(job: Job, provider: str) -> bool:
+    """Whether the provider's step can be measured on the device; says why not."""
+    if provider == COMPILED and job.args.device.type == "cpu":
+        return False
+    reason = PROVIDERS[provider].unavailable_reason(job.setting)
+    if reason:
+        print(f"{provider}: {reason}")
+    return reason is None
+
+
+def _ends(batches: Sequence[int]) -> tuple[int, int]:
+    return min(batches), max(batches)
+
+
+def _plans(args: argparse.Namespace, dtype: str) -> None:
+    kept = {network.name: plans.kept_tensors(network, options.DTYPES[dtype]) for network in _networks(args)}
+    tables.plan_table(dtype, kept).show()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "16GiB", "80 GB" or "1000".
+
+    Raises:
+        ValueError: it is none of that.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w*)\s*", text)
+    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
+        raise ValueError(f"a size: expected a number with one of {', '.join(filter(None, UNITS))}, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def _size_text(size: int) -> str:
+    return f"{size / (1 << 30):.3g} GiB"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=options.summary(__doc__))
+    parser.add_argument("--level", nargs="+", choices=["model", "block"], default=["model", "block"])
+    parser.add_argument("--model", nargs="+", help=f"networks (default {' '.join(networks.NAMES)})")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"])
+    parser.add_argument("--provider", nargs="+", choices=PROVIDER_NAMES, default=list(PROVIDER_NAMES))
+    parser.add_argument("--batch", nargs="+", type=_positive, default=[32, 64, 128, 256], help="of models")
+    parser.add_argument("--block-batch", type=_positive, default=8, help="of blocks (default %(default)s)")
+    parser.add_argument("--size", type=_positive, help="height and width of the images (default: the networks' own)")
+    parser.add_argument("--fit", type=_size, metavar="16GiB", help="look for the largest batch that fits into this")
+    parser.add_argument(
+        "--measure", action=argparse.BooleanOptionalAction,
+        help="run steps of these batches, too; default on a GPU only (on a CPU live tensors are counted, slowly)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="leave out what the file has of the same commit")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; what is left is said")
+    options.add_common(parser)
+    args = options.parse(parser, argv)
+    args.fit_all = args.model is not None
+    # The network that all aims are about comes first, should time not suffice for all.
+    args.model = args.model or sorted(networks.NAMES, key=lambda name: name not in FITTED)
+    if args.measure is None:
+        args.measure = args.device.type == "cuda"
+    if args.fit is None and args.device.type == "cuda" and not args.fit_all:
+        args.fit = 16 << 30
+    if EAGER not in args.provider:
+        print(f"without {EAGER} there are no ratios")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
