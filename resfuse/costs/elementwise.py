@@ -6,7 +6,7 @@ With x, r the inputs and y the output, a pass each:
 |--------------------------|---------------|--------|----------------|--------|---------------------|
 | relu, sigmoid, silu, ... | x             | y      | dy, saved      | dx     | 1, 1                |
 | add                      | x, r          | y      | see below      |        | 1, 1                |
-| mul                      | x, r          | y      | dy, x, dy, r   | dx, dr | 1, 2 (3, see below) |
+| mul                      | x, r          | y      | dy, x, dy, r   | dx, dr | 1, 2 (4, see below) |
 | dropout, training        | x             | y, mask | dy, mask      | dx     | 1, 1                |
 | dropout, eval            | -             | -      | -              | -      | 0                   |
 | cat                      | all           | y      | -              | -      | 1, 0                |
@@ -17,7 +17,7 @@ With x, r the inputs and y the output, a pass each:
 In place or not, the bytes are the same: relu_ reads and writes.  A sum passes its gradient on, which costs nothing; but
 where two paths meet they have parted, and there autograd adds two gradients (read, read, write).  That addition is
 counted with the sum, in the size of the residual.  A product whose second factor is broadcast (squeeze and excite)
-writes the product that it has to sum before it sums it.
+writes the product that it has to sum before it sums it, and its paths, too, have parted before.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def mul(operation: Operation, training: bool, backend: str | None, device: Devic
     for own, other in (operation.inputs[:2], operation.inputs[1::-1]):
         backward.append(kernel(y.bytes, other.bytes, y.bytes))
         if own.numel < y.numel:
-            backward.append(kernel(y.bytes, own.bytes))
+            backward += [kernel(y.bytes, own.bytes), accumulation(y)]
     return forward, tuple(backward)
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from resfuse.costs import elementwise, pooling
+from resfuse.costs import elementwise, fused, pooling
 from resfuse.costs.batch_norm import batch_norm
 from resfuse.costs.convolution import conv2d
 from resfuse.costs.cost import Cost, Kernels, kernel, total
 from resfuse.costs.device import Device
-from resfuse.costs.fused import fused
+from resfuse.costs.fused import FUSED
 from resfuse.costs.operation import Operation
 
 Formula = Callable[[Operation, bool, "str | None", Device], tuple[Kernels, Kernels]]
 """(operation, training, backend, device) -> the kernels of forward, and those of backward."""
 
 _FORMULAS: Mapping[str, Formula] = {
-    **dict.fromkeys(("conv_bn_act", "bn_act", "add_relu", "sync_bn_act"), fused),
     **dict.fromkeys(("conv2d", "convolution"), conv2d),
     **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
     **elementwise.FORMULAS,
@@ -47,7 +46,9 @@ def forward_kernels(operation: Operation, *, training: bool, backend: str | None
         ValueError: an unknown backend, one whose plans can not be made here, or operands that do not belong to the
             operation.
     """
-    return _formula(operation)(operation, training, backend, device)[0]
+    if operation.name in FUSED:
+        return fused.forward(operation, training, backend, device)
+    return _FORMULAS.get(operation.name, _unknown)(operation, training, backend, device)[0]
 
 
 def backward_kernels(operation: Operation, *, training: bool, backend: str | None, device: Device) -> Kernels:
@@ -56,16 +57,14 @@ def backward_kernels(operation: Operation, *, training: bool, backend: str | Non
     Arguments and errors are those of `forward_kernels`; `backend` is that of all verbs of backward, which automatic
     choice may take from another backend than the forward's.
     """
-    return _formula(operation)(operation, training, backend, device)[1]
+    if operation.name in FUSED:
+        return fused.backward(operation, training, backend, device)
+    return _FORMULAS.get(operation.name, _unknown)(operation, training, backend, device)[1]
 
 
 def is_estimated(operation: Operation) -> bool:
     """Whether the operation is not known here: then it costs its inputs and its output once, forward and backward."""
-    return operation.name not in _FORMULAS
-
-
-def _formula(operation: Operation) -> Formula:
-    return _FORMULAS.get(operation.name, _unknown)
+    return operation.name not in _FORMULAS and operation.name not in FUSED
 
 
 def _unknown(operation: Operation, training: bool, backend: str | None, device: Device) -> tuple[Kernels, Kernels]:

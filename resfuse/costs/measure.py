@@ -127,11 +127,11 @@ def _cpu_clock(run: Run) -> float:
 
 def _cuda_clock(run: Run) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()  # type: ignore[no-untyped-call]
+    start.record()
     run()
-    end.record()  # type: ignore[no-untyped-call]
-    end.synchronize()  # type: ignore[no-untyped-call]
-    return start.elapsed_time(end) / 1e3  # type: ignore[no-untyped-call]
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _launch_time(device: torch.device, seconds: float) -> float:

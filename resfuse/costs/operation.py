@@ -44,7 +44,7 @@ class Operation:
 
     `training` of a batch norm that differs from the model's: frozen, or with batch statistics in eval.
     `needs_input_grad` (True) and `needs_parameter_grad` (True): whether backward computes them; the first layer of a
-    network has no gradient of its input.
+    network has no gradient of its input.  `requires_grad`, a set of names of resfuse's arguments, says it one by one.
     """
 
     @property

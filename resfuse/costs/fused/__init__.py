@@ -25,34 +25,44 @@ for itself.  Activations are taken to lie in channels_last memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 
 from resfuse.costs.cost import Kernels
 from resfuse.costs.device import Device
 from resfuse.costs.elementwise import accumulation
-from resfuse.costs.fused import cpu, cuda, reference, triton
-from resfuse.costs.fused.call import FusedCall, call_of
+from resfuse.costs.fused import cpu, cuda, reference, sync, triton
+from resfuse.costs.fused.call import call_of
 from resfuse.costs.operation import Operation
 
-_BACKENDS: dict[str, Callable[[FusedCall, Device], tuple[Kernels, Kernels]]] = {
-    "cuda": cuda.kernels,
-    "triton": triton.kernels,
-    "cpu": cpu.kernels,
-    "reference": reference.kernels,
-}
+FUSED = ("conv_bn_act", "bn_act", "add_relu", *sync.NAMES)
+
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 
 
-def fused(operation: Operation, training: bool, backend: str | None, device: Device) -> tuple[Kernels, Kernels]:
-    """The kernels of conv_bn_act, bn_act, add_relu or sync_bn_act.
+def forward(operation: Operation, training: bool, backend: str | None, device: Device) -> Kernels:
+    """The kernels of one of the operators `FUSED`.
 
     Raises:
         ValueError: an unknown backend, or one whose plans can not be made here; malformed operands.
     """
-    backend = backend or "reference"
+    backend = _known(backend)
+    call = call_of(operation, training)
+    if call.name in sync.NAMES:
+        return sync.forward(call, device, backend)
+    return _BACKENDS[backend].forward(call, device)
+
+
+def backward(operation: Operation, training: bool, backend: str | None, device: Device) -> Kernels:
+    """The kernels of its gradients, and the addition where the residual's path meets the other one again."""
+    backend = _known(backend)
+    call = call_of(operation, training)
+    own = sync.backward(call, device, backend) if call.name in sync.NAMES else _BACKENDS[backend].backward(call, device)
+    return (*own, accumulation(call.residual)) if call.residual is not None and call.needs_residual else own
+
+
+def _known(backend: str | None) -> str:
+    if backend is None:
+        return "reference"
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
-    call = call_of(operation, training)
-    forward, backward = _BACKENDS[backend](call, device)
-    if call.residual is not None and call.needs_residual:
-        backward = (*backward, accumulation(call.residual))
-    return forward, backward
+    return backend

@@ -14,7 +14,7 @@ Pair = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class FusedCall:
-    """conv_bn_act, bn_act, add_relu or sync_bn_act."""
+    """conv_bn_act, bn_act, add_relu or sync_bn_act, or one of its halves, bn_statistics and bn_apply."""
 
     name: str
     input: TensorInfo
@@ -59,6 +59,10 @@ class FusedCall:
         """Inference does not keep z, which the gradient of batch norm's weight needs."""
         return self.conv_weight is not None and not self.training and self.needs_norm
 
+    def convolution_alone(self) -> FusedCall:
+        """What computes z again."""
+        return dataclasses.replace(self, residual=None, relu=False, training=False, vectors=0)
+
     @property
     def conv(self) -> tuple[Pair, Pair, Pair, int]:
         return self.stride, self.padding, self.dilation, self.groups
@@ -75,37 +79,49 @@ def call_of(operation: Operation, training: bool) -> FusedCall:
     Raises:
         ValueError: operands that do not belong to the operator.
     """
-    name = operation.name
-    if not 1 <= len(operation.inputs) <= 2 or (name == "add_relu" and len(operation.inputs) != 2):
+    name, options = operation.name, operation.options
+    activations = operation.inputs
+    if name == "bn_apply":  # has mean and invstd among its inputs
+        activations = tuple(tensor for tensor in activations if len(tensor.shape) == 4)
+    if not 1 <= len(activations) <= 2 or (name == "add_relu" and len(activations) != 2):
         expected = "two" if name == "add_relu" else "the input and at most a residual"
-        raise ValueError(f"inputs: expected {expected} for {name} at {operation.path!r}, got {len(operation.inputs)}")
+        raise ValueError(f"inputs: expected {expected} for {name} at {operation.path!r}, got {len(activations)}")
+    input = activations[0]
+    if name != "add_relu" and len(input.shape) != 4:
+        raise ValueError(f"inputs: expected (N, C, H, W) first for {name} at {operation.path!r}, got {input.shape}")
     conv = name == "conv_bn_act"
-    for tensor in (operation.inputs[0], operation.output):
-        if name != "add_relu" and len(tensor.shape) != 4:
-            raise ValueError(f"inputs: expected (N, C, H, W) for {name} at {operation.path!r}, got {tensor.shape}")
-    options = operation.options
     vectors = operation.parameters[1:] if conv else operation.parameters
-    relu = options.get("relu", options.get("activation", "relu") == "relu")
+    needs = _Needs(operation)
     return FusedCall(
         name=name,
-        input=operation.inputs[0],
-        residual=operation.inputs[1] if len(operation.inputs) > 1 else None,
+        input=input,
+        residual=activations[1] if len(activations) > 1 else None,
         conv_weight=operation.weight() if conv else None,
         vectors=sum(vector.bytes for vector in vectors),
-        output=operation.output,
-        relu=bool(relu),
+        output=operation.output if conv else input,
+        relu=bool(options.get("relu", options.get("activation", "relu") == "relu")),
         training=bool(options.get("training", training)) and name != "add_relu",
         stride=operation.pair("stride", 1),
         padding=operation.pair("padding", 0),
         dilation=operation.pair("dilation", 1),
         groups=int(options.get("groups", 1)),
-        conv_bias=bool(options.get("conv_bias", False)),
+        conv_bias=needs.of("conv_bias", default=bool(options.get("conv_bias", False))),
         overwrite_residual=bool(options.get("overwrite_residual", False)),
-        needs_input=operation.needs_input_grad,
-        needs_weight=conv and operation.needs_parameter_grad,
-        needs_norm=bool(options.get("needs_norm_grad", operation.needs_parameter_grad)),
-        needs_residual=len(operation.inputs) > 1,
+        needs_input=needs.of("input", default=operation.needs_input_grad),
+        needs_weight=conv and needs.of("conv_weight", default=operation.needs_parameter_grad),
+        needs_norm=needs.of("weight", "bias", default=operation.needs_parameter_grad),
+        needs_residual=len(activations) > 1 and needs.of("residual", default=True),
     )
+
+
+class _Needs:
+    """Which arguments need a gradient, where the operation's option `requires_grad` has their names."""
+
+    def __init__(self, operation: Operation) -> None:
+        self.names = operation.options.get("requires_grad")
+
+    def of(self, *names: str, default: bool) -> bool:
+        return default if self.names is None else any(name in self.names for name in names)
 
 
 def without_data(tensor: TensorInfo) -> Tensor:

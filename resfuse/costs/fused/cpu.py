@@ -11,20 +11,24 @@ from resfuse.backends import buffer_pool, cpu_conv
 from resfuse.costs import convolution
 from resfuse.costs.cost import Cost, Kernels, kernel
 from resfuse.costs.device import Device
-from resfuse.costs.fused import sync
 from resfuse.costs.fused.call import FusedCall
 from resfuse.costs.operation import TensorInfo
 
 
-def kernels(call: FusedCall, device: Device) -> tuple[Kernels, Kernels]:
-    if call.name == "sync_bn_act":
-        return sync.kernels(call, device, None)
+def forward(call: FusedCall, device: Device) -> Kernels:
     if call.name == "add_relu":
-        one = kernel(3 * call.dz)
-        return (one,), (one,)
+        return (kernel(3 * call.dz),)
     if call.conv_weight is None:
-        return (_bn_forward(call),), _bn_backward(call)
-    return _conv_forward(call, call.conv_weight), _conv_backward(call, call.conv_weight)
+        return (_bn_forward(call),)
+    return _conv_forward(call, call.conv_weight)
+
+
+def backward(call: FusedCall, device: Device) -> Kernels:
+    if call.name == "add_relu":
+        return (kernel(3 * call.dz),)
+    if call.conv_weight is None:
+        return _bn_backward(call)
+    return _conv_backward(call, call.conv_weight)
 
 
 def _bn_forward(call: FusedCall) -> Cost:

@@ -13,7 +13,6 @@ from resfuse.backends.integers import cdiv
 from resfuse.costs import convolution
 from resfuse.costs.cost import Cost, Kernels, kernel
 from resfuse.costs.device import Device
-from resfuse.costs.fused import sync
 from resfuse.costs.fused.call import FusedCall
 from resfuse.costs.fused.gpu import gpu
 from resfuse.costs.operation import TensorInfo
@@ -25,16 +24,30 @@ RESIDENT_BLOCKS_WITHOUT_TENSOR_CORES = {(128, 128): 1, (128, 64): 2, (64, 64): 4
 _RESERVED_SHARED_MEMORY = 1024 + 8192  # by CUDA, and for vectors and merging in a block that keeps what it read
 
 
-def kernels(call: FusedCall, device: Device) -> tuple[Kernels, Kernels]:
+def forward(call: FusedCall, device: Device) -> Kernels:
     device = gpu(device)
-    if call.name == "sync_bn_act":
-        return sync.kernels(call, device, None)
     if call.name == "add_relu":
-        one = kernel(3 * call.dz)
-        return (one,), (one,)
+        return (kernel(3 * call.dz),)
     if call.conv_weight is None:
-        return (_bn_forward(call, device),), (_bn_backward(call, device),)
-    return _conv_forward(call, call.conv_weight, device), _conv_backward(call, call.conv_weight, device)
+        return (_bn_forward(call, device),)
+    return _conv_forward(call, call.conv_weight, device)
+
+
+def backward(call: FusedCall, device: Device) -> Kernels:
+    """Batch norm's one launch and cuDNN's gradients, as the Functions of resfuse.ops call them."""
+    device = gpu(device)
+    if call.name == "add_relu":
+        return (kernel(3 * call.dz),)
+    found = [_bn_backward(call, device)]
+    if call.conv_weight is not None:
+        operands = call.input, call.conv_weight, call.output
+        if call.computes_z_again:
+            found[:0] = _conv_forward(call.convolution_alone(), call.conv_weight, device)
+        needs_input, needs_weight, needs_bias = call.needs_conv
+        found += convolution.backward(
+            *operands, needs_input=needs_input, needs_weight=needs_weight, needs_bias=needs_bias
+        )
+    return tuple(found)
 
 
 def kept_on_chip(call: FusedCall, device: Device, tensors: int) -> float:
@@ -86,18 +99,6 @@ def _conv_forward(call: FusedCall, weight: TensorInfo, device: Device) -> Kernel
         return (*before, kernel(reads, call.dz, flops=flops), kernel(call.dz, writes))
     again = call.dz * (tiles_m - parts) // tiles_m  # the last tile of each block is still in registers
     return (*before, kernel(reads, call.dz, again, writes, flops=flops))
-
-
-def _conv_backward(call: FusedCall, weight: TensorInfo, device: Device) -> Kernels:
-    found: list[Cost] = []
-    if call.computes_z_again:
-        found.append(convolution.forward(call.input, weight, call.output))
-    found.append(_bn_backward(call, device))
-    needs_input, needs_weight, needs_bias = call.needs_conv
-    found += convolution.backward(
-        call.input, weight, call.output, needs_input=needs_input, needs_weight=needs_weight, needs_bias=needs_bias
-    )
-    return tuple(found)
 
 
 def _operands(x: TensorInfo, weight: TensorInfo, channels: int) -> tuple[Kernels, TensorInfo, TensorInfo]:

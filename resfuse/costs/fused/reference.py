@@ -7,27 +7,25 @@ import torch
 from resfuse.backends import reference
 from resfuse.costs.cost import Kernels
 from resfuse.costs.device import Device
-from resfuse.costs.fused import sync
 from resfuse.costs.fused.aten import operators
 from resfuse.costs.fused.call import FusedCall, without_data
 
 
-def kernels(call: FusedCall, device: Device) -> tuple[Kernels, Kernels]:
-    if call.name == "sync_bn_act":
-        return sync.kernels(call, device, reference)
-    if call.name == "add_relu":
-        assert call.residual is not None
-        x, r, dy = without_data(call.input), without_data(call.residual), without_data(call.output)
-        return (
-            operators(lambda: reference.add_relu_forward(x, r), device),
-            operators(lambda: reference.add_relu_backward(dy, dy), device),
-        )
-    return operators(lambda: _forward(call), device), operators(lambda: _backward(call), device)
+def forward(call: FusedCall, device: Device) -> Kernels:
+    return operators(lambda: _forward(call), device)
+
+
+def backward(call: FusedCall, device: Device) -> Kernels:
+    return operators(lambda: _backward(call), device)
 
 
 def _forward(call: FusedCall) -> None:
     x = without_data(call.input)
     residual = None if call.residual is None else without_data(call.residual)
+    if call.name == "add_relu":
+        assert residual is not None
+        reference.add_relu_forward(x, residual)
+        return
     v = _vector(call)
     if call.conv_weight is None:
         reference.bn_act_forward(x, v, v, v, v, residual, call.relu, call.training, 0.1, 1e-5)
@@ -40,7 +38,11 @@ def _forward(call: FusedCall) -> None:
 
 def _backward(call: FusedCall) -> None:
     """As the Functions of resfuse.ops do it: batch norm's verb, then the convolution's."""
-    dy, x, v = without_data(call.output), without_data(call.input), _vector(call)
+    dy, x = without_data(call.output), without_data(call.input)
+    if call.name == "add_relu":
+        reference.add_relu_backward(dy, dy)
+        return
+    v = _vector(call)
     weight = None if call.conv_weight is None else without_data(call.conv_weight)
     if weight is not None and call.computes_z_again:
         reference.conv_forward(x, weight, v if call.conv_bias else None, *call.conv)

@@ -14,11 +14,10 @@ The collectives' own time depends on the network between the processes and is no
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from resfuse.costs.cost import Kernels, kernel
+from resfuse.backends import reference
+from resfuse.costs.cost import Cost, Kernels, kernel
 from resfuse.costs.device import Device
 from resfuse.costs.fused.aten import operators
 from resfuse.costs.fused.call import FusedCall, without_data
@@ -27,27 +26,45 @@ from resfuse.ops import sync_bn_act
 _PROCESSES = 8  # rows that are merged; only a few vectors depend on it
 
 
-def kernels(call: FusedCall, device: Device, specification: ModuleType | None) -> tuple[Kernels, Kernels]:
-    """`specification`: a backend that runs on tensors without data; None: one kernel per verb."""
+NAMES = ("sync_bn_act", "bn_statistics", "bn_apply")
+
+
+def forward(call: FusedCall, device: Device, backend: str) -> Kernels:
+    """Of the whole, or of one of the two operators that a traced model has of it: then the collectives are others."""
+    statistics, apply, _, _ = _verbs(call, device, backend)
+    if call.name != "sync_bn_act":
+        return statistics if call.name == "bn_statistics" else apply
     vector = torch.empty(call.output.shape[1], device="meta")
-    collective = kernel(2 * 4 * 2 * vector.numel())
 
     def merged() -> None:
         torch.cat((vector, vector, vector.new_empty(1)))
-        mean, _, _ = sync_bn_act.merge(torch.empty(_PROCESSES, 2 * vector.numel() + 1, device="meta"))
-        for running in (vector, torch.empty_like(vector)):
-            sync_bn_act._update(running, mean, 0.1)
-        (vector / vector + 1e-5).rsqrt()
+        mean, m2, count = sync_bn_act.merge(torch.empty(_PROCESSES, 2 * vector.numel() + 1, device="meta"))
+        sync_bn_act._update(vector, mean, 0.1)
+        sync_bn_act._update(torch.empty_like(vector), m2 / (count - 1), 0.1)
+        (m2 / count + 1e-5).rsqrt()
 
-    def averaged() -> None:
-        (torch.cat((vector, vector)) / torch.empty(1, device="meta")).chunk(2)
+    return (*statistics, _collective(call), *operators(merged, device), *apply)
 
-    between, after = operators(merged, device), operators(averaged, device)
-    verbs = _split_verbs(call) if specification is None else _specified_verbs(call, device, specification)
-    statistics, apply, reduce, gradient = verbs
-    forward = (*statistics, *between, collective, *apply)
-    backward = (*reduce, *after, collective, *gradient) if call.needs_input else reduce
-    return forward, backward
+
+def backward(call: FusedCall, device: Device, backend: str) -> Kernels:
+    _, _, reduce, gradient = _verbs(call, device, backend)
+    if call.name == "bn_apply":
+        return reduce
+    if call.name == "bn_statistics":
+        return gradient if call.needs_input else ()
+    vector = torch.empty(call.output.shape[1], device="meta")
+    averaged = operators(lambda: (torch.cat((vector, vector)) / torch.empty(1, device="meta")).chunk(2), device)
+    return (*reduce, _collective(call), *averaged, *gradient) if call.needs_input else reduce
+
+
+def _collective(call: FusedCall) -> Cost:
+    """Two vectors of float32 in, two out."""
+    return kernel(2 * 2 * 4 * call.output.shape[1])
+
+
+def _verbs(call: FusedCall, device: Device, backend: str) -> tuple[Kernels, Kernels, Kernels, Kernels]:
+    """statistics, apply, reduce, gradient of the input"""
+    return _specified_verbs(call, device) if backend == "reference" else _split_verbs(call)
 
 
 def _split_verbs(call: FusedCall) -> tuple[Kernels, Kernels, Kernels, Kernels]:
@@ -61,12 +78,12 @@ def _split_verbs(call: FusedCall) -> tuple[Kernels, Kernels, Kernels, Kernels]:
     )
 
 
-def _specified_verbs(call: FusedCall, device: Device, backend: ModuleType) -> tuple[Kernels, Kernels, Kernels, Kernels]:
+def _specified_verbs(call: FusedCall, device: Device) -> tuple[Kernels, Kernels, Kernels, Kernels]:
     x, v = without_data(call.input), torch.empty(call.output.shape[1], device="meta")
     residual = None if call.residual is None else without_data(call.residual)
     return (
-        operators(lambda: backend.bn_statistics(x), device),
-        operators(lambda: backend.bn_apply(x, v, v, v, v, residual, call.relu), device),
-        operators(lambda: backend.bn_backward_reduce(x, x, x if call.relu else None, v, v), device),
-        operators(lambda: backend.bn_backward_apply(x, x, None, v, v, v, v, v, 1), device),
+        operators(lambda: reference.bn_statistics(x), device),
+        operators(lambda: reference.bn_apply(x, v, v, v, v, residual, call.relu), device),
+        operators(lambda: reference.bn_backward_reduce(x, x, x if call.relu else None, v, v), device),
+        operators(lambda: reference.bn_backward_apply(x, x, None, v, v, v, v, v, 1), device),
     )

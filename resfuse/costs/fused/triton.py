@@ -6,7 +6,6 @@ What each kernel moves follows from its docstring and from the pointers that it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,38 +16,31 @@ from resfuse.backends.triton.devices import DeviceProperties
 from resfuse.costs.convolution import convolution_flops
 from resfuse.costs.cost import Cost, Kernels
 from resfuse.costs.device import Device
-from resfuse.costs.fused import sync
 from resfuse.costs.fused.aten import operators
 from resfuse.costs.fused.call import FusedCall, without_data
 from resfuse.costs.fused.gpu import gpu
-from resfuse.costs.known import DEVICES
 
 
-def kernels(call: FusedCall, device: Device) -> tuple[Kernels, Kernels]:
+def forward(call: FusedCall, device: Device) -> Kernels:
+    return _listed(call, device, _forward)
+
+
+def backward(call: FusedCall, device: Device) -> Kernels:
+    return _listed(call, device, _backward)
+
+
+def _listed(call: FusedCall, device: Device, run: Callable[[FusedCall], None]) -> Kernels:
     """Raises ValueError where Triton is not installed: the plans are its kernels' own."""
     device = gpu(device)
-    if call.name == "sync_bn_act":
-        return sync.kernels(call, device, None)
     reason = backend.import_failure()
     if reason is not None:
         raise ValueError(f"backend 'triton': {reason}, and without it what it launches can not be told")
-    assert device.capability is not None
-    properties = DeviceProperties(device.name, device.capability, device.num_sms, device.shared_memory)
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return _kernels(call, properties, tf32)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kernels(call: FusedCall, properties: DeviceProperties, tf32: bool) -> tuple[Kernels, Kernels]:
-    """`tf32`, PyTorch's switch, is part of the key: the verbs read it themselves."""
-    return _listed(call, properties, _forward), _listed(call, properties, _backward)
-
-
-def _listed(call: FusedCall, properties: DeviceProperties, run: Callable[[FusedCall], None]) -> Kernels:
     from resfuse.backends.triton.launch import collected
 
+    assert device.capability is not None
+    properties = DeviceProperties(device.name, device.capability, device.num_sms, device.shared_memory)
     with collected(properties) as specs:
-        before = operators(lambda: run(call), DEVICES["h100"])  # casts and copies, the same on any GPU
+        before = operators(lambda: run(call), device)  # casts and copies
     return (*before, *(_cost(spec, specs[i - 1], call) for i, spec in enumerate(specs)))
 
 
