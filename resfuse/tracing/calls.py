@@ -115,6 +115,7 @@ class _Walk:
         options["inplace"] = target._schema.name.endswith("_")
         options["needs_input_grad"] = grad_enabled and self._has_grad(inputs)
         options["needs_parameter_grad"] = grad_enabled and self._has_grad(parameters)
+        options["requires_grad"] = requires_grad
         operation = Operation(
             path=self._path(node, parameters or inputs),
             name=name,
