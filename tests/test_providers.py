@@ -1,0 +1,216 @@
+"""What the benchmarks compare: every provider that can run here computes the right result at every level."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchvision")
+
+from benchmarks.cases import Case, make_cases
+from benchmarks.providers import BASELINE, DEFAULT, PROVIDERS, Setting, UnsuitableError
+from benchmarks.providers.base import Level, Mode
+from benchmarks.providers.compiled import Inductor
+from benchmarks.providers.exported import Exported
+from benchmarks.providers.onnx_runtime import cuda_options, place
+from benchmarks.runner import converted
+from benchmarks.workload import Workload, first_results, make_workload
+from resfuse.backends import registry
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+COMPILED = tuple(name for name in PROVIDERS if "inductor" in name or "compiled" in name)
+NETWORK = {"layer": "resnet18", "block": "resnet18", "model": "cifar_resnet20"}
+CASES = {
+    "op": ("conv_bn_act 1x1 expand + residual", "bn_act stage 1 + residual", "add_relu stage 4"),
+    "layer": ("resnet18 layer1.0.conv2 x2", "resnet18 conv1 x1"),
+    "block": ("resnet18 layer2.0 x1", "preactivation bottleneck 256-512 / 2"),
+    "model": ("cifar_resnet20",),
+}
+
+
+def setting_of(level: Level, mode: Mode = "inference", dtype: torch.dtype = torch.float32, **others: Any) -> Setting:
+    return Setting(mode, dtype, others.pop("device", CPU), torch.get_num_threads(), level=level, **others)
+
+
+def case_of(level: Level, name: str) -> Case:
+    (case,) = (case for case in make_cases(level, [NETWORK.get(level, "resnet18")], 2, 32) if case.name == name)
+    return case
+
+
+@functools.cache
+def workload_of(level: Level, name: str, setting: Setting) -> Workload:
+    return make_workload(case_of(level, name), setting)
+
+
+def available(setting: Setting) -> list[str]:
+    return [name for name, provider in PROVIDERS.items() if provider.unavailable_reason(setting) is None]
+
+
+def combinations(compiled: bool) -> list[Any]:
+    """(provider, level, mode, dtype) of what can run here; all dtypes where one layer tells whether they work."""
+    found = []
+    for level, mode in itertools.product(CASES, ("inference", "train")):
+        dtypes = (torch.float32, torch.bfloat16) if level == "layer" else (torch.float32,)
+        for dtype in dtypes:
+            for name in available(setting_of(level, mode, dtype)):  # type: ignore[arg-type]
+                if (name in COMPILED) == compiled:
+                    found.append(pytest.param(name, level, mode, dtype, id=f"{name}-{level}-{mode}-{str(dtype)[6:]}"))
+    return found
+
+
+def check(provider: str, level: Level, mode: Mode, dtype: torch.dtype, name: str) -> None:
+    """Hold a provider's first results against float64, as the benchmarks do before they time it."""
+    workload = workload_of(level, name, setting_of(level, mode, dtype))
+    module = workload.module()
+    examples = tuple(tensor.detach() for tensor in workload.batch(0)[: len(workload.case.inputs)])
+    step = PROVIDERS[provider].prepare(module, examples, workload.setting)
+    batch = converted(PROVIDERS[provider], workload, 0)
+    for _ in range(2):  # the second call finds what the first one left
+        errors = workload.errors(first_results(step, module, batch, workload))
+        if mode == "train" and level == "model":
+            break  # it has trained the model
+    assert errors.keys() == workload.exact.keys()
+    assert all(error <= workload.limit(quantity) for quantity, error in errors.items()), errors
+
+
+@pytest.mark.parametrize(("provider", "level", "mode", "dtype"), combinations(compiled=False))
+def test_it_computes_what_eager_does(provider: str, level: Level, mode: Mode, dtype: torch.dtype) -> None:
+    exported = isinstance(PROVIDERS[provider], Exported)  # which takes seconds each time
+    for name in CASES[level][:1] if exported else CASES[level]:
+        check(provider, level, mode, dtype, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("provider", "level", "mode", "dtype"),
+    [param for param in combinations(compiled=True) if param.values[1] in ("op", "block")],
+)
+def test_compiled_it_computes_what_eager_does(provider: str, level: Level, mode: Mode, dtype: torch.dtype) -> None:
+    check(provider, level, mode, dtype, CASES[level][0])
+
+
+def test_all_that_is_asked_for_has_a_provider() -> None:
+    assert set(DEFAULT) <= set(PROVIDERS)
+    assert all(name == provider.name for name, provider in PROVIDERS.items())
+    assert all(provider.__doc__ for provider in PROVIDERS.values())
+    assert {f"resfuse_{name}" for name in registry.PREFERENCE if name != "reference"} <= set(PROVIDERS)
+
+
+def test_reasons_are_sentences() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for mode, dtype, device, graph in itertools.product(("inference", "train"), dtypes, (CPU, GPU), (False, True)):
+        setting = setting_of("model", mode, dtype, device=device, graph=graph)  # type: ignore[arg-type]
+        for name, provider in PROVIDERS.items():
+            reason = provider.unavailable_reason(setting)
+            assert reason is None or (len(reason) >= 8 and reason == reason.strip() and "\n" not in reason), name
+        assert PROVIDERS[BASELINE].unavailable_reason(setting) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("onnxruntime", {"mode": "train"}, "inference only"),
+        ("openvino", {"device": GPU}, "not on cuda"),
+        ("onnxruntime", {"dtype": torch.bfloat16}, "no bfloat16"),
+        ("cudnn_aten", {}, "cuDNN needs a GPU"),
+        ("cudnn_aten", {"mode": "train", "device": GPU}, "inference only"),
+        ("inductor_freezing", {"mode": "train"}, "for inference only"),
+        ("inductor_reduce_overhead", {}, "need a GPU"),
+        ("inductor_reduce_overhead", {"device": GPU, "graph": True}, "default mode"),
+        ("inductor_max_autotune", {}, "on a CPU"),
+        ("resfuse_cuda", {}, "GPU"),
+        ("resfuse_triton", {}, "interprets"),
+        ("resfuse_cpu", {"dtype": torch.float16}, "float32 and bfloat16 only"),
+    ],
+)
+def test_it_says_why_it_can_not_run(name: str, changes: dict[str, Any], reason: str) -> None:
+    if name in ("resfuse_cuda", "resfuse_triton") and torch.cuda.is_available():
+        pytest.skip("it can run here")
+    if name in ("onnxruntime", "openvino"):
+        pytest.importorskip(name)
+    found = PROVIDERS[name].unavailable_reason(setting_of("model", **changes))
+    assert found is not None
+    assert reason in found
+
+
+def test_cuda_graphs_of_torch_compile_are_left_off_where_all_are_replayed() -> None:
+    tuned = Inductor("", mode="max-autotune")
+    assert tuned.compile_mode(setting_of("model", device=GPU)) == "max-autotune"
+    assert tuned.compile_mode(setting_of("model", device=GPU, graph=True)) == "max-autotune-no-cudagraphs"
+    assert Inductor("").compile_mode(setting_of("model", device=GPU, graph=True)) == "default"
+
+
+class Spy(nn.Module):
+    """Notes which backend is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested: list[str | None] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.requested.append(registry.requested_backend())
+        return input
+
+
+def test_a_backend_is_asked_for_in_every_call() -> None:
+    for name, expected in (("resfuse", registry.requested_backend()), ("resfuse_cpu", "cpu")):
+        if PROVIDERS[name].unavailable_reason(setting_of("op")) is None:
+            spy, input = Spy(), torch.rand(1, 2, 3, 3)
+            step = PROVIDERS[name].prepare(spy, (input,), setting_of("op"))
+            step(input)
+            step(input)
+            assert spy.requested == [expected] * 2
+
+
+def test_a_backend_that_refuses_a_call_has_nothing_to_offer() -> None:
+    if PROVIDERS["resfuse_cpu"].unavailable_reason(setting_of("layer")) is not None:
+        pytest.skip("the CPU library is not built")
+    layer = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    input = torch.rand(2, 4, 5, 5, dtype=torch.double)
+    step = PROVIDERS["resfuse_cpu"].prepare(layer, (input,), setting_of("layer"))
+    with pytest.raises(UnsuitableError, match="no backend can run"):
+        step(input)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PROVIDERS["inductor"].unavailable_reason(setting_of("layer")) is not None, reason="no compiler")
+def test_frozen_weights_are_constants() -> None:
+    for name, frozen in (("inductor", False), ("inductor_freezing", True)):
+        layer = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        input = torch.rand(2, 4, 5, 5)
+        step = PROVIDERS[name].prepare(layer, (input,), setting_of("layer"))
+        before = step(PROVIDERS[name].convert(input)).clone()
+        with torch.no_grad():
+            layer[0].weight.neg_()
+        assert torch.equal(before, step(PROVIDERS[name].convert(input))) == frozen
+
+
+def test_options_of_onnx_runtime_on_a_gpu_are_text() -> None:
+    options = cuda_options(stream=140, device=1)
+    assert all(isinstance(value, str) for value in options.values())
+    assert (options["device_id"], options["user_compute_stream"]) == ("1", "140")
+    assert options["use_tf32"] == str(int(torch.backends.cudnn.allow_tf32))
+
+
+def test_onnx_runtime_reads_tensors_where_they_are() -> None:
+    """The bindings that a GPU needs work on the CPU too."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from benchmarks.providers.exported import onnx_model
+    from benchmarks.providers.exported import Exported
+from benchmarks.providers.onnx_runtime import _bound_step
+
+    case = case_of("layer", "resnet18 layer1.0.conv2 x2")
+    module, inputs = case.build().eval(), [torch.randn(shape) for shape in case.inputs]
+    expected = module(*inputs).detach()
+    session = onnxruntime.InferenceSession(onnx_model(module, tuple(inputs)), providers=["CPUExecutionProvider"])
+    step = _bound_step(session, torch.empty_like(expected))
+    for scale in (1.0, 2.0):
+        found = step(*(scale * tensor for tensor in inputs))
+        torch.testing.assert_close(found, module(*(scale * tensor for tensor in inputs)).detach())
+    assert place(expected.half())["element_type"].__name__ == "float16"
