@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -117,10 +118,12 @@ COLUMNS = (
 
 
 def current_conditions(device: torch.device, threads: int, packages: Iterable[str] = ()) -> Conditions:
-    """Those of this machine, now; `packages` are distributions that count besides torch and resfuse."""
+    """Those of this machine, now; `packages` are distributions that count besides torch and resfuse, where installed."""
     backends = ", ".join(resfuse.available_backends())
     versions = {"torch": torch.__version__, "resfuse": f"{resfuse.__version__} ({backends})"}
-    versions |= {name: importlib.metadata.version(name) for name in packages if name not in versions}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.setdefault(name, importlib.metadata.version(name))
     return Conditions(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         threads=threads,
@@ -209,5 +212,5 @@ def _commit() -> str:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("BENCH_COMMIT", "")
     return commit.stdout.strip() + ("+" if changed.stdout else "")

@@ -1,5 +1,7 @@
 """What compute-sanitizer watches: `python -m tests.sanitized cuda` launches every kernel on small, odd problems.
 
+`python -m tests.sanitized triton bfloat16 float32` does so for Triton's kernels, in two of the three dtypes.
+
 No PyTorch kernel of any size runs beside them: tensors are made on the CPU, and convolutions' gradients, which are
 cuDNN's, are left out.  It looks only for what is not finite; numbers are held to the contract elsewhere.
 """
@@ -75,6 +77,8 @@ def main(backend: str, dtypes: Iterable[torch.dtype] = cuda_conv.DTYPES) -> int:
     device, count = shapes.devices_of(backend)[0], 0
     for dtype in dtypes:
         for name, call, config in problems(dtype):
+            if config is not None and backend == "triton":
+                continue  # the configurations are those of csrc's kernels
             there = call.map(lambda tensor: to_device(tensor, device))
             # Of float32 the configured convolutions are TF32's: the others have the loops of IEEE.
             torch.backends.cudnn.conv.fp32_precision = "ieee" if config is None else "tf32"  # type: ignore[attr-defined]
@@ -99,4 +103,4 @@ def extent(tensor: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or cuda_conv.DTYPES))

@@ -24,6 +24,8 @@ import pytest
 
 TOGETHER = 12
 """Quick tests of one file that are claimed together: they share its fixtures and what was compiled for them."""
+LONGEST = 40_000
+"""Bytes of a line at most."""
 COLLECTED = "collected.json"
 """The names of all tests that this run is about."""
 LOST_DEVICE = 70
@@ -82,6 +84,22 @@ def records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """The last line of such a file; empty where there is none yet."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        return record
+    return {}
 
 
 class Sharing:

@@ -1,0 +1,147 @@
+"""The pieces as data, in the order in which `make gpu` does them: what is worth most comes first.
+
+Words in braces are filled in: {work} is the folder of all pieces' files, {device} where they run, {limit} the seconds
+that a step has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Group = Literal["test", "bench", "tune", "report"]
+GROUPS: tuple[Group, ...] = ("test", "bench", "tune", "report")
+DEVICE = ("--device", "{device}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A module that is run: `python -m <module> <arguments>`."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    minutes: float = 8.0
+    """After which it is interrupted."""
+    rehearsal: tuple[str, ...] | None = None
+    """The arguments instead, where a machine without a GPU tries the pieces out; None: it is left out there."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Steps that belong together."""
+
+    name: str
+    group: Group
+    what: str
+    minutes: float
+    """Expected, on a machine with an H200 and 16 cores; no step lasts longer than its own limit."""
+    steps: tuple[Step, ...]
+    tables: bool = False
+    """Whether the Triton backend finds the tables that `tune` writes."""
+    every_call: bool = False
+    """Whether it is done in every call that does anything else: a fresh machine has nothing of it."""
+
+
+BENCH = "{work}/bench"
+UNTUNED = "{work}/untuned"
+
+
+def bench(
+    name: str, *arguments: str, output: str = BENCH, rehearsal: tuple[str, ...] | None = None, minutes: float = 8.0
+) -> Step:
+    """A step of benchmarks.run, which leaves out what its file has of the same commit."""
+    common = ("--resume", "--limit", "{limit}", "--output", output, *DEVICE)
+    tried = None if rehearsal is None else (*rehearsal, "--quick", *common)
+    return Step(name, "benchmarks.run", (*arguments, *common), minutes, tried)
+
+
+def models(mode: str, batches: str, names: str, *more: str, output: str = BENCH, rehearsed: bool = False) -> Step:
+    """A step that measures whole models in bfloat16."""
+    arguments = ("--level", "model", "--mode", mode, "--model", *names.split(), "--batch", *batches.split())
+    tried = ("--level", "model", "--mode", mode, "--dtype", "float32", *EAGER_AND_RESFUSE) if rehearsed else None
+    name = f"{names}, {mode}, batch {batches}"
+    return bench(name, *arguments, "--dtype", "bfloat16", *more, output=output, rehearsal=tried)
+
+
+EAGER_AND_RESFUSE = ("--provider", "eager_nchw", "resfuse")
+AGAINST = ("--provider", "eager_channels_last", "inductor", "resfuse", "resfuse_cuda", "resfuse_triton")
+FAMILY = "resnet18 resnet50 resnet101 resnet152 resnext50_32x4d"
+SHARE = ("--share", "{work}/suite", *DEVICE, "--limit", "{limit}")
+LAYERS = ("--level", "layer", "--model", "resnet50", "--dtype", "bfloat16", "--mode")
+SANITIZE = ("--output", "{work}/sanitize", *DEVICE, "--limit", "{limit}")
+BUILD = ("--keep", "{work}/built", *DEVICE)
+REPORT = ("bench", "--report", BENCH)
+HARDWARE = "tests/test_cuda_hardware.py"
+NOT_SANITIZED = ("--deselect", f"{HARDWARE}::test_compute_sanitizer")
+
+PIECES: tuple[Piece, ...] = (
+    Piece("build", "test", "compile the extension libraries in place, for this GPU's architecture", 2, (
+        Step("build", "benchmarks.gpu.build", BUILD, rehearsal=BUILD),
+    ), every_call=True),
+    Piece("check", "test", "versions, the numerical contract of every backend, and what only a GPU can tell", 4, (
+        Step("info", "resfuse", ("info",), 1, rehearsal=("info",), needs=("rich",)),
+        Step("hardware", "benchmarks.gpu.suite", (*SHARE, "--workers", "1", "--", HARDWARE, "-m", "not slow"), 4,
+             rehearsal=(*SHARE, "--workers", "1", "--", "tests/test_layout.py")),
+        Step("verify", "resfuse", ("verify", "--backend", "cuda", "--backend", "triton"), 4,
+             rehearsal=("verify", "--backend", "reference", "--op", "add_relu", "--dtype", "float32"), needs=("rich",)),
+    )),
+    Piece("aims", "bench", "ResNet-50 in bfloat16, against all peers: what this project aims at", 8, (
+        models("inference", "128 1", "resnet50", output=UNTUNED, rehearsed=True),
+        models("train", "256", "resnet50", output=UNTUNED),
+    )),
+    Piece("suite", "test", "the whole test suite on the GPU, by several processes", 7, (
+        Step("suite", "benchmarks.gpu.suite", (*SHARE, "--", *NOT_SANITIZED, "tests"),
+             rehearsal=(*SHARE, "--workers", "2", "--", "tests/test_layout.py", "tests/test_contract.py")),
+    )),
+    Piece("tune", "tune", "the Triton kernels' tables for ResNet-50's layers, measured", 8, (
+        Step("resnet50", "resfuse", ("tune", "--model", "resnet50", "--batch", "128", "256", "1"),
+             rehearsal=("tune", "--model", "cifar_resnet", "--batch", "2", "--dry-run"), needs=("rich",)),
+    ), tables=True),
+    Piece("tuned", "bench", "ResNet-50 again, with the table that `tune` wrote", 6, (
+        models("inference", "128 1", "resnet50", *AGAINST),
+        models("train", "256", "resnet50", *AGAINST, rehearsed=True),
+    ), tables=True),
+    Piece("sanitize", "test", "compute-sanitizer's four tools over every kernel, on small shapes", 8, (
+        Step("sanitize", "benchmarks.gpu.sanitize", SANITIZE, rehearsal=SANITIZE),
+    )),
+    Piece("layers", "bench", "every layer of ResNet-50: where the time goes", 8, (
+        bench("layers, inference", *LAYERS, "inference", "--batch", "128"),
+        bench("layers, train", *LAYERS, "train", "--batch", "256"),
+    ), tables=True),
+    Piece("memory", "bench", "peak memory over the batch, the largest batch that fits, host time", 5, (
+        Step("memory", "benchmarks.memory", ("--output", BENCH, *DEVICE)),
+        Step("host time", "benchmarks.overhead", ("--output", BENCH, *DEVICE)),
+    ), tables=True),
+    Piece("models", "bench", "the other models, and other batches", 8, (
+        models("inference", "16", FAMILY),
+        models("train", "128", FAMILY),
+        models("train", "128", "cifar_resnet20 cifar_resnet110"),
+    ), tables=True),
+    Piece("blocks", "bench", "operators and residual blocks", 8, (
+        bench("operators, train", "--level", "op", "--mode", "train", "--dtype", "bfloat16"),
+        bench("blocks, inference", "--level", "block", "--mode", "inference", "--dtype", "bfloat16"),
+        bench("blocks, train", "--level", "block", "--mode", "train", "--dtype", "bfloat16"),
+    ), tables=True),
+    Piece("report", "report", "tables and plots of all that was measured", 1, (
+        Step("report", "resfuse", REPORT, rehearsal=REPORT, needs=("rich",)),
+    )),
+)  # fmt: skip
+
+
+def named(names: list[str] | None, groups: list[Group] | None) -> list[Piece]:
+    """Pieces by name and group, in their order; all where neither is given.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    known = {piece.name for piece in PIECES}
+    if unknown := sorted(set(names or ()) - known):
+        raise ValueError(f"--piece: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return [
+        piece
+        for piece in PIECES
+        if (not names and not groups) or piece.name in (names or ()) or piece.group in (groups or ())
+    ]
