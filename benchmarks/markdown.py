@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from benchmarks.labels import ratio_text
 from benchmarks.records import ROOT, Record
 from benchmarks.speeds import OURS, Comparison
 
+WIDTH = 120
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 MODEL, IMAGE = "resnet50", "3x224x224"
 BATCHES = {"inference": (1, 16, 128), "train": (8, 256)}
@@ -69,7 +71,8 @@ def replace(text: str, section: str) -> str:
 
 def section(rows: Sequence[Record]) -> str:
     """A table of milliseconds for each machine, with its conditions below."""
-    found = [one for one in speeds.select(speeds.comparisons(rows), level="model", name=MODEL) if _shown(one)]
+    models = speeds.select(speeds.comparisons(rows), level="model", name=MODEL)
+    found = [view for view in speeds.views(models) if _shown(view)]
     if not found:
         raise ValueError(f"no results of {MODEL} at {IMAGE}")
     machines = dict.fromkeys((one.first.conditions.device, one.first.conditions.threads) for one in found)
@@ -86,7 +89,7 @@ def _shown(one: Comparison) -> bool:
 
 
 def _order(one: Comparison) -> tuple[object, ...]:
-    return list(MODES).index(one.first.mode), one.batch, one.first.dtype != "float32", one.first.dtype
+    return list(MODES).index(one.first.mode), one.batch, one.first.dtype != "float32", one.first.dtype, one.graphed
 
 
 def _machine(found: Sequence[Comparison]) -> str:
@@ -95,20 +98,20 @@ def _machine(found: Sequence[Comparison]) -> str:
     head = [
         "",
         *(f"**{OURS}**" if family == OURS else labels.label(family) for family in shown),
-        "against the best peer",
+        "vs fastest peer",
     ]
     lines = []
     for one, names in zip(found, fastest, strict=True):
-        cells = [f"{MODES[one.first.mode]}, {one.first.dtype}, batch {one.batch}"]
+        cells = [f"{MODES[one.first.mode]}, {one.first.dtype}, batch {one.batch}{', CUDA graphs' * one.graphed}"]
         cells += [_milliseconds(one, names[family]) for family in shown]
         lines.append([*cells, ratio_text(one.against_best_peer())])
     rows = [row for one in found for row in one.times.values()]
     conditions = labels.conditions_text(rows)
     return "\n\n".join(
         [
-            f"ResNet-50 at 224x224 on {found[0].first.conditions.device}, median milliseconds per step:",
+            f"ResNet-50 at 224x224, {found[0].first.conditions.device}, median milliseconds per step:",
             table(head, lines),
-            f"{_ranges(found)} Conditions: {conditions}. {_spread(rows)}",
+            "\n".join(textwrap.wrap(f"{_ranges(found)} Conditions: {conditions}. {_spread(rows)}", WIDTH)),
         ]
     )
 
@@ -137,8 +140,8 @@ def _ranges(found: Sequence[Comparison]) -> str:
         peer = [speed for one in mine if (speed := one.against_best_peer())]
         if eager and peer:
             base = labels.label(next(one.base for one in mine if one.base) or "")
-            parts.append(f"{words}: {_range(eager)} the speed of {base}, {_range(peer)} that of the best peer")
-    return f"resfuse in this table, {'; '.join(parts)}." if parts else ""
+            parts.append(f"{words}: {_range(eager)} the speed of {base}, and {_range(peer)} that of the fastest peer")
+    return f"Of resfuse, {'; '.join(parts)}." if parts else ""
 
 
 def _range(ratios: Sequence[float]) -> str:

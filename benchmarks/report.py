@@ -15,7 +15,7 @@ from benchmarks.labels import number_text, time_unit
 from benchmarks.measure import Quantiles
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
 from benchmarks.records import Conditions, Record
-from benchmarks.speeds import OURS, Comparison, by_level, comparisons, geometric_mean
+from benchmarks.speeds import OURS, Comparison, by_level, comparisons, geometric_mean, views
 
 FASTER, SLOWER = 1.02, 0.98
 """Ratios outside of these are coloured."""
@@ -89,19 +89,16 @@ class _Column(NamedTuple):
 
 def case_tables(records: Sequence[Record]) -> Iterable[Table]:
     """A table of all providers for each case and dtype."""
-    found = comparisons(records)
+    found = views(comparisons(records))
     wide = {_but_dtype(one): one for one in found if one.first.dtype == "float32"}
     for one in by_level(found):
         if one.times:
             yield _case_table(one, wide.get(_but_dtype(one)))
 
 
-model_tables = case_tables
-
-
 def _but_dtype(one: Comparison) -> tuple[object, ...]:
     first = one.first
-    return first.level, first.name, first.mode, first.shape, first.conditions
+    return first.level, first.name, first.mode, first.shape, first.conditions, one.graphed
 
 
 def _case_table(one: Comparison, wide: Comparison | None) -> Table:
@@ -119,7 +116,8 @@ def _case_table(one: Comparison, wide: Comparison | None) -> Table:
             for provider, text in texts.items():
                 rows[provider].append(text or "-")
     first = one.first
-    table = new_table(f"{first.name}, {first.mode}, {first.shape}, {first.dtype}", heads)
+    how = ", CUDA graphs" * one.graphed
+    table = new_table(f"{first.name}, {first.mode}, {first.shape}, {first.dtype}{how}", heads)
     for cells in rows.values():
         table.add_row(*cells)
     return table
@@ -170,21 +168,21 @@ def _error(one: Comparison, provider: str) -> str | None:
 
 def summary_tables(records: Sequence[Record]) -> Iterable[Table]:
     """A table for each level, mode and dtype: resfuse against its best peer in every case."""
-    found = [one for one in by_level(comparisons(records)) if OURS in one.times]
+    found = [one for one in views(by_level(comparisons(records))) if OURS in one.times]
     for key in dict.fromkeys(_chapter(one) for one in found):
         yield _summary_table(key, [one for one in found if _chapter(one) == key])
 
 
-def _chapter(one: Comparison) -> tuple[str, ...]:
+def _chapter(one: Comparison) -> tuple[str, str, str, str, bool]:
     first = one.first
-    return first.level, first.mode, first.dtype, first.conditions.device
+    return first.level, first.mode, first.dtype, first.conditions.device, one.graphed
 
 
-def _summary_table(key: tuple[str, ...], found: Sequence[Comparison]) -> Table:
-    level, mode, dtype, device = key
+def _summary_table(key: tuple[str, str, str, str, bool], found: Sequence[Comparison]) -> Table:
+    level, mode, dtype, device, graphed = key
     scale, unit = time_unit(one.times[OURS].p50 for one in found)
     table = new_table(
-        f"{level}s, {mode}, {dtype}, {device}",
+        f"{level}s, {mode}, {dtype}{', CUDA graphs' * graphed}, {device}",
         ["case", "batch", f"resfuse\n{unit}", "best peer", f"its\n{unit}", "vs\npeer", "vs\neager", "roof-\nline"],
     )
     table.columns[3].justify = "left"

@@ -14,6 +14,8 @@ from benchmarks import records
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
 from benchmarks.records import CEILINGS, Conditions, Record
 
+TIME, GRAPH_TIME, FAILED = "time", "graph_time", "failed"
+"""Metrics: seconds per call, the same by replaying a CUDA graph, and that a provider failed or was wrong."""
 OURS = "resfuse"
 """The provider whose speed is in question: the automatic choice of backends."""
 BASELINES = (BASELINE_CHANNELS_LAST, BASELINE)
@@ -32,6 +34,9 @@ class Comparison:
     """Any row of it: level, name, mode, shape, dtype and conditions are the same in all."""
     rows: Mapping[str, Mapping[str, Record]]
     """By provider and metric."""
+    graphed: bool = False
+    """Whether times are those of replayed CUDA graphs; a provider that was not captured has the time of its calls,
+    because it captures graphs itself or has nothing to gain from them."""
 
     @property
     def batch(self) -> int:
@@ -46,7 +51,12 @@ class Comparison:
     @property
     def times(self) -> dict[str, Record]:
         """The times per call, by provider."""
-        return {provider: found["time"] for provider, found in self.rows.items() if "time" in found}
+        names = (GRAPH_TIME, TIME) if self.graphed else (TIME,)
+        first = {
+            provider: next((found[name] for name in names if name in found), None)
+            for provider, found in self.rows.items()
+        }
+        return {provider: row for provider, row in first.items() if row}
 
     @property
     def peers(self) -> list[str]:
@@ -63,9 +73,15 @@ class Comparison:
         """What ratios against eager refer to."""
         return next((provider for provider in BASELINES if provider in self.times), None)
 
-    def median(self, provider: str, metric: str = "time") -> float | None:
-        """p50 of a quantity; None where it was not measured."""
-        found = self.rows.get(provider, {}).get(metric)
+    @property
+    def views(self) -> list[Comparison]:
+        """This by calls, and, where any were captured, by graphs."""
+        captured = any(GRAPH_TIME in found for found in self.rows.values())
+        return [self, dataclasses.replace(self, graphed=True)] if captured else [self]
+
+    def median(self, provider: str, metric: str = TIME) -> float | None:
+        """p50 of a quantity, by default of the time; None where it was not measured."""
+        found = self.times.get(provider) if metric == TIME else self.rows.get(provider, {}).get(metric)
         return found.p50 if found else None
 
     def speed(self, provider: str, against: str | None) -> float | None:
@@ -135,10 +151,11 @@ def read_all(paths: Iterable[Path]) -> list[Record]:
 
 def result_files(folder: Path) -> list[Path]:
     """The benchmarks' CSV files in a folder; others, such as lists of kernels' registers, are passed over."""
-    return [path for path in sorted(folder.glob("*.csv")) if _is_result(path)]
+    return [path for path in sorted(folder.glob("*.csv")) if is_result(path)]
 
 
-def _is_result(path: Path) -> bool:
+def is_result(path: Path) -> bool:
+    """Whether a file has the columns of the benchmarks."""
     with path.open(newline="") as file:
         header = file.readline().strip().split(",")
     return {"level", "provider", "metric", "p50", "device"} <= set(header)
@@ -161,6 +178,11 @@ def comparisons(rows: Sequence[Record]) -> list[Comparison]:
         if key not in latest or latest[key].first.conditions.date <= one.first.conditions.date:
             latest[key] = one
     return list(latest.values())
+
+
+def views(found: Iterable[Comparison]) -> list[Comparison]:
+    """All by calls, each followed by itself by graphs where there are any."""
+    return [view for one in found for view in one.views]
 
 
 def select(found: Iterable[Comparison], **wanted: str) -> list[Comparison]:

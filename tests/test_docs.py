@@ -1,8 +1,7 @@
-"""The pages in docs/ and the README: their examples run, their links, names and figures are right, and they build."""
+"""The pages in docs/ and the README: their examples run, their links and names are right, and they build."""
 
 from __future__ import annotations
 
-import csv
 import doctest
 import importlib
 import logging
@@ -230,36 +229,6 @@ def test_environment_variables_are_the_ones_that_are_read() -> None:
     assert listed == used
     for page in PAGES:
         assert set(re.findall(r"RESFUSE_[A-Z_]+", page.read_text())) <= used
-
-
-# Figures
-
-COLUMNS = ("eager_nchw", "eager_channels_last", "inductor", "onnxruntime", "openvino", "resfuse")
-
-
-def measured_table() -> list[str]:
-    """The rows of the README's table: milliseconds, median."""
-    times: dict[tuple[str, ...], dict[str, float]] = {}
-    for name in ("model-inference.csv", "model-train.csv"):
-        with open(ROOT / "benchmarks" / "results" / name, newline="") as file:
-            for row in csv.DictReader(file):
-                if row["name"] == "resnet50" and row["metric"] == "time":
-                    case = (row["mode"], row["dtype"], row["shape"].partition("x")[0])
-                    times.setdefault(case, {})[row["provider"]] = float(row["p50"])
-    table = []
-    for (mode, dtype, batch), found in times.items():
-        what = {"inference": "inference", "train": "training step"}[mode]
-        cells = [f"{1000 * found[provider]:.0f}" if provider in found else "-" for provider in COLUMNS]
-        table.append(f"| {what}, {dtype}, batch {batch} | {' | '.join(cells)} |")
-    return table
-
-
-def test_figures_are_those_that_were_measured() -> None:
-    rows = measured_table()
-    assert rows
-    readme = (ROOT / "README.md").read_text()
-    missing = [row for row in rows if row not in readme]
-    assert not missing, "\n".join(rows)
 
 
 # The site

@@ -11,16 +11,15 @@ from benchmarks import options, plots, speeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw; 1 where a file is none of the benchmarks' or matplotlib is missing."""
+    """Draw; 1 where a file is not there or can not be read, or matplotlib is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=options.summary(__doc__))
-    parser.add_argument("csv", nargs="+", type=Path, help="files that the benchmarks wrote")
+    parser.add_argument("csv", nargs="+", type=Path, help="files that the benchmarks wrote; others are passed over")
     args = parser.parse_args(argv)
     try:
-        tables = {path: speeds.read_all([path]) for path in args.csv}
-        for path, rows in tables.items():
-            drawn = plots.draw(rows, path)
-            print("\n".join(f"Wrote {plot}" for plot in drawn) or f"{path} has nothing to draw: nothing to compare")
-    except (ImportError, ValueError) as error:
+        for path in args.csv:
+            drawn = plots.draw(speeds.read_all([path]), path) if speeds.is_result(path) else []
+            print("\n".join(f"Wrote {plot}" for plot in drawn) or f"{path} has nothing to draw")
+    except (ImportError, OSError, ValueError) as error:
         print(f"Nothing more is drawn: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks import labels
 from benchmarks.plots import style
 from benchmarks.records import Record
-from benchmarks.speeds import Comparison, comparisons, on_gpu
+from benchmarks.speeds import GRAPH_TIME, TIME, Comparison, comparisons, on_gpu, views
 
 FEWEST = 3
 """Batches, below which a line says nothing."""
@@ -32,7 +32,7 @@ def draw_latency(rows: Sequence[Record], path: Path) -> bool:
     """Write time per step and images per second against the batch; False where too few batches were measured."""
     charts = latency_charts(rows)
     note = "Medians. Both axes are logarithmic."
-    return _draw(charts, path, [row for row in rows if row.metric == "time"], note, columns=2)
+    return _draw(charts, path, [row for row in rows if row.metric in (TIME, GRAPH_TIME)], note, columns=2)
 
 
 def draw_memory(rows: Sequence[Record], path: Path) -> bool:
@@ -47,10 +47,10 @@ def draw_memory(rows: Sequence[Record], path: Path) -> bool:
 def latency_charts(rows: Sequence[Record]) -> list[Chart]:
     """Two for each model, mode and dtype: milliseconds per step and images per second."""
     charts = []
-    for title, group in _groups([one for one in comparisons(rows) if one.times]):
-        seconds = _lines(group, "time", lambda one, value: value * 1e3)
+    for title, group in _groups([one for one in views(comparisons(rows)) if one.times]):
+        seconds = _lines(group, TIME, lambda one, value: value * 1e3)
         charts.append(Chart(title, "ms per step", seconds))
-        charts.append(Chart(title, "images per second", _lines(group, "time", lambda one, value: one.batch / value)))
+        charts.append(Chart(title, "images per second", _lines(group, TIME, lambda one, value: one.batch / value)))
     return [chart for chart in charts if chart.lines]
 
 
@@ -71,11 +71,13 @@ def _groups(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
     for one in found:
         first = one.first
         if first.level == "model":
-            key = (first.name, first.mode, first.dtype, one.image, first.conditions.device, first.conditions.threads)
+            how = ", CUDA graphs" * one.graphed
+            machine = first.conditions.device, first.conditions.threads
+            key = (first.name, first.mode, first.dtype, one.image, how, *machine)
             groups.setdefault(key, []).append(one)
     return [
-        (f"{name}, {mode}, {dtype}, images {image}", sorted(group, key=lambda one: one.batch))
-        for (name, mode, dtype, image, *_), group in groups.items()
+        (f"{name}, {mode}, {dtype}, images {image}{how}", sorted(group, key=lambda one: one.batch))
+        for (name, mode, dtype, image, how, *_), group in groups.items()
     ]
 
 

@@ -11,7 +11,7 @@ from benchmarks import labels
 from benchmarks.measure import Quantiles
 from benchmarks.plots import style
 from benchmarks.records import Record
-from benchmarks.speeds import BASELINES, Comparison, comparisons
+from benchmarks.speeds import BASELINES, Comparison, comparisons, views
 
 WIDTH = 0.8
 """Of a group of bars, where groups are 1 apart."""
@@ -65,12 +65,12 @@ def draw(rows: Sequence[Record], path: Path) -> bool:
 def panels(rows: Sequence[Record]) -> list[Panel]:
     """The charts that rows have the values for; a ratio is of quantities of one case and one run."""
     found = comparisons(rows)
-    timed = [one for one in found if one.times]
+    timed = [one for one in views(found) if one.times]
     charts = []
     for key in dict.fromkeys(_chart(one) for one in timed):
         chosen = [one for one in timed if _chart(one) == key]
-        level, mode, dtype, image = key
-        title = f"{level}s, {mode}, {dtype}" + (f", images {image}" if image else "")
+        level, mode, dtype, image, graphed = key
+        title = f"{level}s, {mode}, {dtype}" + (f", images {image}" if image else "") + ", CUDA graphs" * graphed
         wide = {_but_dtype(one): one for one in timed if one.first.dtype == "float32"}
         for bases in (None, wide) if dtype != "float32" and level == "model" else (None,):
             charts += [Panel(title, label, groups) for label, groups in _speeds(chosen, bases).items()]
@@ -84,14 +84,14 @@ def panels(rows: Sequence[Record]) -> list[Panel]:
     return [panel for panel in charts if panel.groups]
 
 
-def _chart(one: Comparison) -> tuple[str, str, str, str]:
+def _chart(one: Comparison) -> tuple[str, str, str, str, bool]:
     first = one.first
-    return first.level, first.mode, first.dtype, one.image if first.level == "model" else ""
+    return first.level, first.mode, first.dtype, one.image if first.level == "model" else "", one.graphed
 
 
 def _but_dtype(one: Comparison) -> tuple[object, ...]:
     first = one.first
-    return first.level, first.name, first.mode, first.shape, first.conditions
+    return first.level, first.name, first.mode, first.shape, first.conditions, one.graphed
 
 
 def _speeds(chosen: Iterable[Comparison], wide: dict[tuple[object, ...], Comparison] | None) -> dict[str, Groups]:

@@ -60,7 +60,7 @@ def draw(rows: Sequence[Record], path: Path) -> bool:
 def panels(rows: Sequence[Record]) -> list[Panel]:
     """The charts that rows have the values for."""
     groups: dict[tuple[object, ...], tuple[Comparison, list[Point]]] = {}
-    for one in comparisons(rows):
+    for one in (comparison.views[-1] for comparison in comparisons(rows)):
         first = one.first
         points = [point for provider in one.times if (point := _point(one, provider))]
         if first.level in LEVELS and points:
@@ -70,7 +70,14 @@ def panels(rows: Sequence[Record]) -> list[Panel]:
     for one, points in groups.values():
         first, roof = one.first, ceilings(rows, one.first.conditions)
         if roof.bandwidth and first.dtype in roof.rates:
-            found.append(Panel(f"{first.level}s, {first.mode}, {first.dtype}", first.dtype, roof, points))
+            found.append(
+                Panel(
+                    f"{first.level}s, {first.mode}, {first.dtype}{', CUDA graphs' * one.graphed}",
+                    first.dtype,
+                    roof,
+                    points,
+                )
+            )
     return found
 
 
