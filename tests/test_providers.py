@@ -202,8 +202,7 @@ def test_onnx_runtime_reads_tensors_where_they_are() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from benchmarks.providers.exported import onnx_model
-    from benchmarks.providers.exported import Exported
-from benchmarks.providers.onnx_runtime import _bound_step
+    from benchmarks.providers.onnx_runtime import _bound_step
 
     case = case_of("layer", "resnet18 layer1.0.conv2 x2")
     module, inputs = case.build().eval(), [torch.randn(shape) for shape in case.inputs]
