@@ -11,7 +11,7 @@ import torch
 from resfuse.costs import Cost, Device, TensorInfo
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from resfuse.explain.table import Rich
 
 MEMORY, COMPUTE = "memory", "compute"
 PYTORCH = "pytorch"
@@ -141,11 +141,11 @@ class Explanation:
 
         return table.text(self)
 
-    def __rich__(self) -> RenderableType:
+    def __rich__(self) -> Rich:
         """The same table for `rich.print`."""
         from resfuse.explain import table
 
-        return table.rich(self)
+        return table.Rich(self)
 
 
 def _layer_to_dict(layer: Layer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An explanation as a table: grouped, the worst first, 100 columns wide."""
+"""An explanation as a table: equal layers together, the worst first."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from resfuse.explain.explanation import MEMORY, Explanation, Layer, Totals
+from resfuse.explain.wording import headline, number, reasons, summary
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SHOWN = 20
+WIDTH, NARROWEST = 100, 60
 _WIDEST_PATH = 24
+_INDENT = 9 * " "
+_LEFT = ("layer", "operation", "CxHxW", "backend")  # aligned to the left
+_DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW")  # in this order, where there is no room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,64 +52,100 @@ def ordered(explanation: Explanation) -> list[Group]:
     return sorted(groups_of(explanation.layers), key=lambda group: group.weight, reverse=True)
 
 
-def text(explanation: Explanation, every_layer: bool = False, shown: int = SHOWN) -> str:
-    """The whole explanation as plain text of at most 100 columns.
+def text(explanation: Explanation, *, every_layer: bool = False, shown: int = SHOWN, width: int = WIDTH) -> str:
+    """The whole explanation as plain text.
 
     Args:
         explanation: what `resfuse.explain` returned.
         every_layer: each layer, in the order in which they run, instead of groups.
         shown: at most so many groups.
+        width: columns of the text; where they are few, the table has fewer.
     """
-    header, rows, left_out = _rows(explanation, every_layer, shown)
-    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
+    columns, left_out = _columns(explanation, every_layer, shown)
+    columns, gap = _fitted(columns, width)
     lines = [headline(explanation), ""]
-    for row in (header, *rows):
-        cells = zip(row, widths, range(len(row)), strict=True)
-        lines.append(
-            "  ".join(f"{cell:<{width}}" if index < _LEFT else f"{cell:>{width}}" for cell, width, index in cells)
-        )
-    lines.insert(3, "  ".join("-" * width for width in widths))
-    return "\n".join(
-        line.rstrip() for line in (*lines, *left_out, "", *summary(explanation), "", *reasons(explanation))
-    )
+    for row in zip(*(column.cells for column in columns), strict=True):
+        cells = (column.aligned(cell) for column, cell in zip(columns, row, strict=True))
+        lines.append((" " * gap).join(cells))
+    lines.insert(3, (" " * gap).join("-" * column.width for column in columns))
+    below = [*left_out, "", *summary(explanation), "", *reasons(explanation)]
+    for line in below:
+        lines += textwrap.wrap(line, width, subsequent_indent=_INDENT, break_on_hyphens=False) or [""]
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def rich(explanation: Explanation, every_layer: bool = False, shown: int = SHOWN) -> RenderableType:
-    """The same for a terminal; arguments as for `text`."""
-    from rich import box
-    from rich.console import Group as Together
-    from rich.markup import escape
-    from rich.table import Table
+class Rich:
+    """The same for a terminal of any width."""
 
-    header, rows, left_out = _rows(explanation, every_layer, shown)
-    table = Table(title=escape(headline(explanation)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < _LEFT else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(f"[cyan]{escape(row[0])}[/]", *(escape(cell) for cell in row[1:]))
-    lines = [*left_out, *summary(explanation), "", *reasons(explanation)]
-    return Together(table, *(escape(line) for line in lines))
+    def __init__(self, explanation: Explanation, every_layer: bool = False, shown: int = SHOWN) -> None:
+        """Arguments as for `text`."""
+        self._explanation, self._every_layer, self._shown = explanation, every_layer, shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
+        from rich.markup import escape
+        from rich.padding import Padding
+        from rich.table import Table
+
+        columns, left_out = _columns(self._explanation, self._every_layer, self._shown)
+        columns, gap = _fitted(columns, options.max_width)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
+        for column in columns:
+            table.add_column(column.cells[0], justify="left" if column.left else "right", no_wrap=True)
+        for path, *row in list(zip(*(column.cells for column in columns), strict=True))[1:]:
+            table.add_row(f"[cyan]{escape(path)}[/]", *(escape(cell) for cell in row))
+        yield f"[bold]{escape(headline(self._explanation))}[/]\n"
+        yield table
+        for line in (*left_out, "", *summary(self._explanation), "", *reasons(self._explanation)):
+            yield Padding(escape(line), 0)
 
 
-_LEFT = 4  # columns that are aligned to the left
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A column of the table; the first cell is its header."""
+
+    cells: tuple[str, ...]
+
+    @property
+    def left(self) -> bool:
+        return self.cells[0] in _LEFT
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.cells))
+
+    def aligned(self, cell: str) -> str:
+        return f"{cell:<{self.width}}" if self.left else f"{cell:>{self.width}}"
 
 
-def _rows(explanation: Explanation, every_layer: bool, shown: int) -> tuple[list[str], list[list[str]], list[str]]:
-    """Header, rows, and a line on what is left out."""
+def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], int]:
+    """The columns that there is room for, and the spaces between them."""
+    for dropped in range(len(_DISPENSABLE) + 1):
+        kept = [column for column in columns if column.cells[0] not in _DISPENSABLE[:dropped]]
+        for gap in (2, 1):
+            if sum(column.width + gap for column in kept) - gap <= width:
+                return kept, gap
+    return kept, 1
+
+
+def _columns(explanation: Explanation, every_layer: bool, shown: int) -> tuple[list[_Column], list[str]]:
+    """All columns, and a line on the rows that are left out."""
     measured = explanation.total.measured is not None
     groups = [Group((layer,)) for layer in explanation.layers] if every_layer else ordered(explanation)
     seconds = max((group.total.measured or group.total.seconds for group in groups), default=0.0)
     unit, factor = ("ms", 1e3) if seconds >= 5e-3 else ("us", 1e6)
-    header = ["layer", "operation", "input", "backend", "n", "GFLOP", "MB", f"min {unit}", "by"]
+    header = ["layer", "operation", "CxHxW", "backend", "n", "GFLOP", "MB", f"min {unit}", "by"]
     header += [unit, "lost", "ratio"] if measured else []
     kept = groups if every_layer else groups[:shown]
-    rows = [_row(group, factor, measured) for group in kept]
+    rows = [header, *(_row(group, factor, measured) for group in kept)]
     left_out = []
     if len(kept) < len(groups):
         rest = Totals.of(layer for group in groups[len(kept) :] for layer in group.layers)
         time = rest.seconds if rest.measured is None else rest.measured
-        left_out = [f"... and {len(groups) - len(kept)} more rows, together {_number(factor * time)} {unit}"]
-    return header, rows, left_out
+        count = len(groups) - len(kept)
+        rows_left = f"{count} more row{'' if count == 1 else 's'}"
+        left_out = [f"... and {rows_left}, together {number(factor * time)} {unit}"]
+    return [_Column(cells) for cells in zip(*rows, strict=True)], left_out
 
 
 def _row(group: Group, factor: float, measured: bool) -> list[str]:
@@ -113,99 +154,18 @@ def _row(group: Group, factor: float, measured: bool) -> list[str]:
     cells = [
         _shortened(layer.path or "(model)", _WIDEST_PATH - len(count)) + count,
         f"{layer.op} {layer.detail}".rstrip(),
-        "x".join(map(str, layer.shape)) or "()",
+        "x".join(map(str, layer.shape[1:])) or "-",
         layer.backend,
         str(total.launches),
-        _number(total.flops / 1e9),
-        _number(total.bytes / 1e6),
-        _number(factor * total.seconds),
+        number(total.flops / 1e9),
+        number(total.bytes / 1e6),
+        number(factor * total.seconds),
         "mem" if layer.bound == MEMORY else "math",
     ]
     if measured and total.measured is not None and total.lost is not None:
-        ratio = _number(total.measured / total.seconds) if total.seconds else "-"
-        cells += [_number(factor * total.measured), _number(factor * total.lost), ratio]
+        ratio = number(total.measured / total.seconds) if total.seconds else "-"
+        cells += [number(factor * total.measured), number(factor * total.lost), ratio]
     return cells
-
-
-def headline(explanation: Explanation) -> str:
-    """Model, mode, inputs and device."""
-    inputs = ", ".join(
-        f"{'x'.join(map(str, info.shape))} {str(info.dtype).removeprefix('torch.')}" for info in explanation.inputs
-    )
-    mode = "train()" if explanation.training else "eval()"
-    passes = "forward and backward" if explanation.backward else "forward"
-    return f"{explanation.model}, {mode}, {passes}, {inputs}, on {explanation.device.name}"
-
-
-def summary(explanation: Explanation) -> list[str]:
-    """Totals, what fusing saves, and what is lost."""
-    total, unfused, device = explanation.total, explanation.unfused, explanation.device
-    lines = [_total_line("fused", total, device.launch), _total_line("unfused", unfused, device.launch)]
-    lines.append(
-        f"saved    {_saved(unfused.launches, total.launches)} of the launches, "
-        f"{_saved(unfused.bytes, total.bytes)} of the bytes, {_saved(unfused.seconds, total.seconds)} of the least time"
-        + (
-            f", {_saved(unfused.measured, total.measured)} of the measured"
-            if total.measured and unfused.measured
-            else ""
-        )
-    )
-    if total.lost is not None:
-        lines.append(
-            f"lost     {_time(total.lost)} above the least time, {_number(total.lost / total.seconds + 1)} x it"
-        )
-    lines.append(f"ceilings {_number(device.bandwidth / 1e9)} GB/s, {_rates(explanation)} ({device.source})")
-    legend = "n: kernel launches; min: least time, by memory or arithmetic (math)"
-    legend += "; lost: time above it" if total.measured is not None else ""
-    return [*(part for line in lines for part in _wrapped(line)), legend]
-
-
-def reasons(explanation: Explanation) -> list[str]:
-    """Which backend runs what, and why."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for layer in explanation.layers:
-        key = (layer.backend, layer.op, layer.reason)
-        counts[key] = counts.get(key, 0) + 1
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for (backend, op, reason), count in counts.items():
-        grouped.setdefault((backend, reason), []).append(f"{op} x{count}" if count > 1 else op)
-    return [
-        part
-        for (backend, reason), ops in grouped.items()
-        for part in _wrapped(f"{backend}: {', '.join(ops)}: {reason}")
-    ]
-
-
-def _total_line(name: str, total: Totals, launch: float) -> str:
-    line = (
-        f"{name:<8} {total.launches} launches, {_number(total.flops / 1e9)} GFLOP, {_number(total.bytes / 1e6)} MB, "
-        f"at least {_time(total.seconds)}"
-    )
-    if launch:
-        line += f" and {_time(total.launches * launch)} of launching"
-    return line if total.measured is None else f"{line}, measured {_time(total.measured)}"
-
-
-def _rates(explanation: Explanation) -> str:
-    dtypes = dict.fromkeys(layer.dtype for layer in explanation.layers if layer.flops)
-    rates = (f"{_number(explanation.device.rate(dtype) / 1e12)} TFLOP/s {str(dtype)[6:]}" for dtype in dtypes)
-    return ", ".join(rates) or "no arithmetic"
-
-
-def _saved(before: float, after: float) -> str:
-    return f"{100 * (1 - after / before):.0f} %" if before else "0 %"
-
-
-def _time(seconds: float) -> str:
-    return f"{_number(seconds * 1e3)} ms" if abs(seconds) >= 1e-3 else f"{_number(seconds * 1e6)} us"
-
-
-def _number(value: float) -> str:
-    """Three digits, no exponent."""
-    if abs(value) < 5e-4:
-        return "0"
-    places = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
-    return f"{value:.{places}f}"
 
 
 def _shortened(path: str, width: int) -> str:
@@ -214,7 +174,3 @@ def _shortened(path: str, width: int) -> str:
         return path
     tail = (width - 1) * 2 // 3
     return f"{path[: width - 2 - tail]}..{path[-tail:]}"
-
-
-def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 100, subsequent_indent="         ", break_on_hyphens=False)
