@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = (
+OPTIONAL = ("PIL", "hypothesis", "matplotlib", "numpy", "onnx", "rich", "setuptools", "sklearn", "timm", "torchvision")
     "hypothesis",
     "matplotlib",
     "numpy",
@@ -72,3 +73,8 @@ def files(name: str) -> Iterator[Path]:
     for end in range(1, len(parts) + 1):
         stem = ROOT.joinpath(*parts[:end])
         yield from (path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that a test starts: this repository, then what it was, for it may lead to packages."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,11 +1,12 @@
 """A pytest plugin: several processes, and several runs, share one suite.
 
-    python -m pytest -p tests.sharing --share out/suite --share-name a
+    python -m pytest -p tests.sharing --share=out/suite --share-name=a
 
 Each process collects everything and claims a few tests at a time, so that none waits for another; those of the GPU come
 first, slow ones last.  Every outcome is a line of JSON in `<share>/<name>.jsonl` as soon as it is known.  What has an
 outcome there is not run again: a run that was cut short, or whose process died, is continued by the same command.  The
-caller (`benchmarks.gpu.suite`) removes the claims of those that are gone.
+caller (`benchmarks.gpu.suite`) removes the claims of those that are gone.  (Mind the `=`: pytest looks for its settings
+before it knows these options, and would take their values for tests.)
 """
 
 from __future__ import annotations

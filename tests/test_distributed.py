@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from resfuse.functional import sync_bn_act
 from resfuse.ops.sync_bn_act import merge
+from tests import needs
 from tests.distributed import worker
 
 PROCESSES = 2
@@ -49,7 +50,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command += ["--max-restarts=2"]  # gloo's first connection can time out on a busy machine
     command += ["-m", worker.__name__, str(directory), *names]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": needs.python_path()}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart may find the addresses of the dead
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     files = [directory / f"{rank}.json" for rank in range(PROCESSES)]

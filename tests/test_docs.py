@@ -19,6 +19,7 @@ import torch
 
 import resfuse
 from resfuse import cli
+from tests import needs
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -131,7 +132,7 @@ def test_script_runs_on_two_processes(page: Path, tmp_path: Path) -> None:
     (tmp_path / script).write_text("\n".join(block.source for block in parts))
     # gloo's first connection can time out on a busy machine.
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": needs.python_path(), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*run, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
 

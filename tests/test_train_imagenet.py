@@ -20,7 +20,7 @@ from torch import Tensor
 
 pytest.importorskip("torchvision")
 from examples import train_imagenet
-from tests import train_tiny
+from tests import needs, train_tiny
 
 ROOT = Path(__file__).parent.parent
 CLASSES, TRAIN, VAL = 3, 9, 3  # images per class
@@ -63,7 +63,7 @@ def process(argv: list[str], *, processes: int = 0, kill: str = "") -> subproces
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         launcher += ["--max-restarts=3", "--monitor-interval=0.1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RESFUSE_TEST_KILL": kill}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": needs.python_path(), "RESFUSE_TEST_KILL": kill}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart may find the addresses of the dead
     script = [train_tiny.__file__, *argv]
     return subprocess.run([*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

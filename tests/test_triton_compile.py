@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("rich") is None, reason="rich is not installed: it prints the tables"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"),
 ]

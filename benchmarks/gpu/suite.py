@@ -62,8 +62,8 @@ class Run:
         """One more worker."""
         name = f"{self._generation}-{len(list(self.share.glob(f'{self._generation}-*.log')))}"
         command = [
-            sys.executable, "-m", "pytest", "-p", "tests.sharing", "--share", str(self.share), "--share-name", name,
-            "--share-until", str(self._until), "-q", "-p", "no:cacheprovider", *self._arguments,
+            sys.executable, "-m", "pytest", "-p", "tests.sharing", f"--share={self.share}", f"--share-name={name}",
+            f"--share-until={self._until}", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider", *self._arguments,
         ]  # fmt: skip
         with (self.share / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
