@@ -15,17 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("PIL", "hypothesis", "matplotlib", "numpy", "onnx", "rich", "setuptools", "sklearn", "timm", "torchvision")
-    "hypothesis",
-    "matplotlib",
-    "numpy",
-    "onnx",
-    "rich",
-    "setuptools",
-    "sklearn",
-    "timm",
-    "torchvision",
-    "triton",
-)
 
 
 def left_out(folder: Path) -> dict[str, list[str]]:

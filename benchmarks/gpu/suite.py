@@ -63,7 +63,8 @@ class Run:
         name = f"{self._generation}-{len(list(self.share.glob(f'{self._generation}-*.log')))}"
         command = [
             sys.executable, "-m", "pytest", "-p", "tests.sharing", f"--share={self.share}", f"--share-name={name}",
-            f"--share-until={self._until}", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider", *self._arguments,
+            f"--share-until={self._until}", "-c", str(ROOT / "pyproject.toml"), "-q", "-p", "no:cacheprovider",
+            *self._arguments,
         ]  # fmt: skip
         with (self.share / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
