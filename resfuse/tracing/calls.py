@@ -13,6 +13,8 @@ from torch import Tensor, fx
 from resfuse.costs import Operation, TensorInfo
 from resfuse.tracing.schema import PARAMETERS, arguments_by_name, operator_name, options_of
 
+# What autocast runs in its dtype.  The graph has these operators without the casts of what they read.
+_CAST_BY_AUTOCAST = {"conv1d", "conv2d", "conv3d", "linear", "matmul", "mm", "bmm", "addmm"}
 _IGNORED = {"_assert_tensor_metadata", "_assert_scalar", "sym_size", "sym_constrain_range_for_size", "lift_fresh_copy"}
 
 
@@ -50,6 +52,7 @@ class _Walk:
         self.names, self.flags = names, flags
         self.origin: dict[fx.Node, str] = {}  # the parameter or buffer that a tensor is, or is a cast of
         self.with_grad: set[fx.Node] = set()
+        self.cast: set[fx.Node] = set()  # parameters, which autocast casts once
 
     def calls(
         self, graph_module: fx.GraphModule, outer: Mapping[str, Any] | None, grad_enabled: bool
@@ -111,6 +114,12 @@ class _Walk:
         parameters = [arg for key, arg in tensors.items() if key in PARAMETERS]
         inputs = [arg for arg in read if arg not in parameters]
         requires_grad = frozenset(key for key, arg in tensors.items() if grad_enabled and arg in self.with_grad)
+        dtypes = {arg: arg.meta["val"].dtype for arg in read}
+        if name in _CAST_BY_AUTOCAST:
+            for arg in read:
+                if dtypes[arg] != output.dtype:
+                    yield from self._casts(node, arg, output.dtype, grad_enabled)
+                    dtypes[arg] = output.dtype
         options = options_of(target, arguments)
         options["inplace"] = target._schema.name.endswith("_")
         options["needs_input_grad"] = grad_enabled and self._has_grad(inputs)
@@ -119,13 +128,29 @@ class _Walk:
         operation = Operation(
             path=self._path(node, parameters or inputs),
             name=name,
-            inputs=tuple(_info(arg.meta["val"]) for arg in inputs),
-            parameters=tuple(_info(arg.meta["val"]) for arg in _weight_first(parameters, tensors)),
+            inputs=tuple(_info(arg.meta["val"], dtypes[arg]) for arg in inputs),
+            parameters=tuple(_info(arg.meta["val"], dtypes[arg]) for arg in _weight_first(parameters, tensors)),
             output=_info(output),
             options=options,
         )
-        values = {key: fx.map_arg(arg, lambda node: node.meta["val"]) for key, arg in arguments.items()}
+        values = {
+            key: fx.map_arg(arg, lambda node: node.meta["val"].to(dtypes[node])) for key, arg in arguments.items()
+        }
         yield Call(operation, target, values, requires_grad)
+
+    def _casts(self, node: fx.Node, source: fx.Node, dtype: torch.dtype, grad_enabled: bool) -> Iterator[Call]:
+        """The cast that autocast puts before a call; none of a parameter that it has cast before."""
+        if source in self.cast:
+            return
+        if source in self.origin:
+            self.cast.add(source)
+        value, with_grad = source.meta["val"], grad_enabled and source in self.with_grad
+        requires_grad = frozenset(("self",) if with_grad else ())
+        options: dict[str, Any] = {"inplace": False, "requires_grad": requires_grad}
+        options |= {"needs_input_grad": with_grad, "needs_parameter_grad": False}
+        operation = Operation(self._path(node, [source]), "to", (_info(value),), (), _info(value, dtype), options)
+        arguments = {"self": value, "dtype": dtype, "non_blocking": False, "copy": False, "memory_format": None}
+        yield Call(operation, torch.ops.aten.to.dtype, arguments, requires_grad)
 
     def _has_grad(self, nodes: list[fx.Node]) -> bool:
         return any(node in self.with_grad for node in nodes)
@@ -144,9 +169,9 @@ def _weight_first(parameters: list[fx.Node], tensors: Mapping[str, fx.Node]) -> 
     return parameters if weight is None else [weight, *(other for other in parameters if other is not weight)]
 
 
-def _info(value: Any) -> TensorInfo:
-    value = _first(value)
-    return TensorInfo(tuple(int(size) for size in value.shape), value.dtype)
+def _info(value: Any, dtype: torch.dtype | None = None) -> TensorInfo:
+    tensor: Any = _first(value)
+    return TensorInfo(tuple(int(size) for size in tensor.shape), dtype or tensor.dtype)
 
 
 def _first(value: Any) -> Tensor | None:
