@@ -4,6 +4,10 @@
 #   make test     install likewise, then lint and the whole test suite
 #   make docs     install likewise, then build the pages of docs/ into site/
 #
+# On a machine with a GPU and its own torch, where nothing is installed (docs/gpu.md):
+#
+#   make gpu      tests, benchmarks, tables and a report, as far as 8 minutes go; again goes on; files in OUT=out/gpu
+#
 # Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where to install), TEST=tests/test_build.py (which tests),
 # PYTEST_ARGS="-x -k name"; and the build's environment variables, in CONTRIBUTING.md.
 
@@ -23,12 +27,14 @@ TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test docs bench build lint format pytest compat dist clean
+.PHONY: help demo test docs bench bench-compare build lint format pytest compat dist clean
+.PHONY: gpu gpu-test gpu-bench gpu-tune gpu-report gpu-wheels
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
-	@echo "Also: bench, build, lint, format, pytest, compat, dist, clean."
+	@echo "Also: bench, bench-compare BASE=commit, build, lint, format, pytest, compat, dist, clean,"
+	@echo "      gpu-test, gpu-bench, gpu-tune, gpu-report, gpu-wheels."
 
 demo: $(VENV)/.built
 	$(PY) -m resfuse demo
@@ -81,11 +87,34 @@ $(VENV)/.toolkit: $(VENV)/.torch
 
 # Wants a machine that does nothing else; benchmarks/README.md says how to read what it writes.
 bench: $(VENV)/.built
-	$(PY) -m benchmarks.models --mode inference --dtype float32 bfloat16
-	$(PY) -m benchmarks.models --mode train --model resnet50 --dtype float32 bfloat16
+	$(PY) -m resfuse bench
 	$(PY) -m benchmarks.overhead
-	$(PY) -m benchmarks.saved_bytes
-	$(PY) -m benchmarks.plots benchmarks/results/*.csv
+	$(PY) -m benchmarks.memory
+	$(PY) -m resfuse bench --report
+
+bench-compare: $(VENV)/.built
+	@test -n "$(BASE)" || { echo "make: name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
+	$(PY) -m benchmarks.compare $(BASE)
+
+# With $(PYTHON) as it is, and the torch that it has: LIMIT is the seconds of one call, PIECE="aims tune" names pieces.
+OUT ?= out/gpu
+LIMIT ?= 480
+PIECE ?=
+WHEELS ?=
+GPU = $(PYTHON) -m benchmarks.gpu --output $(OUT) --limit $(LIMIT) $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
+
+gpu:
+	@$(GPU) $(if $(PIECE),--piece $(PIECE))
+
+gpu-test gpu-bench gpu-tune gpu-report:
+	@$(GPU) --group $(@:gpu-%=%)
+
+# What such a machine may lack beside torch, to be taken along.
+GPU_PYTHON ?= 3.12
+gpu-wheels:
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(foreach glibc,2_28 2_27 2_24 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+	  -c requirements/constraints.txt -r benchmarks/gpu/wheels.txt -d $(or $(WHEELS),out/wheels)
 
 # The binaries built above, unchanged, under other releases of torch.
 compat: $(VENV)/.built

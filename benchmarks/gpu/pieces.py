@@ -73,6 +73,7 @@ SHARE = ("--share", "{work}/suite", *DEVICE, "--limit", "{limit}")
 LAYERS = ("--level", "layer", "--model", "resnet50", "--dtype", "bfloat16", "--mode")
 SANITIZE = ("--output", "{work}/sanitize", *DEVICE, "--limit", "{limit}")
 BUILD = ("--keep", "{work}/built", *DEVICE)
+MEMORY = ("--resume", "--limit", "{limit}", "--output", BENCH, *DEVICE)
 REPORT = ("bench", "--report", BENCH)
 HARDWARE = "tests/test_cuda_hardware.py"
 NOT_SANITIZED = ("--deselect", f"{HARDWARE}::test_compute_sanitizer")
@@ -109,11 +110,16 @@ PIECES: tuple[Piece, ...] = (
     )),
     Piece("layers", "bench", "every layer of ResNet-50: where the time goes", 8, (
         bench("layers, inference", *LAYERS, "inference", "--batch", "128"),
-        bench("layers, train", *LAYERS, "train", "--batch", "256"),
+        bench("layers, train", *LAYERS, "train", "--batch", "256", rehearsal=("--level", "layer", *EAGER_AND_RESFUSE)),
     ), tables=True),
     Piece("memory", "bench", "peak memory over the batch, the largest batch that fits, host time", 5, (
-        Step("memory", "benchmarks.memory", ("--output", BENCH, *DEVICE)),
-        Step("host time", "benchmarks.overhead", ("--output", BENCH, *DEVICE)),
+        Step("resnet50", "benchmarks.memory",
+             ("--level", "model", "--model", "resnet50", "--dtype", "bfloat16", *MEMORY),
+             rehearsal=("--level", "model", "--model", "cifar_resnet20", "--dtype", "float32", "--batch", "2",
+                        "--provider", "eager_channels_last", "resfuse", *MEMORY)),
+        Step("the others", "benchmarks.memory", ("--dtype", "bfloat16", *MEMORY)),
+        Step("host time", "benchmarks.overhead", ("--output", BENCH, *DEVICE),
+             rehearsal=("--quick", "--output", BENCH, *DEVICE)),
     ), tables=True),
     Piece("models", "bench", "the other models, and other batches", 8, (
         models("inference", "16", FAMILY),
@@ -132,7 +138,7 @@ PIECES: tuple[Piece, ...] = (
 
 
 def named(names: list[str] | None, groups: list[Group] | None) -> list[Piece]:
-    """Pieces by name and group, in their order; all where neither is given.
+    """Pieces by name and group, in their order, and what they need in every call; all where neither is given.
 
     Raises:
         ValueError: a name is not known.
@@ -140,8 +146,10 @@ def named(names: list[str] | None, groups: list[Group] | None) -> list[Piece]:
     known = {piece.name for piece in PIECES}
     if unknown := sorted(set(names or ()) - known):
         raise ValueError(f"--piece: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    return [
+    chosen = [
         piece
         for piece in PIECES
         if (not names and not groups) or piece.name in (names or ()) or piece.group in (groups or ())
     ]
+    built = any(piece.group != "report" for piece in chosen)
+    return [piece for piece in PIECES if piece in chosen or (built and piece.every_call)]

@@ -25,8 +25,8 @@ LEAST = 30.0
 RESERVE = 8.0
 """Seconds that are kept for the files, and for processes to end."""
 DONE, FAILED, LEFT, OUT = "done", "failed", "unfinished", "left out"
-LEFT_LINE = re.compile(r"^The time is up: left", re.MULTILINE)
-"""What benchmarks.run says where --limit ended it."""
+LEFT_LINE = re.compile(r"^(The time is up: left|Left for the next run)", re.MULTILINE)
+"""What benchmarks.run and benchmarks.memory say where --limit ended them."""
 TESTED = ("resfuse", "csrc", "tests")
 STALE = ("suite", "sanitize")
 """Folders whose contents say nothing about other sources."""
