@@ -23,8 +23,9 @@ from benchmarks.terminal import Progress, Terminal
 from benchmarks.worker import NothingToOfferError, ProviderError, Worker
 from benchmarks.workload import Workload
 
-FAILED = "failed"
-"""The metric of a provider that has no speed: it failed, or was wrong.  Then it need not be tried again either."""
+LEFT_OUT = "left_out"
+"""The metric of a provider that has no speed, and need not be tried again: 1 where it failed or was wrong, 0 where it
+has nothing to offer."""
 MOST_CALLS = 200
 """In a turn: enough for a median, however short they are."""
 
@@ -43,9 +44,12 @@ class Contest:
 
     def __init__(self, case: Case, entries: Sequence[tuple[str, Setting]], plan: Plan, terminal: Terminal) -> None:
         self._case, self._entries, self._plan, self._terminal = case, entries, plan, terminal
-        self.left_out: list[tuple[str, Setting]] = []
-        self.failed = False
-        """Whether one of those failed, or was wrong; others have nothing to offer for the case."""
+        self._left_out: dict[tuple[str, Setting], bool] = {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether a provider failed, or was wrong; one that has nothing to offer for the case did neither."""
+        return any(self._left_out.values())
 
     def hold(self, crew: Crew, costs: Callable[[Setting], Roofline | None], conditions: Conditions) -> list[Record]:
         """The rows of the case.
@@ -62,8 +66,9 @@ class Contest:
                 setting = contestant.workload.setting
                 subject = self._subject(contestant.provider, setting)
                 rows += _rows(subject, contestant, samples, found, costs(setting), conditions)
-        for provider, setting in self.left_out:
-            rows.append(self._subject(provider, setting).record(_metric(FAILED, setting), [1], "1", conditions))
+        for (provider, setting), failed in self._left_out.items():
+            subject = self._subject(provider, setting)
+            rows.append(subject.record(_metric(LEFT_OUT, setting), [int(failed)], "1", conditions))
         return rows
 
     def _prepared(self, crew: Crew, folder: Path, progress: Progress) -> Iterator[Contestant]:
@@ -109,8 +114,7 @@ class Contest:
         if not unsuitable:
             crew.dismiss(provider, setting)
         self._plan.time_for(None)  # it may have failed for want of time, which says nothing about it
-        self.left_out.append((provider, setting))
-        self.failed = self.failed or not unsuitable
+        self._left_out[provider, setting] = not unsuitable
         graph = ", as a CUDA graph" if setting.graph else ""
         self._terminal.say(
             f"{provider}, {records.dtype_text(setting.dtype)}{graph}, is left out:", "note" if unsuitable else "failure"

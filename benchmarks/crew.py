@@ -73,6 +73,9 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         for key in list(self._workers):
-            self.dismiss(*key)
+            if kind is None:
+                self._workers.pop(key).close()
+            else:  # they may be at work on something long
+                self.dismiss(*key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.providers.base import Level, Mode
+from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST, DEFAULT, Level, Mode
 
 
 class Preset(NamedTuple):
@@ -26,6 +26,7 @@ class Preset(NamedTuple):
     """Seconds for each of the machine's ceilings."""
     size: int | None = None
     """Height and width of the images; None: those that the networks are made for."""
+    providers: tuple[str, ...] = DEFAULT
 
 
 ALL = [
@@ -45,6 +46,7 @@ GPU = Preset(
 QUICK = Preset(
     {}, 2, ["resnet18", "cifar_resnet20"], ["resnet18"],
     rounds=2, warmup=0.1, turn=0.0, part_turn=0.0, ceilings=0.01, size=32,
+    providers=(BASELINE, BASELINE_CHANNELS_LAST, "resfuse"),
 )  # fmt: skip
 QUICK_CASES = 2
 """Of each level in a trial: the first and the last."""

@@ -118,7 +118,7 @@ COLUMNS = (
 
 
 def current_conditions(device: torch.device, threads: int, packages: Iterable[str] = ()) -> Conditions:
-    """Those of this machine, now; `packages` are distributions that count besides torch and resfuse, where installed."""
+    """Those of this machine, now; `packages` are distributions that count besides torch and resfuse, if installed."""
     backends = ", ".join(resfuse.available_backends())
     versions = {"torch": torch.__version__, "resfuse": f"{resfuse.__version__} ({backends})"}
     for name in packages:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import ceilings, options, presets, records
 from benchmarks.cases import Case, make_cases
-from benchmarks.contest import FAILED, Contest
+from benchmarks.contest import LEFT_OUT, Contest
 from benchmarks.crew import Crew, OutOfTimeError, Plan
 from benchmarks.options import DTYPES
 from benchmarks.providers import DEFAULT, PROVIDERS, Setting
@@ -98,7 +98,7 @@ def _without_known(
     def measured(case: Case, provider: str, setting: Setting) -> bool:
         shape, dtype = records.shape_text(case.inputs[0]), records.dtype_text(setting.dtype)
         graph = "graph_" if setting.graph else ""
-        return any((case.name, shape, dtype, provider, graph + metric) in known for metric in ("time", FAILED))
+        return any((case.name, shape, dtype, provider, graph + metric) in known for metric in ("time", LEFT_OUT))
 
     return [case for case in cases if not all(measured(case, *entry) for entry in entries)]
 
@@ -123,7 +123,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=options.positive, help="height and width of the images")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument(
-        "--provider", nargs="+", choices=list(PROVIDERS), default=list(DEFAULT), metavar="NAME",
+        "--provider", nargs="+", choices=list(PROVIDERS), metavar="NAME",
         help=f"any of {', '.join(PROVIDERS)} (default: the usual ones that can run)",
     )  # fmt: skip
     parser.add_argument(
@@ -144,6 +144,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     part = args.level != "model"
     args.model = args.model or (preset.parts_of if part else preset.models)
     args.size = args.size or preset.size
+    args.provider = args.provider or list(preset.providers)
     args.rounds = args.rounds or preset.rounds
     args.warmup = preset.warmup if args.warmup is None else args.warmup
     args.turn = (preset.part_turn if part else preset.turn) if args.turn is None else args.turn
