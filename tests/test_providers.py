@@ -22,6 +22,11 @@ from benchmarks.runner import converted
 from benchmarks.workload import Workload, first_results, make_workload
 from resfuse.backends import registry
 
+pytestmark = [  # torch.compile and torch.export warn of their own internals
+    pytest.mark.filterwarnings(f"ignore::{category}")
+    for category in ("DeprecationWarning", "FutureWarning", "UserWarning")
+]
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 COMPILED = tuple(name for name in PROVIDERS if "inductor" in name or "compiled" in name)
 NETWORK = {"layer": "resnet18", "block": "resnet18", "model": "cifar_resnet20"}
