@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -269,6 +271,20 @@ class TestPage:
         assert "![model-inference](model-inference.png)" in (tmp_path / "report.md").read_text()
         assert (tmp_path / "model-inference.png").exists()
         assert str(tmp_path / "report.md") in capsys.readouterr().out
+
+    def test_a_bare_machine_gets_its_page(self, tmp_path: Path) -> None:
+        """Without rich and matplotlib, as a GPU server may be."""
+        records.update(tmp_path / "layer-inference.csv", made_up.layers(3))
+        code = (
+            "import sys; sys.modules.update(rich=None, matplotlib=None)\n"
+            "from benchmarks import markdown, summary\n"
+            "sys.exit(summary.main(sys.argv[1:]))"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        page = (tmp_path / "report.md").read_text()
+        assert "Plots were left out" in page
+        assert "## Layers, inference, bfloat16" in page
 
     def test_a_folder_without_results(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for folder in (tmp_path, tmp_path / "none"):

@@ -19,6 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 RESULTS = Path("benchmarks/results")
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout, where this is one."""
+OPTIONS = ("model", "batch", "dtype", "provider")
+"""Handed on to `benchmarks.run`."""
 MISSING = (
     "The benchmarks come with a checkout of resfuse, not with the installed package. "
     "Clone the repository and run `python -m resfuse bench` in its root."
@@ -83,7 +85,12 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:  # a network or a provider that does not exist
         print(error, file=sys.stderr)
         return 2
-    return 0 if args.dry_run else _measure(runs, args)
+    if args.dry_run:
+        return 0
+    if device_type(args) == "cuda" and not torch.cuda.is_available():
+        print("device: cuda was asked for, but torch.cuda sees no GPU here", file=sys.stderr)
+        return 1
+    return _measure(runs, args)
 
 
 def benchmarks_found() -> bool:
@@ -110,16 +117,16 @@ def plan(args: argparse.Namespace) -> list[Run]:
         runs = [run for run in default if run.mode in (args.mode or MODES)]
     if args.quick:  # small networks and batches of its own
         runs = [run._replace(model=(), batch=()) for run in runs]
-    given = {
-        name: tuple(getattr(args, name)) for name in ("model", "batch", "dtype", "provider") if getattr(args, name)
-    }
+    given: dict[str, Any] = {
+        name: tuple(values) for name in OPTIONS if (values := getattr(args, name)) is not None
+    }  # fmt: skip
     return [run._replace(**given) for run in runs]
 
 
 def arguments(run: Run, args: argparse.Namespace, limit: float | None) -> list[str]:
     """The command line of `benchmarks.run`."""
     line = ["--level", run.level, "--mode", run.mode, "--output", str(args.output), "--device", device_type(args)]
-    for name in ("model", "batch", "dtype", "provider"):
+    for name in OPTIONS:
         values = getattr(run, name)
         line += [f"--{name}", *map(str, values)] if values else []
     line += ["--limit", f"{limit:g}"] if limit is not None else []
