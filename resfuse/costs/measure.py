@@ -24,7 +24,7 @@ Clock = Callable[[Run], float]
 
 _FEWEST_REPEATS = 3
 _CACHES = 4  # times the last-level cache, for source and target each
-_CPU_COPY, _CUDA_COPY = 64 << 20, 512 << 20  # B, at least
+_CPU_COPY, _CUDA_COPY = 64 << 20, 1 << 30  # B, at least
 _CPU_SIDE, _CUDA_SIDE = 1024, 8192  # of the matrices
 _LAUNCHES = 200
 _ASSUMED_CACHE = 32 << 20
@@ -67,7 +67,8 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
 def _measure_gpu(device: torch.device, seconds: float, today: str) -> Device:
     found: Any = torch.cuda.get_device_properties(device)
     with torch.cuda.device(device):
-        bandwidth = _bandwidth(device, max(_CUDA_COPY, _CACHES * found.L2_cache_size), seconds, _cuda_clock)
+        size = min(max(_CUDA_COPY, _CACHES * found.L2_cache_size), found.total_memory // 8)
+        bandwidth = _bandwidth(device, size, seconds, _cuda_clock)
         with _multiplying_as_convolutions():
             rates = {
                 dtype: _rate(device, dtype, _CUDA_SIDE, seconds, _cuda_clock)

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from resfuse.costs.cost import Kernels, kernel
 from resfuse.costs.operation import Operation, TensorInfo
 
 Pair = tuple[int, int]
@@ -59,6 +60,13 @@ class FusedCall:
         """Inference does not keep z, which the gradient of batch norm's weight needs."""
         return self.conv_weight is not None and not self.training and self.needs_norm
 
+    @property
+    def placing(self) -> Kernels:
+        """What puts a residual of fewer channels into a tensor with all of them: a copy, and zeros."""
+        if self.residual is None or self.residual.bytes == self.dz:
+            return ()
+        return kernel(2 * self.residual.bytes), kernel(self.dz - self.residual.bytes)
+
     def convolution_alone(self) -> FusedCall:
         """What computes z again."""
         return dataclasses.replace(self, residual=None, relu=False, training=False, vectors=0)
@@ -106,7 +114,7 @@ def call_of(operation: Operation, training: bool) -> FusedCall:
         dilation=operation.pair("dilation", 1),
         groups=int(options.get("groups", 1)),
         conv_bias=needs.of("conv_bias", default=bool(options.get("conv_bias", False))),
-        overwrite_residual=bool(options.get("overwrite_residual", False)),
+        overwrite_residual=bool(options.get("overwrite_residual", False)) and activations[-1] == operation.output,
         needs_input=needs.of("input", default=operation.needs_input_grad),
         needs_weight=conv and needs.of("conv_weight", default=operation.needs_parameter_grad),
         needs_norm=needs.of("weight", "bias", default=operation.needs_parameter_grad),

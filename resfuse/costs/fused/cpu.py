@@ -19,7 +19,7 @@ def forward(call: FusedCall, device: Device) -> Kernels:
     if call.name == "add_relu":
         return (kernel(3 * call.dz),)
     if call.conv_weight is None:
-        return (_bn_forward(call),)
+        return (*call.placing, _bn_forward(call))
     return _conv_forward(call, call.conv_weight)
 
 
@@ -38,7 +38,7 @@ def _bn_forward(call: FusedCall) -> Cost:
 def _bn_backward(call: FusedCall) -> Kernels:
     """The sums, with the masked gradient where the residual's is needed, and then that of the input."""
     operands = (2 + call.relu) * call.dz
-    masked = call.dz if call.residual is not None and call.relu else 0
+    masked = call.dz if call.masked_residual else 0
     found = [kernel(operands, masked, call.vectors)]
     if call.needs_dz:
         g = 1 if masked or not call.relu else 2
@@ -48,11 +48,13 @@ def _bn_backward(call: FusedCall) -> Kernels:
 
 def _conv_forward(call: FusedCall, weight: TensorInfo) -> Kernels:
     if call.training:
-        return (*_onto_zeros(call, weight, buffer_pool.SMALLEST), _bn_forward(call))
+        return (*_onto_zeros(call, weight, buffer_pool.SMALLEST), *call.placing, _bn_forward(call))
     if call.residual is None:
         return _onto_zeros(call, weight, cpu_conv.MAPPED_ANEW)
     accumulated = convolution.forward(call.input, weight, call.output)
     accumulated = accumulated._replace(bytes=accumulated.bytes + call.dz + call.vectors)
+    if call.placing:
+        return (*call.placing, accumulated)
     return (accumulated,) if call.overwrite_residual else (kernel(2 * call.dz), accumulated)
 
 

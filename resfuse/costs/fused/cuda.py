@@ -29,8 +29,8 @@ def forward(call: FusedCall, device: Device) -> Kernels:
     if call.name == "add_relu":
         return (kernel(3 * call.dz),)
     if call.conv_weight is None:
-        return (_bn_forward(call, device),)
-    return _conv_forward(call, call.conv_weight, device)
+        return (*call.placing, _bn_forward(call, device))
+    return (*call.placing, *_conv_forward(call, call.conv_weight, device))
 
 
 def backward(call: FusedCall, device: Device) -> Kernels:
