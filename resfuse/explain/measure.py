@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 
 from resfuse.backends import registry
 from resfuse.explain.operators import function_for
@@ -52,7 +52,7 @@ class Stopwatch:
                 torch.set_grad_enabled(self._backward),
             ):
                 runs = self._runs(call)
-                self._known[key] = time_on_gpu(runs) if self._device.type == "cuda" else time_on_cpu(runs)
+                self._known[key] = time_on_gpu(runs, self._device) if self._device.type == "cuda" else time_on_cpu(runs)
         return self._known[key]
 
     def _runs(self, call: Call) -> list[Run]:
@@ -114,15 +114,20 @@ def time_on_cpu(runs: list[Run]) -> float:
     return statistics.median(samples)
 
 
-def time_on_gpu(runs: list[Run]) -> float:
+def time_on_gpu(runs: list[Run], device: torch.device) -> float:
     """Seconds of a run on the GPU: the median over replays of a CUDA graph of all runs, or of queued rounds of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with cuda.device(device):
+        return _time_on_current_gpu(runs)
+
+
+def _time_on_current_gpu(runs: list[Run]) -> float:
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
         for run in runs * _WARMUP:
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    cuda.current_stream().wait_stream(stream)
+    cuda.synchronize()
     replay = _captured(runs)
     if replay is None:  # an operator that can not be captured: its launches, if slow, are in its time
 
@@ -131,25 +136,25 @@ def time_on_gpu(runs: list[Run]) -> float:
                 run()
 
     replay()
-    begins, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(_MOST)] for _ in range(2))
+    begins, ends = ([cuda.Event(enable_timing=True) for _ in range(_MOST)] for _ in range(2))
     for begin, end in zip(begins, ends, strict=True):
         begin.record()
         replay()
         end.record()
-    torch.cuda.synchronize()
+    cuda.synchronize()
     times = [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]  # ms
     return statistics.median(times) / 1e3 / len(runs)
 
 
 def _captured(runs: list[Run]) -> Run | None:
     """All runs as one CUDA graph; None if one of them waits for the GPU, or does something else that is not allowed."""
-    graph = torch.cuda.CUDAGraph()
+    graph = cuda.CUDAGraph()
     with contextlib.suppress(RuntimeError):
-        with torch.cuda.graph(graph):
+        with cuda.graph(graph):
             for run in runs:
                 run()
         return graph.replay
-    torch.cuda.synchronize()
+    cuda.synchronize()
     return None
 
 

@@ -50,9 +50,10 @@ class Tracer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self._mode = FakeTensorMode()
-        self.inputs = fake_inputs(inputs, model, self._mode)
-        """Fake tensors."""
-        self._copy: Copy = copy_without_data(model)
+        with torch.inference_mode(False):
+            self.inputs = fake_inputs(inputs, model, self._mode)
+            """Fake tensors."""
+            self._copy: Copy = copy_without_data(model)
         self.name = type(self._copy.model).__name__
         """The model's class."""
         self._is_fake = False
