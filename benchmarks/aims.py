@@ -8,7 +8,7 @@ from typing import Literal
 
 from benchmarks.labels import label
 from benchmarks.records import Record
-from benchmarks.speeds import GRAPH_TIME, OURS, TIME, Comparison, comparisons, on_gpu
+from benchmarks.speeds import GRAPH_TIME, OURS, TIME, Comparison, on_gpu, runs
 
 MODEL, IMAGE = "resnet50", "3x224x224"
 EAGER, MAX_AUTOTUNE, OPENVINO = "eager_channels_last", "inductor_max_autotune", "openvino"
@@ -88,7 +88,7 @@ class Outcome:
 
 def outcomes(rows: Sequence[Record]) -> list[Outcome]:
     """Every aim against the latest run that measured it."""
-    found = comparisons(rows)
+    found = runs(rows)
     return [Outcome(aim, _measured(aim, found)) for aim in AIMS]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import presets
 from benchmarks.cases import make_cases
-from benchmarks.providers import DEFAULT, PROVIDERS, Setting
+from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.providers.base import Level, Mode
 
 # Seconds, roughly: on a CPU of few cores, and on a GPU of a server, where compilers try more.
@@ -66,7 +66,7 @@ def extent(
     settings = [Setting(mode, dtype, device, torch.get_num_threads(), level=level) for dtype in dtypes]
     able = [
         name
-        for name in providers or DEFAULT
+        for name in providers or preset.providers
         for setting in settings
         if PROVIDERS[name].unavailable_reason(setting) is None
     ]

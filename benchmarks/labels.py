@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from benchmarks.records import Conditions, Record
-from benchmarks.speeds import Ceilings, is_ours
+from benchmarks.roofs import Ceilings
+from benchmarks.speeds import is_ours
 
 LABELS = {
     "eager_nchw": "eager NCHW",

@@ -14,8 +14,8 @@ from benchmarks import records
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
 from benchmarks.records import CEILINGS, Conditions, Record
 
-TIME, GRAPH_TIME, FAILED = "time", "graph_time", "failed"
-"""Metrics: seconds per call, the same by replaying a CUDA graph, and that a provider failed or was wrong."""
+TIME, GRAPH_TIME, LEFT_OUT = "time", "graph_time", "left_out"
+"""Metrics: seconds per call; the same by replaying a CUDA graph; 1 for a provider that failed or was wrong."""
 OURS = "resfuse"
 """The provider whose speed is in question: the automatic choice of backends."""
 BASELINES = (BASELINE_CHANNELS_LAST, BASELINE)
@@ -95,33 +95,6 @@ class Comparison:
         return self.speed(OURS, self.best_peer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What a machine reached in a run: no operation can be faster than these let it."""
-
-    bandwidth: float
-    """B/s of a large copy, bytes read and written; 0 where it was not measured."""
-    rates: Mapping[str, float]
-    """FLOP/s of a large matrix product, by dtype."""
-
-    def attainable(self, intensity: float, dtype: str) -> float:
-        """FLOP/s at so many FLOPs per byte."""
-        return min(self.rates[dtype], self.bandwidth * intensity)
-
-
-def ceilings(rows: Iterable[Record], conditions: Conditions) -> Ceilings:
-    """Those of one run: the same machine, the same beginning."""
-    mine = [row for row in rows if row.level == CEILINGS and _run(row.conditions) == _run(conditions)]
-    return Ceilings(
-        bandwidth=next((row.p50 for row in mine if row.unit == "B/s"), 0.0),
-        rates={row.dtype: row.p50 for row in mine if row.unit == "FLOP/s"},
-    )
-
-
-def _run(conditions: Conditions) -> tuple[object, ...]:
-    return conditions.device, conditions.threads, conditions.date
-
-
 def on_gpu(conditions: Conditions) -> bool:
     """Whether the device that rows are of is a GPU; told by its name."""
     return conditions.device.startswith(GPUS)
@@ -166,18 +139,22 @@ def comparisons(rows: Sequence[Record]) -> list[Comparison]:
 
     Runs that took times and runs that took something else, such as memory, do not replace each other.
     """
+    latest: dict[tuple[object, ...], Comparison] = {}
+    for one in runs(rows):
+        key = (*one.first.case, bool(one.times))
+        if key not in latest or latest[key].first.conditions.date <= one.first.conditions.date:
+            latest[key] = one
+    return list(latest.values())
+
+
+def runs(rows: Sequence[Record]) -> list[Comparison]:
+    """One for each run of each case, in their order."""
     grouped: dict[tuple[object, ...], dict[str, dict[str, Record]]] = {}
     for row in rows:
         if row.level != CEILINGS:
             key = (row.level, row.name, row.mode, row.shape, row.dtype, row.conditions)
             grouped.setdefault(key, {}).setdefault(row.provider, {})[row.metric] = row
-    latest: dict[tuple[object, ...], Comparison] = {}
-    for providers in grouped.values():
-        one = Comparison(next(iter(next(iter(providers.values())).values())), providers)
-        key = (*one.first.case, bool(one.times))
-        if key not in latest or latest[key].first.conditions.date <= one.first.conditions.date:
-            latest[key] = one
-    return list(latest.values())
+    return [Comparison(next(iter(next(iter(found.values())).values())), found) for found in grouped.values()]
 
 
 def views(found: Iterable[Comparison]) -> list[Comparison]:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks import aims, labels, options, plots, speeds
-from benchmarks.labels import number_text, ratio_text
-from benchmarks.markdown import table
-from benchmarks.records import CEILINGS, Record
-from benchmarks.speeds import OURS, Comparison
+from benchmarks import options, plots, speeds
+from benchmarks.records import Record
+from benchmarks.result_page import page
 
 PAGE = "report.md"
-LONGEST = 20
-"""Lines of the list of layers that are behind."""
-RESTLESS = 0.15
-"""A spread over which a measurement says more about the machine than about what was measured."""
-
-
-class Behind(NamedTuple):
-    """A layer on which some peer is faster than resfuse."""
-
-    one: Comparison
-    peer: str
-    lost: float
-    """Seconds, in all places of the network where this layer is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write page and plots; 1 where the folder has no results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summary", description=options.summary(__doc__))
-    parser.add_argument("folder", nargs="?", type=Path, default=options.RESULTS, help="default %(default)s")
+    parser.add_argument(
+        "folder", nargs="*", type=Path, default=[options.RESULTS],
+        help=f"where CSV files are; the first one gets {PAGE} (default {options.RESULTS})",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         written = write(args.folder)
@@ -46,18 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(folder: Path) -> list[Path]:
-    """Draw all plots of a folder's CSV files, and write the page that shows them; what was written, the page last.
+def write(folders: Sequence[Path]) -> list[Path]:
+    """Draw all plots of some folders' CSV files, and write the page that shows them into the first of the folders.
 
     Without matplotlib there are no plots, and the page says so.
 
+    Returns:
+        What was written, the page last.
+
     Raises:
-        ValueError: the folder has no CSV file of the benchmarks, or one that can not be read.
+        ValueError: there is no CSV file of the benchmarks in one of them, or one that can not be read.
     """
-    files = speeds.result_files(folder) if folder.is_dir() else []
-    if not files:
-        raise ValueError(f"{folder} has no CSV files that the benchmarks wrote")
-    tables = {path: speeds.read_all([path]) for path in files}
+    tables: dict[Path, list[Record]] = {}
+    for folder in folders:
+        files = speeds.result_files(folder) if folder.is_dir() else []
+        if not files:
+            raise ValueError(f"{folder} has no CSV files that the benchmarks wrote")
+        tables |= {path: speeds.read_all([path]) for path in files}
     drawn: list[Path] = []
     remark = ""
     try:
@@ -65,142 +56,10 @@ def write(folder: Path) -> list[Path]:
             drawn += plots.draw(rows, path)
     except ImportError as error:
         remark = f"Plots were left out: {error}."
-    path = folder / PAGE
-    path.write_text(page([row for rows in tables.values() for row in rows], drawn, remark))
+    path = folders[0] / PAGE
+    links = [os.path.relpath(plot, folders[0]) for plot in drawn]
+    path.write_text(page([row for rows in tables.values() for row in rows], links, remark))
     return [*drawn, path]
-
-
-def page(rows: Sequence[Record], drawn: Sequence[Path] = (), remark: str = "") -> str:
-    """The page, in Markdown."""
-    found = speeds.by_level(speeds.comparisons(rows))
-    parts = ["# What the benchmarks say", *_aims(rows), *_machines(rows), *_levels(found), *_behind(found)]
-    if drawn or remark:
-        parts += ["## Plots", *filter(None, [remark]), *(f"![{path.stem}]({path.name})" for path in drawn)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _aims(rows: Sequence[Record]) -> list[str]:
-    lines = [[outcome.aim.text, outcome.text, f"**{outcome.verdict}**"] for outcome in aims.outcomes(rows)]
-    return ["## Aims, ResNet-50 at 224x224", table(["aim", "measured", ""], lines, left=1)]
-
-
-def _machines(rows: Sequence[Record]) -> list[str]:
-    parts = ["## Machines"]
-    measured = [row for row in rows if row.level != CEILINGS]
-    for device, threads in dict.fromkeys((row.conditions.device, row.conditions.threads) for row in measured):
-        mine = [row for row in measured if (row.conditions.device, row.conditions.threads) == (device, threads)]
-        parts.append(f"{labels.conditions_text(mine)}.")
-        runs = dict.fromkeys(row.conditions for row in mine)
-        ceilings = dict.fromkeys(text for run in runs if (text := labels.ceilings_text(speeds.ceilings(rows, run))))
-        if ceilings:
-            when = "the run" if len(ceilings) == 1 else "each run"
-            parts.append(f"Ceilings, measured in {when}: {' | '.join(ceilings)}.")
-        times = [row for row in mine if row.metric in (speeds.TIME, speeds.GRAPH_TIME)]
-        restless = sum((row.p80 - row.p20) / row.p50 > RESTLESS for row in times)
-        if restless:
-            parts.append(
-                f"The spread is over {RESTLESS:.0%} in {restless} of {len(times)} times: their ratios say little."
-            )
-        parts += _failures(mine)
-    return parts
-
-
-def _failures(rows: Sequence[Record]) -> list[str]:
-    failed = Counter(row.provider for row in rows if row.metric.endswith(speeds.FAILED))
-    names = ", ".join(f"{labels.label(provider)} ({count})" for provider, count in failed.items())
-    return [f"Failed, or wrong and therefore not timed, in so many cases: {names}."] if failed else []
-
-
-def _levels(found: Sequence[Comparison]) -> Iterator[str]:
-    """A chapter for each level, mode, dtype and machine."""
-    timed = [view for view in speeds.views(found) if view.times]
-    for key in dict.fromkeys(_chapter(one) for one in timed):
-        level, mode, dtype, device, threads, graphed = key
-        yield f"## {level.capitalize()}s, {mode}, {dtype}{', CUDA graphs' * graphed}, {device}, {threads} threads"
-        chapter = [one for one in timed if _chapter(one) == key]
-        yield _everyone(chapter) if level == "model" else _against_best(chapter)
-        ours = [one for one in chapter if OURS in one.times]
-        if len(ours) > 1:
-            eager = speeds.geometric_mean(one.speed(OURS, one.base) for one in ours)
-            peer = speeds.geometric_mean(one.against_best_peer() for one in ours)
-            yield (
-                f"Geometric mean of {len(ours)}: resfuse has {ratio_text(eager)} the speed of eager, and "
-                f"{ratio_text(peer)} that of the best peer."
-            )
-
-
-def _chapter(one: Comparison) -> tuple[str, str, str, str, int, bool]:
-    first = one.first
-    return first.level, first.mode, first.dtype, first.conditions.device, first.conditions.threads, one.graphed
-
-
-def _everyone(chapter: Sequence[Comparison]) -> str:
-    """Milliseconds of all providers."""
-    providers = labels.ordered(provider for one in chapter for provider in one.times)
-    head = ["ms", "batch", *map(labels.label, providers), "vs eager", "vs best peer", "roofline"]
-    lines = []
-    for one in chapter:
-        medians = [one.median(provider) for provider in providers]
-        times = ["-" if median is None else number_text(median * 1e3) for median in medians]
-        lines.append([f"{one.first.name} {one.image}", str(one.batch), *times, *_ratios(one)])
-    return table(head, lines)
-
-
-def _against_best(chapter: Sequence[Comparison]) -> str:
-    """resfuse and the fastest of its peers."""
-    scale, unit = labels.time_unit(row.p50 for one in chapter for row in one.times.values())
-    head = [unit, "input", "eager", "best peer", "its time", "resfuse", "vs eager", "vs best peer", "roofline"]
-    lines = []
-    for one in chapter:
-        medians = [one.median(provider or "") for provider in (one.base, one.best_peer, OURS)]
-        eager, peer, ours = ("-" if median is None else number_text(median * scale) for median in medians)
-        name = labels.label(one.best_peer) if one.best_peer else "-"
-        lines.append([one.first.name, one.first.shape, eager, name, peer, ours, *_ratios(one)])
-    return table(head, lines, left=2)
-
-
-def _ratios(one: Comparison) -> list[str]:
-    fraction = one.times[OURS].roofline if OURS in one.times else None
-    ratios = [ratio_text(one.speed(OURS, one.base)), ratio_text(one.against_best_peer())]
-    return [*ratios, f"{fraction:.0%}" if fraction else "-"]
-
-
-def behind(found: Sequence[Comparison]) -> list[Behind]:
-    """The layers on which a peer is faster, the most time lost first; by graphs, where they were captured."""
-    slower = []
-    for one in (comparison.views[-1] for comparison in found):
-        peer, speed = one.best_peer, one.against_best_peer()
-        if one.first.level == "layer" and peer and speed and speed < 1:
-            each = one.times[OURS].p50 - one.times[peer].p50
-            slower.append(Behind(one, peer, each * occurrences(one.first.name)))
-    return sorted(slower, key=lambda entry: -entry.lost)
-
-
-def occurrences(name: str) -> int:
-    """How often a network has a layer: 3 for "resnet50 layer1.0.conv2 x3"."""
-    count = re.search(r" x(\d+)$", name)
-    return int(count[1]) if count else 1
-
-
-def _behind(found: Sequence[Comparison]) -> list[str]:
-    layers = [one for one in found if one.first.level == "layer" and one.against_best_peer()]
-    if not layers:
-        return []
-    title = "## Layers on which a peer is faster"
-    slower = behind(layers)
-    if not slower:
-        return [title, f"None of {len(layers)}."]
-    lines = []
-    for one, peer, lost in slower[:LONGEST]:
-        times = (one.times[OURS].p50, one.times[peer].p50, lost)
-        first = one.first
-        texts = [number_text(seconds * 1e6) for seconds in times]
-        what = f"{first.mode}, {first.dtype}, batch {one.batch}"
-        lines.append([first.name, what, labels.label(peer), *texts, *_ratios(one)[1:]])
-    head = ["layer", "", "best peer", "resfuse us", "peer us", "lost us, all places", "vs best peer", "roofline"]
-    said = f"{len(slower)} of {len(layers)}"
-    said += f"; the {LONGEST} that lose most" if len(slower) > LONGEST else ""
-    return [title, f"{said}:", table(head, lines, left=3)]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import aims, labels, markdown, plots, records, report, speeds, summary
+from benchmarks import aims, labels, markdown, plots, records, report, result_page, roofs, speeds, summary
 from benchmarks.records import ROOT, Record
 from tests import made_up_results as made_up
 
@@ -69,12 +69,12 @@ class TestSpeeds:
         rows = made_up.ceilings() + [
             dataclasses.replace(row, p50=row.p50 / 2) for row in made_up.ceilings(other)
         ]  # fmt: skip
-        assert speeds.ceilings(rows, made_up.GPU).bandwidth == made_up.BANDWIDTH
-        assert speeds.ceilings(rows, other).rates == {"bfloat16": made_up.RATE / 2}
-        roof = speeds.ceilings(rows, made_up.GPU)
+        assert roofs.ceilings(rows, made_up.GPU).bandwidth == made_up.BANDWIDTH
+        assert roofs.ceilings(rows, other).rates == {"bfloat16": made_up.RATE / 2}
+        roof = roofs.ceilings(rows, made_up.GPU)
         assert roof.attainable(1.0, "bfloat16") == made_up.BANDWIDTH
         assert roof.attainable(1e6, "bfloat16") == made_up.RATE
-        assert speeds.ceilings(rows, made_up.CPU) == speeds.Ceilings(0.0, {})
+        assert roofs.ceilings(rows, made_up.CPU) == roofs.Ceilings(0.0, {})
 
     def test_geometric_mean(self) -> None:
         assert speeds.geometric_mean([0.5, None, 2.0]) == pytest.approx(1.0)
@@ -209,6 +209,13 @@ class TestAims:
         latency = next(text for text in found if "0.20 ms" in text)
         assert found[latency] == ("-", "not measured")  # only by calls, not by graphs
 
+    def test_every_run_can_tell(self) -> None:
+        """A later run without the peer does not take the result away."""
+        later = dataclasses.replace(made_up.CPU, date="2027-01-01")
+        rows = made_up.case({"openvino": 2.0, "resfuse": 1.9}, 1.0)
+        rows += made_up.case({"eager_nchw": 1.0, "resfuse": 5.0}, 1.0, conditions=later)
+        assert "0.95x" in {text for text, _ in self.outcome(rows).values()}
+
     @pytest.mark.parametrize(("seconds", "verdict"), [(0.15e-3, "met"), (0.25e-3, "missed")])
     def test_latency_is_that_of_graphs(self, seconds: float, verdict: str) -> None:
         subject = {"shape": "1x3x224x224", "dtype": "bfloat16", "conditions": made_up.GPU, "metric": "graph_time"}
@@ -227,33 +234,34 @@ class TestPage:
     def test_layers_on_which_a_peer_is_faster(self) -> None:
         rows = made_up.layers(6)
         rows = [dataclasses.replace(row, name=row.name + " x3") if row.name.endswith("layer0") else row for row in rows]
-        slower = summary.behind(speeds.comparisons(rows))
+        slower = result_page.behind(speeds.comparisons(rows))
         assert [entry.one.first.name for entry in slower] == ["resnet50 layer0 x3", "resnet50 layer3"]
         assert {entry.peer for entry in slower} == {"tensorrt"}
         most = slower[0]
         each = most.one.times["resfuse"].p50 - most.one.times["tensorrt"].p50
         assert most.lost == pytest.approx(3 * each)
-        page = summary.page(rows)
-        assert "2 of 6:" in page
-        assert "| resnet50 layer0 x3 | inference, bfloat16, batch 128 | TensorRT | 10 | 8 | 6 | 0.80x | 50% |" in page
+        text = result_page.page(rows)
+        assert "2 of 6:" in text
+        assert "| resnet50 layer0 x3 | inference, bfloat16, batch 128 | TensorRT | 10 | 8 | 6 | 0.80x | 50% |" in text
 
     def test_graphs_decide_where_there_are_any(self) -> None:
         rows = made_up.layers(2)
         captured = graphs([row for row in rows if row.provider != "tensorrt" and row.level == "layer"], 10.0)
-        assert summary.behind(speeds.comparisons(rows))
-        assert not summary.behind(speeds.comparisons(rows + captured))
-        assert "None of 2." in summary.page(rows + captured)
+        assert result_page.behind(speeds.comparisons(rows))
+        assert not result_page.behind(speeds.comparisons(rows + captured))
+        assert "None of 2." in result_page.page(rows + captured)
 
     def test_it_tells_machines_ceilings_means_and_failures(self) -> None:
-        failed = made_up.row("cudnn_graph", 1.0, metric="failed", unit="1", level="layer", conditions=made_up.GPU)
+        failed = made_up.row("cudnn_graph", 1.0, metric="left_out", unit="1", level="layer", conditions=made_up.GPU)
+        idle = dataclasses.replace(failed, provider="tensorrt", p50=0.0)  # which had nothing to offer
         wide = dataclasses.replace(made_up.row("eager_nchw", 1.0, shape="2x3x224x224"), p80=2.0)
-        page = summary.page([*made_up.layers(3), failed, *made_up.case(CPU_SPEEDS, 1.0), wide])
-        assert "Ceilings, measured in the run: 4000 GB/s; bfloat16 800 TFLOP/s." in page
-        assert "cuDNN graph (1)" in page
-        assert "The spread is over 15% in 1 of 6 times" in page
+        text = result_page.page([*made_up.layers(3), failed, idle, *made_up.case(CPU_SPEEDS, 1.0), wide])
+        assert "Ceilings, measured in the run: 4000 GB/s; bfloat16 800 TFLOP/s." in text
+        assert "in so many cases: cuDNN graph (1)." in text
+        assert "The spread is over 15% in 1 of 6 times" in text
         mean = (0.8 * 1.2 * 1.2) ** (1 / 3)
-        assert f"{mean:.2f}x that of the best peer" in page
-        assert "## Models, inference, float32, a processor, 2 threads" in page
+        assert f"{mean:.2f}x that of the best peer" in text
+        assert "## Models, inference, float32, a processor, 2 threads" in text
 
     def test_files(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         records.update(tmp_path / "model-inference.csv", made_up.case(CPU_SPEEDS, 1.0))
@@ -268,9 +276,20 @@ class TestPage:
         assert "Plots were left out: No module named 'matplotlib'." in (tmp_path / "report.md").read_text()
         pytest.importorskip("matplotlib")
         assert summary.main([str(tmp_path)]) == 0
-        assert "![model-inference](model-inference.png)" in (tmp_path / "report.md").read_text()
+        assert "](model-inference.png)" in (tmp_path / "report.md").read_text()
         assert (tmp_path / "model-inference.png").exists()
         assert str(tmp_path / "report.md") in capsys.readouterr().out
+
+    def test_several_folders(self, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib")
+        first, second = tmp_path / "first", tmp_path / "second"
+        records.update(first / "model-inference.csv", made_up.case(CPU_SPEEDS, 1.0))
+        records.update(second / "layer-inference.csv", made_up.layers(2))
+        assert summary.write([first, second])[-1] == first / "report.md"
+        page = (first / "report.md").read_text()
+        assert "## Layers, inference" in page
+        assert "](../second/layer-inference-roofline.png)" in page
+        assert (second / "layer-inference-roofline.png").exists()
 
     def test_a_bare_machine_gets_its_page(self, tmp_path: Path) -> None:
         """Without rich and matplotlib, as a GPU server may be."""

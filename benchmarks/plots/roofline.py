@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from benchmarks import labels
 from benchmarks.plots import style
 from benchmarks.records import Record
-from benchmarks.speeds import OURS, Ceilings, Comparison, ceilings, comparisons
+from benchmarks.roofs import Ceilings, ceilings
+from benchmarks.speeds import OURS, Comparison, comparisons
 
 LEVELS = ("layer", "block", "op")
 NAMED = 3

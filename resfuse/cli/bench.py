@@ -68,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured, and how long it takes")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files (default %(default)s)")
     parser.add_argument(
-        "--report", nargs="?", type=Path, const=True, metavar="FOLDER",
-        help="measure nothing: draw plots and write report.md from the CSV files of FOLDER (default: that of --output)",
+        "--report", nargs="*", type=Path, metavar="FOLDER",
+        help="measure nothing: from the CSV files in all these, draw plots, and write report.md into the first "
+        "(default: the folder of --output)",
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         print(MISSING, file=sys.stderr)
         return 1
     if args.report is not None:
-        return _benchmark("summary", [str(args.output if args.report is True else args.report)])
+        return _benchmark("summary", [str(folder) for folder in args.report or [args.output]])
     runs = plan(args)
     try:
         _announce(runs, args)
