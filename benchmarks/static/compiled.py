@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
-from benchmarks import cubin, cuda_resources
+from benchmarks import cubin
 from benchmarks.static.table import TABLE, Row
 from resfuse import _build, _extension
 
+LIBRARY = Path(_build.__file__).with_name("_cuda.abi3.so")
 TRITON_TABLE = TABLE.parent / "triton" / "resources.csv"
 BATCH = 32
 
 
+def rich_reason() -> str | None:
+    """The scripts whose functions are used here print tables."""
+    return None if importlib.util.find_spec("rich") else "rich is not installed"
+
+
 def library_reason() -> str | None:
     """Why the built CUDA library can not tell, or None."""
+    if rich_reason():
+        return rich_reason()
     info = _extension.build_info()
     if info.get("debug"):
         return "the library was built with DEBUG=1"
     if info.get("arch_list", _build.DEFAULT_ARCH_LIST) != _build.DEFAULT_ARCH_LIST:
         return f"the library was built for {info['arch_list']}"
-    if not cuda_resources.LIBRARY.is_file():
-        return f"{cuda_resources.LIBRARY.name} is not built"
+    if not LIBRARY.is_file():
+        return f"{LIBRARY.name} is not built"
     if not cubin.tool():
         return "cuobjdump is not here: neither Triton's wheel nor a CUDA toolkit has it"
     return None if cubin.demangler() else "c++filt is not here, nor LLVM's"
@@ -30,7 +40,9 @@ def library_reason() -> str | None:
 
 def of_the_library(group: str, toolchain: str, arch: int) -> list[Row]:
     """Registers of every kernel for one architecture, and the bytes of local memory of all."""
-    codes = [code for code in cubin.codes(cuda_resources.LIBRARY) if code.arch == arch]
+    from benchmarks import cuda_resources
+
+    codes = [code for code in cubin.codes(LIBRARY) if code.arch == arch]
     names = ["".join(cuda_resources.split_name(name)) for name in cubin.demangled(code.name for code in codes)]
     named = sorted(zip((name.replace(" ", "") for name in names), codes, strict=True), key=lambda pair: pair[0])
     spilling = [f"{name} {code.stack}" for name, code in named if code.stack]

@@ -76,7 +76,9 @@ def _registers(capability: int) -> tuple[Group, ...]:
     triton = functools.partial(compiled.of_triton, capability=capability)
     return (
         Group(f"registers cuda sm_{capability}", library, compiled.library_reason, nvcc_release),
-        Group(f"registers triton sm_{capability}", triton, _triton_reason, _nothing),
+        Group(
+            f"registers triton sm_{capability}", triton, lambda: _triton_reason() or compiled.rich_reason(), _nothing
+        ),
     )
 
 
