@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def tables_of(path: Path) -> dict[str, str]:
     """The tables that a page has, by name."""
-    return {found[2]: found[0][len(found[1]) : -len(found[3])] for found in _TABLE.finditer(path.read_text())}
+    return {found[2]: found[3].strip("\n") for found in _TABLE.finditer(path.read_text())}
 
 
 def write(path: Path, tables: Mapping[str, str]) -> None:
@@ -21,9 +21,10 @@ def write(path: Path, tables: Mapping[str, str]) -> None:
     Raises:
         ValueError: the page has no place for one of them; nothing is written then.
     """
-    missing = tables.keys() - tables_of(path).keys()
+    found = tables_of(path)
+    missing = tables.keys() - found.keys()
     if missing:
         raise ValueError(f"{path} has no <!-- table: ... --> for {', '.join(sorted(missing))}")
-    kept = tables_of(path) | tables
-    path.write_text(_TABLE.sub(lambda found: found[1] + kept[found[2]] + found[3], path.read_text()))
+    found |= tables
+    path.write_text(_TABLE.sub(lambda part: f"{part[1]}\n{found[part[2]]}\n{part[4]}", path.read_text()))
     print(f"Wrote {path}", file=sys.stderr)

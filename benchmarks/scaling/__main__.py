@@ -42,10 +42,8 @@ def table(profile: Profile, batch: int, gpus: Sequence[int], cluster: Cluster, s
     """
     found = [estimate(profile, batch, n, cluster, 1 if sync_group is None else sync_group or n) for n in gpus]
     first = found[0]
-    title = (
-        f"{first.reduced / 1e6:.1f} MB of gradients in {first.buckets} buckets: milliseconds; data; minutes for {EPOCHS} "
-        "epochs of ImageNet"
-    )
+    gradients = f"{first.reduced / 1e6:.1f} MB of gradients in {first.buckets} buckets"
+    title = f"{gradients}: milliseconds; data; minutes for {EPOCHS} epochs of ImageNet"
     columns = ("GPUs", "reduce", "exposed", "SyncBN", "step", "effic.", "k img/s", "GB/s", "min")
     return Table(title, columns, tuple(_row(one) for one in found))
 
