@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resfuse
+from benchmarks.launches import count_launches
 from resfuse import costs
 from resfuse.backends import cuda, cuda_conv, triton
 from resfuse.costs import Device, Operation, TensorInfo
@@ -49,7 +50,8 @@ class Run:
         self.vectors += [torch.ones(channels, device=device).requires_grad_() for _ in range(2)]
         self.residual = ones(tuple(z.shape), device).requires_grad_() if with_residual or name == "add_relu" else None
         activations = [self.input] if self.residual is None else [self.input, self.residual]
-        parameters = [self.weight, *self.vectors] if name == "conv_bn_act" else self.vectors
+        vectors = [] if name == "add_relu" else self.vectors
+        parameters = [self.weight, *vectors] if name == "conv_bn_act" else vectors
         self.operation = Operation(
             "", name, tuple(map(described, activations)), tuple(map(described, parameters)), described(z),
             {**self.conv, "relu": True, "training": training},
@@ -70,7 +72,7 @@ class Run:
             wanted += self.vectors[2:]
         if self.name == "conv_bn_act":
             wanted.append(self.weight)
-        return torch.autograd.grad(output, wanted, grad_output)
+        return torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
 
     def modelled(self, backend: str, device: Device, least: int = 0) -> tuple[int, int]:
         """Launches of forward and backward, without the addition where the residual's path meets the other one.
@@ -112,7 +114,7 @@ def unsplit_gradients() -> Iterator[None]:
 
     with ExitStack() as stack:
         for kind in ("dgrad", "wgrad"):
-            stack.enter_context(configs.forced(kind, ConvConfig(64, 32, 16, 4, 2)))
+            stack.enter_context(configs.forced(kind, ConvConfig(128, 128, 16, 8, 2)))
         yield
 
 
@@ -131,6 +133,52 @@ def test_triton(name: str, case: str, training: bool) -> None:
             run.backward(output, torch.ones_like(output))
         found = tuple(len([name for name, _ in itertools.groupby(names)]) for names in (first, second))
         assert run.modelled("triton", CPU) == found
+
+
+class Traffic:
+    """Bytes that interpreted kernels load and store."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.bytes = 0
+        for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2)):
+            monkeypatch.setattr(InterpreterBuilder, name, self._counting(getattr(InterpreterBuilder, name), mask_at))
+
+    def _counting(self, access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+        def counted(builder: Any, pointers: Any, *args: Any) -> Any:
+            itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            self.bytes += int(args[mask_at - 1].data.sum()) * itemsize
+            return access(builder, pointers, *args)
+
+        return counted
+
+    def of(self, run: Callable[[], Any]) -> int:
+        self.bytes = 0
+        run()
+        return self.bytes
+
+
+@pytest.mark.skipif(not triton.INTERPRETED or triton.unavailable_reason() is not None, reason="of the interpreter")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["bn_act", "add_relu", "conv_bn_act"])
+def test_bytes_of_triton(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels load and store, where every operand fits a tile: no tile then reads one again."""
+    run = Run(name, "1x1 and residual", training)
+    traffic = Traffic(monkeypatch)
+    options: Any = {"training": training, "backend": "triton", "device": CPU}
+    with unsplit_gradients(), resfuse.use_backend("triton"):
+        outputs: list[Tensor] = []
+        forward = traffic.of(lambda: outputs.append(run.forward()))
+        grad_output = torch.ones_like(outputs[0])
+        backward = traffic.of(lambda: run.backward(outputs[0], grad_output))
+        z = run.operation.output.bytes
+        modelled = costs.forward_cost(run.operation, **options).bytes
+        if name == "conv_bn_act" and training:
+            modelled += z  # two launches here: it does not stay in registers
+        assert forward == pytest.approx(modelled, rel=0.03)
+        modelled = costs.backward_cost(run.operation, **options).bytes - 3 * z  # without what is autograd's to add
+    assert backward == pytest.approx(modelled, rel=0.03)
 
 
 # --- cuda ------------------------------------------------------------------------------------------------------------
@@ -229,3 +277,40 @@ def test_cpu_and_reference(name: str, case: str, training: bool, backend: str) -
             run.backward(output, grad_output)
     found = len(first.names), len(second.names)
     assert found == run.modelled(backend, CPU, least=SMALLEST_ACTIVATION), (first.names, second.names)
+
+
+# --- a GPU -----------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(call: Callable[[], object]) -> int:
+    call()  # compiles, fills caches
+    found = count_launches(call, torch.device("cuda"))
+    if found is None:
+        pytest.skip("the profiler records no kernels here")
+    return found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("backend", sorted({"cuda", "triton"} & set(resfuse.available_backends())))
+@runs
+def test_on_a_gpu(name: str, case: str, training: bool, backend: str) -> None:
+    """All kernels that the profiler sees; of cuDNN's gradients there may be more than one each."""
+    gpu: Any = torch.cuda.get_device_properties(0)
+    device = Device(
+        gpu.name, "cuda", 1e12, {torch.float32: 1e12}, gpu.total_memory, 0, "made up", (gpu.major, gpu.minor),
+        gpu.multi_processor_count, gpu.shared_memory_per_block_optin,
+    )  # fmt: skip
+    run = Run(name, case, training, "cuda")
+    forward, backward = run.modelled(backend, device)
+    with resfuse.use_backend(backend):
+        with torch.no_grad():
+            assert kernels_of(run.forward) == forward
+        if not training and name != "add_relu":
+            return  # where gradients are wanted, inference also launches what is per channel
+        output = run.forward()
+        found = kernels_of(lambda: run.backward(output, torch.ones_like(output)))
+    found -= 1  # the ones
+    if backend == "cuda" and name == "conv_bn_act":
+        assert found >= backward
+    else:
+        assert found == backward

@@ -28,10 +28,11 @@ from resfuse.costs.operation import Operation, TensorInfo
 
 ACTIVATIONS = (
     "relu", "relu6", "leaky_relu", "sigmoid", "silu", "gelu", "tanh", "hardswish", "hardsigmoid", "hardtanh", "clamp",
+    "softmax", "log_softmax",
 )  # fmt: skip
 VIEWS = (
     "flatten", "view", "reshape", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze", "slice", "narrow",
-    "select", "chunk", "split", "expand", "detach", "alias", "identity", "getitem",
+    "select", "chunk", "split", "expand", "expand_as", "detach", "alias", "identity", "getitem",
 )  # fmt: skip
 COPIES = ("clone", "contiguous", "to", "_to_copy", "copy")
 
@@ -101,5 +102,6 @@ FORMULAS = {
     "mul": mul,
     "dropout": dropout,
     "cat": cat,
+    "stack": cat,
     "pad": pad,
 }

@@ -51,5 +51,6 @@ FORMULAS = {
     "avg_pool2d": average,
     "adaptive_avg_pool2d": average,
     "mean": average,
+    "sum": average,
     "linear": linear,
 }

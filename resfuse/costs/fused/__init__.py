@@ -20,7 +20,8 @@ In brackets stands what is read again only as far as it has not stayed on the ch
 shared memory, with `triton` in the registers of a conv_bn_act whose programs have one tile each, with `cpu` nowhere.
 Without a residual there is no g; without a ReLU neither y nor g.  What L2 saves beyond that is not counted, nor what a
 tile reads again of x or w: each operand of a launch counts once.  On the backend `reference` every ATen operator counts
-for itself.  Activations are taken to lie in channels_last memory.
+for itself.  Activations are taken to lie in channels_last memory, and inference to run without gradients: where they
+are wanted, it also launches 1 / sqrt(variance + eps) and two copies, all per channel.
 """
 
 from __future__ import annotations
