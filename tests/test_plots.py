@@ -51,6 +51,18 @@ def test_many_cases_are_lines_of_dots() -> None:
     assert not panel.dotted
 
 
+def test_saved_bytes_are_compared_at_one_batch() -> None:
+    rows = [
+        made_up.row(provider, size * batch, metric="saved_bytes", unit="B", mode="train", shape=f"{batch}x3x32x32")
+        for batch in (8, 2, 4)
+        for provider, size in {"eager_channels_last": 10.0, "resfuse": 8.0}.items()
+    ]
+    (panel,) = ratios.panels(rows)
+    assert list(panel.groups) == ["resnet50\nbatch 8"]
+    assert panel.groups["resnet50\nbatch 8"]["resfuse"].p50 == pytest.approx(0.8)
+    assert "lower is better" in panel.label
+
+
 def test_the_roof_is_that_of_the_run() -> None:
     rows = made_up.layers(6)
     (panel,) = roofline.panels(rows)
@@ -77,6 +89,9 @@ def test_lines_over_the_batch() -> None:
     (memory,) = batches.memory_charts(rows)
     assert memory.lines["inductor", "-"][256] == pytest.approx((0.5 + 0.09 * 256) * 0.8)
     assert memory.lines["inductor", ":"][256] == pytest.approx((0.5 + 0.09 * 256) * 0.8 * 0.95)
+    resident = [dataclasses.replace(row, conditions=made_up.CPU) for row in rows]  # the process, libraries and all
+    assert batches.memory_charts(resident) == []
+    assert batches.memory_charts([row for row in resident if row.metric != "time"])  # tensors, counted
     two = [row for row in rows if row.shape.startswith(("1x", "8x"))]
     assert batches.latency_charts(two) == batches.memory_charts(two) == []
 
@@ -116,7 +131,7 @@ def test_conditions_are_told_once() -> None:
     [
         (made_up.case(made_up.SPEEDS, 1.0) + made_up.case(made_up.SPEEDS, 1.0, dtype="bfloat16"), [""]),
         (made_up.layers(23), ["", "-roofline"]),
-        (made_up.sweep(), ["", "-latency", "-memory"]),
+        (made_up.sweep(), ["", "-latency", "-peak"]),
         ([made_up.row("resfuse", 1.0)], []),
     ],
     ids=["models", "layers", "batches", "nothing"],

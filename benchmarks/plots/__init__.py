@@ -5,7 +5,7 @@
 - `<file>.png`: ratios to eager PyTorch;
 - `<file>-roofline.png`: FLOP/s against FLOPs per byte;
 - `<file>-latency.png`: time per step and images per second against the batch;
-- `<file>-memory.png`: peak memory of a training step against the batch.
+- `<file>-peak.png`: peak memory of a training step against the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS: dict[str, Callable[[Sequence[Record], Path], bool]] = {
     "": ratios.draw,
     "-roofline": roofline.draw,
     "-latency": batches.draw_latency,
-    "-memory": batches.draw_memory,
+    "-peak": batches.draw_memory,
 }
 """By what is added to a file's name."""
 

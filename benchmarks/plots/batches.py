@@ -39,8 +39,8 @@ def draw_memory(rows: Sequence[Record], path: Path) -> bool:
     """Write the peak memory of a training step against the batch; False where too few batches were measured."""
     charts = memory_charts(rows)
     note = "Peak memory of a training step; dotted lines are predictions from what is saved for backward."
-    if any(row.metric == "peak_memory" and not on_gpu(row.conditions) for row in rows):
-        note += " On a CPU it is the resident set of the process, libraries included."
+    if not all(on_gpu(row.conditions) for row in rows):
+        note += " On a CPU it is the most that tensors take at once, counted."
     return _draw(charts, path, [row for row in rows if row.metric in MEMORY], note, columns=1)
 
 
@@ -55,14 +55,21 @@ def latency_charts(rows: Sequence[Record]) -> list[Chart]:
 
 
 def memory_charts(rows: Sequence[Record]) -> list[Chart]:
-    """One for each model and dtype, of training steps."""
+    """One for each model and dtype, of training steps.
+
+    Runs that took times on a CPU have the resident set of the process, libraries and all, which is not shown.
+    """
     charts = []
-    for title, group in _groups([one for one in comparisons(rows) if one.first.mode == "train"]):
+    for title, group in _groups([one for one in comparisons(rows) if one.first.mode == "train" and _counted(one)]):
         lines: dict[tuple[str, str], Points] = {}
         for metric in MEMORY:
             lines |= _lines(group, metric, lambda one, value: value / 2**30)
         charts.append(Chart(title, "GiB", lines))
     return [chart for chart in charts if chart.lines]
+
+
+def _counted(one: Comparison) -> bool:
+    return on_gpu(one.first.conditions) or not one.times
 
 
 def _groups(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:

@@ -80,6 +80,8 @@ def panels(rows: Sequence[Record]) -> list[Panel]:
     ):
         for dtype in dict.fromkeys(one.first.dtype for one in found):
             costs = [one for one in found if one.first.dtype == dtype and not one.times]
+            if metric == "saved_bytes":  # at any batch the ratio is the same
+                costs = list({one.first.name: one for one in sorted(costs, key=lambda one: one.batch)}.values())
             charts.append(Panel(f"{title}, {dtype}", "against eager\n(lower is better)", _costs(costs, metric, name)))
     return [panel for panel in charts if panel.groups]
 
@@ -164,7 +166,8 @@ def _dots(axis: Any, panel: Panel, looks: dict[str, style.Style]) -> None:
     axis.axvline(1, color=style.DARK, linewidth=style.FINE)
     axis.set_xscale("log", base=2)
     values = [ratio.p50 for group in panel.groups.values() for ratio in group.values()]
-    ticks = [2.0**power for power in range(math.floor(math.log2(min(values))), math.ceil(math.log2(max(values))) + 1)]
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    ticks = [2.0**power for power in (range(low, high + 1) if low < high else (low - 1, low, low + 1))]
     axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axis.set_yticks(list(places.values()), [name.replace("\n", ", ") for name in places], fontsize=7)
     axis.set_ylim(len(places) - 0.4, -0.6)  # the first case on top
