@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 SHOWN = 20
-WIDTH, NARROWEST = 100, 60
+WIDTH, NARROWEST = 100, 70
 _WIDEST_PATH = 24
 _INDENT = 9 * " "
 _LEFT = ("layer", "operation", "CxHxW", "backend")  # aligned to the left
-_DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW")  # in this order, where there is no room
+_DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW", "ratio")  # in this order, where there is no room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,19 @@ def text(explanation: Explanation, *, every_layer: bool = False, shown: int = SH
     """
     columns, left_out = _columns(explanation, every_layer, shown)
     columns, gap = _fitted(columns, width)
-    lines = [headline(explanation), ""]
+    lines = []
     for row in zip(*(column.cells for column in columns), strict=True):
         cells = (column.aligned(cell) for column, cell in zip(columns, row, strict=True))
         lines.append((" " * gap).join(cells))
-    lines.insert(3, (" " * gap).join("-" * column.width for column in columns))
+    lines.insert(1, (" " * gap).join("-" * column.width for column in columns))
     below = [*left_out, "", *summary(explanation), "", *reasons(explanation)]
-    for line in below:
-        lines += textwrap.wrap(line, width, subsequent_indent=_INDENT, break_on_hyphens=False) or [""]
+    lines = [*_wrapped([headline(explanation), ""], width), *lines, *_wrapped(below, width)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _wrapped(lines: list[str], width: int) -> list[str]:
+    parts = (textwrap.wrap(line, width, subsequent_indent=_INDENT, break_on_hyphens=False) for line in lines)
+    return [part for wrapped in parts for part in wrapped or [""]]
 
 
 class Rich:
@@ -89,7 +93,8 @@ class Rich:
 
         columns, left_out = _columns(self._explanation, self._every_layer, self._shown)
         columns, gap = _fitted(columns, options.max_width)
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False)
+        # The box has a space between columns.
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), pad_edge=False, show_edge=False)
         for column in columns:
             table.add_column(column.cells[0], justify="left" if column.left else "right", no_wrap=True)
         for path, *row in list(zip(*(column.cells for column in columns), strict=True))[1:]:

@@ -54,8 +54,9 @@ class Tracer:
             self.inputs = fake_inputs(inputs, model, self._mode)
             """Fake tensors."""
             self._copy: Copy = copy_without_data(model)
-        self.name = type(self._copy.model).__name__
-        """The model's class."""
+        cls = type(self._copy.model)
+        self.name = str(getattr(cls, "_resfuse_original", cls).__name__)
+        """The model's class, before it was fused."""
         self._is_fake = False
 
     @property
