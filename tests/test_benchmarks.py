@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -14,11 +13,9 @@ from rich.console import Console
 
 pytest.importorskip("torchvision")
 
-from benchmarks import measure, ops, overhead, records, report, saved_bytes
+from benchmarks import ops, overhead, records, report, saved_bytes
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.records import Record, Subject
-from benchmarks.worker import ProviderError, Worker
-from benchmarks.workload import Workload, make_workload
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -33,43 +30,9 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def metrics(rows: list[Record], provider: str) -> dict[str, float]:
-    return {row.metric: row.p50 for row in rows if row.provider == provider}
-
-
 def record(provider: str, dtype: str, seconds: list[float], date: str = "2026-01-01") -> Record:
     subject = Subject("model", "resnet50", provider, "inference", "1x3x8x8", dtype, "nchw")
     return subject.record("time", seconds, "s", records.Conditions("a processor", 2, "torch 0", "abc", date))
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workload, Path]:
-    """A small workload, and the file that it is in."""
-    setting = Setting("inference", torch.float32, CPU, torch.get_num_threads())
-    workload, path = make_workload("resnet18", 2, 32, setting), tmp_path_factory.mktemp("job") / "workload.pt"
-    workload.save(path)
-    return workload, path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["inference", "train"])
-def test_models(mode: str, tmp_path: Path) -> None:
-    providers = [BASELINE, "resfuse", *(["onnxruntime"] if mode == "train" else [])]  # which says why it can not
-    output = run(
-        "-m", "benchmarks.models", "--quick", "--mode", mode, "--device", "cpu", "--provider", *providers,
-        "--output", tmp_path,
-    )  # fmt: skip
-    assert all(len(line) <= 80 for line in output.splitlines() if not line.startswith("Wrote"))
-    path = tmp_path / f"models-{mode}.csv"
-    rows = records.read(path)
-    assert {row.shape for row in rows} == {"2x3x64x64"}
-    errors = {"error_output"} if mode == "inference" else {"error_loss", "error_gradient"}
-    for provider in (BASELINE, "resfuse"):
-        found = metrics(rows, provider)
-        assert found.keys() == {"time", "minor_faults", "system_time", "peak_memory"} | errors
-        assert found["time"] > 0
-        assert found["peak_memory"] > 0
-        assert all(found[error] < 1e-2 for error in errors)
 
 
 def test_overhead(tmp_path: Path) -> None:
@@ -96,28 +59,6 @@ def test_saved_bytes_are_those_of_the_formula() -> None:
     assert saved_bytes.saved_bytes(block, torch.randn(2, 8, 6, 6), setting) == expected
 
 
-def test_operators_by_pytest_benchmark() -> None:
-    pytest.importorskip("pytest_benchmark")
-    output = run(
-        "-m", "pytest", "benchmarks/", "--benchmark-only", "--bench-batch", 1, "--benchmark-min-rounds=1",
-        "--benchmark-max-time=1e-6", "--benchmark-warmup=off", "-q", "-p", "no:cacheprovider", "-k", "deep or add_relu",
-    )  # fmt: skip
-    assert "resfuse_" in output
-
-
-def test_wrong_results_are_seen(job: tuple[Workload, Path]) -> None:
-    workload, _ = job
-    assert workload.errors(workload.exact) == {"output": 0.0}
-    off = {name: tensor * 1.001 for name, tensor in workload.exact.items()}
-    assert workload.errors(off)["output"] > workload.limit("output")
-    assert workload.eager_errors["output"] < workload.limit("output")
-
-
-def test_a_failing_provider_is_an_error_with_its_reason(job: tuple[Workload, Path]) -> None:
-    with Worker("no such provider", job[1]) as worker, pytest.raises(ProviderError, match="no such provider"):
-        worker.errors()
-
-
 def test_peers_say_why_they_can_not_run() -> None:
     training = Setting("train", torch.float32, CPU, 1)
     assert all(PROVIDERS[name].unavailable_reason(training) for name in ("onnxruntime", "openvino"))
@@ -132,6 +73,46 @@ def test_a_file_keeps_what_a_run_did_not_measure(tmp_path: Path) -> None:
     records.update(path, [newer])
     assert records.read(path) == [narrow, newer]
     assert narrow.quantiles == pytest.approx((1.4, 2.0, 2.6))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"], "what was written aside is in its place"
+
+
+def test_ceilings_stay_as_long_as_rows_of_their_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+
+    def ceiling(date: str) -> Record:
+        copy = Subject(records.CEILINGS, "copy", "pytorch", "inference", "", "", "")
+        return copy.record("bandwidth", [4e12], "B/s", records.Conditions("a processor", 2, "torch 0", "abc", date))
+
+    old = [record(BASELINE, "float32", [4.0], "2026-01-01"), record(BASELINE, "bfloat16", [4.0], "2026-01-01")]
+    records.update(path, [ceiling("2026-01-01"), *old])
+    records.update(path, [ceiling("2026-01-02"), record(BASELINE, "float32", [4.0], "2026-01-02")])
+    dates = [row.conditions.date for row in records.read(path) if row.level == records.CEILINGS]
+    assert dates == ["2026-01-01", "2026-01-02"]
+    records.update(path, [ceiling("2026-01-03"), record(BASELINE, "bfloat16", [4.0], "2026-01-03")])
+    dates = [row.conditions.date for row in records.read(path) if row.level == records.CEILINGS]
+    assert dates == ["2026-01-02", "2026-01-03"]
+
+
+def test_a_time_has_its_part_of_the_roofline(tmp_path: Path) -> None:
+    cost = records.Roofline(bytes=3_000_000_001, flops=0, seconds=1e-3)
+    subject = Subject("op", "add_relu", "resfuse", "inference", "1x3x8x8", "float32", "nchw")
+    conditions = records.Conditions("a processor", 2, "torch 0", "abc", "2026-01-01")
+    row = subject.record("time", [4e-3], "s", conditions, cost)
+    faults = subject.record("minor_faults", [3.0], "1", conditions)
+    assert (row.bytes, row.flops, row.roofline) == (3_000_000_001, 0, 0.25)
+    assert (faults.bytes, faults.flops, faults.roofline) == (None, None, None)
+    records.update(tmp_path / "results.csv", [row, faults])
+    assert records.read(tmp_path / "results.csv") == [row, faults]
+
+
+def test_files_from_before_the_roofline_can_be_read(tmp_path: Path) -> None:
+    path, row = tmp_path / "results.csv", record(BASELINE, "float32", [2193453056.0])
+    records.update(path, [row])
+    head, line = path.read_text().splitlines()
+    assert "2193453056" in line, "no digit is lost"
+    assert ",,,," in line
+    path.write_text(head.replace("bytes,flops,roofline,", "") + "\n" + line.replace(",,,,", ",") + "\n")
+    assert records.read(path) == [row]
 
 
 def test_times_that_scatter_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,12 +120,3 @@ def test_times_that_scatter_are_pointed_out(capsys: pytest.CaptureFixture[str]) 
     assert not capsys.readouterr().out
     report.warn_if_restless(Console(), [record(BASELINE, "float32", [1.0, 1.5, 2.0])])
     assert "in 1 of these rows" in capsys.readouterr().out
-
-
-def test_page_faults_are_counted() -> None:
-    size = 1 << 20
-    fresh = mmap.mmap(-1, size)
-    fresh.madvise(mmap.MADV_NOHUGEPAGE)
-    (sample,) = measure.call_samples(lambda: fresh.write(b"1" * size), 1, CPU)
-    assert sample.seconds > 0
-    assert sample.minor_faults >= size // mmap.PAGESIZE

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +31,12 @@ pytestmark = [  # torch.compile and torch.export warn of their own internals
     for category in ("DeprecationWarning", "FutureWarning", "UserWarning")
 ]
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DEVICES = (CPU, GPU) if torch.cuda.is_available() else (CPU,)
 COMPILED = tuple(name for name in PROVIDERS if "inductor" in name or "compiled" in name)
+"""Those that take many seconds; with max-autotune minutes, so that those are not tried here."""
+NOTHING_TO_OFFER = dict.fromkeys(("cudnn_aten", "cudnn_graph"), ("bn_act stage 1 + residual", "add_relu stage 4"))
 NETWORK = {"layer": "resnet18", "block": "resnet18", "model": "cifar_resnet20"}
 CASES = {
     "op": ("conv_bn_act 1x1 expand + residual", "bn_act stage 1 + residual", "add_relu stage 4"),
@@ -48,8 +56,8 @@ def case_of(level: Level, name: str) -> Case:
 
 
 @functools.cache
-def workload_of(level: Level, name: str, setting: Setting) -> Workload:
-    return make_workload(case_of(level, name), setting)
+def workload_of(name: str, setting: Setting) -> Workload:
+    return make_workload(case_of(setting.level, name), setting)
 
 
 def available(setting: Setting) -> list[str]:
@@ -57,46 +65,52 @@ def available(setting: Setting) -> list[str]:
 
 
 def combinations(compiled: bool) -> list[Any]:
-    """(provider, level, mode, dtype) of what can run here; all dtypes where one layer tells whether they work."""
+    """(provider, setting) of what can run here; all dtypes where one layer tells whether they work."""
     found = []
-    for level, mode in itertools.product(CASES, ("inference", "train")):
+    for device, level, mode in itertools.product(DEVICES, CASES, ("inference", "train")):
         dtypes = (torch.float32, torch.bfloat16) if level == "layer" else (torch.float32,)
         for dtype in dtypes:
-            for name in available(setting_of(level, mode, dtype)):  # type: ignore[arg-type]
+            setting = setting_of(level, mode, dtype, device=device)  # type: ignore[arg-type]
+            for name in available(setting):
+                if compiled and (level != "block" or "nchw" in name or "autotune" in name):
+                    continue
                 if (name in COMPILED) == compiled:
-                    found.append(pytest.param(name, level, mode, dtype, id=f"{name}-{level}-{mode}-{str(dtype)[6:]}"))
+                    text = f"{name}-{device}-{level}-{mode}-{str(dtype)[6:]}"
+                    found.append(pytest.param(name, setting, id=text))
     return found
 
 
-def check(provider: str, level: Level, mode: Mode, dtype: torch.dtype, name: str) -> None:
+def check(provider: str, setting: Setting, name: str) -> None:
     """Hold a provider's first results against float64, as the benchmarks do before they time it."""
-    workload = workload_of(level, name, setting_of(level, mode, dtype))
+    workload = workload_of(name, setting)
     module = workload.module()
     examples = tuple(tensor.detach() for tensor in workload.batch(0)[: len(workload.case.inputs)])
-    step = PROVIDERS[provider].prepare(module, examples, workload.setting)
-    batch = converted(PROVIDERS[provider], workload, 0)
-    for _ in range(2):  # the second call finds what the first one left
-        errors = workload.errors(first_results(step, module, batch, workload))
-        if mode == "train" and level == "model":
-            break  # it has trained the model
+    try:
+        step = PROVIDERS[provider].prepare(module, examples, setting)
+        batch = converted(PROVIDERS[provider], workload, 0)
+        for _ in range(2):  # the second call finds what the first one left
+            errors = workload.errors(first_results(step, module, batch, workload))
+            if setting.mode == "train" and setting.level == "model":
+                break  # it has trained the model
+    except UnsuitableError:
+        assert name in NOTHING_TO_OFFER[provider]
+        return
     assert errors.keys() == workload.exact.keys()
     assert all(error <= workload.limit(quantity) for quantity, error in errors.items()), errors
 
 
-@pytest.mark.parametrize(("provider", "level", "mode", "dtype"), combinations(compiled=False))
-def test_it_computes_what_eager_does(provider: str, level: Level, mode: Mode, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("provider", "setting"), combinations(compiled=False))
+def test_it_computes_what_eager_does(provider: str, setting: Setting) -> None:
+    cases = CASES[setting.level]
     exported = isinstance(PROVIDERS[provider], Exported)  # which takes seconds each time
-    for name in CASES[level][:1] if exported else CASES[level]:
-        check(provider, level, mode, dtype, name)
+    for name in cases[:1] if exported else cases:
+        check(provider, setting, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("provider", "level", "mode", "dtype"),
-    [param for param in combinations(compiled=True) if param.values[1] in ("op", "block")],
-)
-def test_compiled_it_computes_what_eager_does(provider: str, level: Level, mode: Mode, dtype: torch.dtype) -> None:
-    check(provider, level, mode, dtype, CASES[level][0])
+@pytest.mark.parametrize(("provider", "setting"), combinations(compiled=True))
+def test_compiled_it_computes_what_eager_does(provider: str, setting: Setting) -> None:
+    check(provider, setting, CASES[setting.level][0])
 
 
 def test_all_that_is_asked_for_has_a_provider() -> None:
@@ -218,3 +232,20 @@ def test_onnx_runtime_reads_tensors_where_they_are() -> None:
         found = step(*(scale * tensor for tensor in inputs))
         torch.testing.assert_close(found, module(*(scale * tensor for tensor in inputs)).detach())
     assert place(expected.half())["element_type"].__name__ == "float16"
+
+
+@pytest.mark.slow
+def test_operators_and_blocks_by_pytest_benchmark() -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [
+        *(sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-p", "no:cacheprovider"),
+        *("--benchmark-min-rounds=1", "--benchmark-max-time=1e-6", "--benchmark-warmup=off"),
+        *("--bench-batch=2", "--bench-size=32", "--bench-provider=eager_channels_last", "--bench-provider=resfuse"),
+        *("--bench-provider=tensorrt", "-k", "deep or add_relu-stage-4 or resnet18-layer2.0"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # an operator that is a convolution, one that is not, and a block; two modes; two providers, and one that is missing
+    assert re.search(r"12 passed, 6 skipped", done.stdout) or torch.cuda.is_available(), done.stdout
+    assert "benchmark 'resnet18 layer2.0 x1, train, batch 2, float32': 2 tests" in done.stdout
+    assert "tensorrt: " in done.stdout or torch.cuda.is_available()
