@@ -16,7 +16,7 @@ def count_launches(call: Callable[[], object], device: torch.device) -> int | No
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         call()
         torch.cuda.synchronize(device)
     return count_kernels(profile.events() or ()) or None

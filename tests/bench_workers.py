@@ -1,4 +1,4 @@
-"""Providers of the benchmarks in the process of the tests, instead of one of their own: what they do is the same."""
+"""What stands for processes and for CUDA graphs in the tests of the benchmarks: all else is the same."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from benchmarks.graphs import Record, Replay
 from benchmarks.providers.base import UnsuitableError
 from benchmarks.runner import Runner
 from benchmarks.worker import NothingToOfferError, ProviderError
 
 
+def recorder(log: list[str]) -> Record:
+    """Records as CUDA graphs do: a replay does it again and writes to the same memory."""
+
+    def record(function: Callable[[], Any]) -> tuple[Replay, Any]:
+        outputs = tree_map(torch.clone, function())
+        name = f"graph {len(log)}"
+        log.append(name)
+
+        def replay() -> None:
+            log.append(f"replay {name}")
+            tree_map(Tensor.copy_, outputs, function())
+
+        return replay, outputs
+
+    return record
+
+
 class LocalWorker:
-    """Has the methods of `benchmarks.worker.Worker`."""
+    """A provider in the process of the tests; has the methods of `benchmarks.worker.Worker`."""
 
     started: list[str]
     """Names of the providers whose process would have been started; set by the test."""
