@@ -41,14 +41,15 @@ def write(folders: Sequence[Path]) -> list[Path]:
         What was written, the page last.
 
     Raises:
-        ValueError: there is no CSV file of the benchmarks in one of them, or one that can not be read.
+        ValueError: there is no CSV file of the benchmarks in any of them, or one that can not be read.
     """
     tables: dict[Path, list[Record]] = {}
     for folder in folders:
         files = speeds.result_files(folder) if folder.is_dir() else []
-        if not files:
-            raise ValueError(f"{folder} has no CSV files that the benchmarks wrote")
         tables |= {path: speeds.read_all([path]) for path in files}
+    if not tables:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"no CSV files that the benchmarks wrote in {names}")
     drawn: list[Path] = []
     remark = ""
     try:
@@ -56,6 +57,7 @@ def write(folders: Sequence[Path]) -> list[Path]:
             drawn += plots.draw(rows, path)
     except ImportError as error:
         remark = f"Plots were left out: {error}."
+    folders[0].mkdir(parents=True, exist_ok=True)
     path = folders[0] / PAGE
     links = [os.path.relpath(plot, folders[0]) for plot in drawn]
     path.write_text(page([row for rows in tables.values() for row in rows], links, remark))

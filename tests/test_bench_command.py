@@ -83,7 +83,7 @@ def test_a_dry_run_tells_and_measures_nothing(
         (["--model", "nonsense"], 2, "nonsense"),
         (["--provider", "nobody"], 2, "got nobody"),
         (["--device", "cuda"], 1, "sees no GPU"),
-        (["--report", "nowhere"], 1, "nowhere has no CSV files"),
+        (["--report", "nowhere"], 1, "no CSV files that the benchmarks wrote in nowhere"),
     ],
 )
 def test_bad_input(line: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import aims, labels, markdown, plots, records, report, result_page, roofs, speeds, summary
+from benchmarks.plots import batches
+from benchmarks.providers import PROVIDERS
 from benchmarks.records import ROOT, Record
 from tests import made_up_results as made_up
 
@@ -285,7 +288,7 @@ class TestPage:
         first, second = tmp_path / "first", tmp_path / "second"
         records.update(first / "model-inference.csv", made_up.case(CPU_SPEEDS, 1.0))
         records.update(second / "layer-inference.csv", made_up.layers(2))
-        assert summary.write([first, second])[-1] == first / "report.md"
+        assert summary.write([first, tmp_path / "none", second])[-1] == first / "report.md"
         page = (first / "report.md").read_text()
         assert "## Layers, inference" in page
         assert "](../second/layer-inference-roofline.png)" in page
@@ -308,4 +311,33 @@ class TestPage:
     def test_a_folder_without_results(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for folder in (tmp_path, tmp_path / "none"):
             assert summary.main([str(folder)]) == 1
-            assert "has no CSV files that the benchmarks wrote" in capsys.readouterr().err
+            assert f"no CSV files that the benchmarks wrote in {folder}" in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+
+
+class TestDocumentation:
+    """benchmarks/README.md names what there is."""
+
+    TEXT = (ROOT / "benchmarks" / "README.md").read_text()
+
+    def test_providers(self) -> None:
+        assert [name for name in PROVIDERS if f"`{name}`" not in self.TEXT] == []
+
+    def test_columns(self) -> None:
+        assert [name for name in records.COLUMNS if f"`{name}`" not in self.TEXT] == []
+
+    def test_metrics_that_are_read_here(self) -> None:
+        read = (speeds.TIME, speeds.GRAPH_TIME, speeds.LEFT_OUT, *batches.MEMORY)
+        assert [name for name in read if f"`{name}`" not in self.TEXT] == []
+
+    def test_plots(self) -> None:
+        assert [suffix for suffix in plots.KINDS if f"`<file>{suffix}.png`" not in self.TEXT] == []
+
+    def test_commands(self) -> None:
+        """All that can be run."""
+        named = set(re.findall(r"`benchmarks\.(\w+)[ `]", self.TEXT))
+        folder = ROOT / "benchmarks"
+        there = {path.stem for path in folder.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+        there |= {path.parent.name for path in folder.glob("*/__main__.py")}
+        assert named <= there
+        assert there - named <= {"saved_bytes"}  # a part of `benchmarks.memory`
