@@ -7,14 +7,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
-from benchmarks import ops, options, records, report
+from benchmarks import ops, options, records
 from benchmarks.measure import block_seconds
 from benchmarks.ops import MODES, TINY, OpCall
 from benchmarks.options import DTYPES
-from benchmarks.records import Record, Subject
+from benchmarks.records import Conditions, Record, Subject
+from benchmarks.terminal import Terminal
 
 WARMUP = 3
 """Blocks that do not count."""
@@ -22,35 +21,42 @@ WARMUP = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
-    console = Console(highlight=False)
+    terminal = Terminal()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         conditions = records.current_conditions(args.device, 1)
-        report.show_conditions(console, conditions)
+        terminal.conditions(conditions)
         rows: list[Record] = []
         combinations = list(itertools.product(TINY, MODES, args.dtype))
-        for case, mode, dtype in track(combinations, "measuring", console=console, transient=True):
-            if case.op == "add_relu" and mode == "train_forward":
-                continue
-            call = OpCall(case, mode, DTYPES[dtype], args.device)
-            with call.context():
-                ops.check(call)
-                found = _interleave({"eager_channels_last": call.eager(), "resfuse": call.fused()}, args)
-            for provider, seconds in found.items():
-                shape = records.shape_text(case.shape)
-                subject = Subject("op", ops.title(case), provider, mode, shape, dtype, call.layout)
-                rows.append(subject.record("host_time", seconds, "s", conditions))
+        with terminal.progress() as progress:
+            progress.begin("measuring", len(combinations))
+            for case, mode, dtype in combinations:
+                if case.op != "add_relu" or mode != "train_forward":
+                    rows += _rows(OpCall(case, mode, DTYPES[dtype], args.device), args, conditions)
+                progress.advance()
     finally:
         torch.set_num_threads(threads)
     for dtype in args.dtype:
         title = f"Host time per call, 1 thread, {dtype}"
-        report.show_table(console, report.pair_table(title, [row for row in rows if row.dtype == dtype], "us", 1e6))
-    report.warn_if_restless(console, rows)
+        terminal.pairs(title, [row for row in rows if row.dtype == dtype], "us", 1e6)
     path = args.output / "overhead.csv"
     records.update(path, rows)
-    console.print(f"Wrote {path}", soft_wrap=True)
+    terminal.say(f"Wrote {path}")
     return 0
+
+
+def _rows(call: OpCall, args: argparse.Namespace, conditions: Conditions) -> list[Record]:
+    """What a call costs either way."""
+    with call.context():
+        ops.check(call)
+        found = _interleave({"eager_channels_last": call.eager(), "resfuse": call.fused()}, args)
+    shape, dtype = records.shape_text(call.case.shape), records.dtype_text(call.dtype)
+    return [
+        Subject("op", ops.title(call.case), provider, call.mode, shape, dtype, call.layout)
+        .record("host_time", seconds, "s", conditions)
+        for provider, seconds in found.items()
+    ]  # fmt: skip
 
 
 def _interleave(calls: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:

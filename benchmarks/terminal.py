@@ -47,6 +47,18 @@ class Terminal:
             report.show_table(self._console, table)
         report.warn_if_restless(self._console, [row for row in rows if row.metric in ("time", "graph_time")])
 
+    def pairs(self, title: str, rows: Sequence[Record], unit: str, scale: float) -> None:
+        """A table of two providers, resfuse the second, and a word where they scatter too much."""
+        if self._console is None:
+            self.say(title)
+            for row in rows:
+                self.say(f"{row.name}, {row.mode}: {row.provider} {row.p50 * scale:.3g} {unit}")
+            return
+        from benchmarks import report
+
+        report.show_table(self._console, report.pair_table(title, rows, unit, scale))
+        report.warn_if_restless(self._console, rows)
+
     def progress(self) -> Progress:
         """A context whose `begin` and `advance` show how far a case is."""
         return Progress(self._console)
