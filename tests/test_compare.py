@@ -373,7 +373,7 @@ def test_arguments() -> None:
         (["--fail-over", "much"], "expected a part such as 5% or 0.05, got 'much'"),
         (["--fail-over=-3%"], "expected a part such as"),
         (["--rounds", "0"], "expected a whole number above 0"),
-        (["--device", "meta"], "expected cpu or cuda, got meta"),
+        (["--device", "cuda:1"], "got cuda:1"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

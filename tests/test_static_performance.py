@@ -71,6 +71,16 @@ def test_fused_is_never_more_than_eager(group: str) -> None:
     assert all(sides[FUSED] <= sides[EAGER] for sides in pairs.values()), pairs
 
 
+def test_what_is_predicted_is_what_is_launched() -> None:
+    """Of ResNet-50's inference: the plan on paper and the kernels that the triton backend lists."""
+    predicted = value("predicted for H200", "resnet50 launches", "inference", "forward")
+    assert predicted == value("launches triton sm_90", "resnet50", "inference", "forward")
+    for name in ("bytes", "launches"):
+        for mode, phase in (("inference", "forward"), ("train", "step")):
+            both = [value("predicted for H200", f"resnet50 {name}", mode, phase, side) for side in (FUSED, EAGER)]
+            assert both[0] < both[1]
+
+
 def test_saved_bytes_are_those_of_the_formula() -> None:
     """Input, z and output, mean and inverse standard deviation."""
     by_name = {subject.name: subject for subject in OPS}

@@ -70,8 +70,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--csv", type=Path, metavar="PATH", help="write the results there")
     args = parser.parse_args(argv)
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device: expected cpu or cuda, got {args.device}")
+    if str(args.device) not in ("cpu", "cuda"):
+        parser.error(f"--device: expected cpu or cuda (which GPU, CUDA_VISIBLE_DEVICES says), got {args.device}")
     return args
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 import resfuse
-from benchmarks.static import compiled, launches, saved
+from benchmarks.static import compiled, launches, predicted, saved
 from benchmarks.static.table import Row
 from resfuse import _extension
 
@@ -94,6 +94,7 @@ GROUPS = {
         Group("launches triton sm_80", _launches_of_triton(80), _triton_reason, torch_release),
         Group("launches triton sm_90", _launches_of_triton(90), _triton_reason, torch_release),
         Group("saved bytes", saved.rows, _cpu_reason, torch_release),
+        Group("predicted for H200", predicted.rows, _torchvision_reason, torch_release),
         *_registers(80),
         *_registers(90),
     )

@@ -175,9 +175,8 @@ def _op(name: str, *args: int, residual: bool = False, channels: int = 16) -> Su
     return Subject("op", name, (2, channels, 8, 8), build, extra)
 
 
-def models(batch: int, size: int) -> tuple[Subject, ...]:
-    """For images of that size."""
-    names = ("resnet18", "resnet50")
+def models(batch: int, size: int, names: Iterable[str] = ("resnet18", "resnet50")) -> tuple[Subject, ...]:
+    """Of torchvision, for images of that size."""
     return tuple(Subject("model", name, (batch, 3, size, size), functools.partial(_model, name)) for name in names)
 
 
