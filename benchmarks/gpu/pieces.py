@@ -74,7 +74,7 @@ LAYERS = ("--level", "layer", "--model", "resnet50", "--dtype", "bfloat16", "--m
 SANITIZE = ("--output", "{work}/sanitize", *DEVICE, "--limit", "{limit}")
 BUILD = ("--keep", "{work}/built", *DEVICE)
 MEMORY = ("--resume", "--limit", "{limit}", "--output", BENCH, *DEVICE)
-REPORT = ("bench", "--report", BENCH)
+REPORT = ("bench", "--report", BENCH, UNTUNED)
 HARDWARE = "tests/test_cuda_hardware.py"
 NOT_SANITIZED = ("--deselect", f"{HARDWARE}::test_compute_sanitizer")
 
@@ -132,7 +132,7 @@ PIECES: tuple[Piece, ...] = (
         bench("blocks, train", "--level", "block", "--mode", "train", "--dtype", "bfloat16"),
     ), tables=True),
     Piece("report", "report", "tables and plots of all that was measured", 1, (
-        Step("report", "resfuse", REPORT, rehearsal=REPORT, needs=("rich",)),
+        Step("report", "resfuse", REPORT, rehearsal=REPORT),
     )),
 )  # fmt: skip
 
