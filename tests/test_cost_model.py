@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import resfuse
 from resfuse import costs
 from resfuse.backends import triton
 from resfuse.costs import Cost, Device, Operation, TensorInfo
+from resfuse.tracing import operations
 from tests.network_operations import ResNet50
 
 BACKENDS = ["cuda", "cpu", "reference"]
@@ -84,6 +87,28 @@ def test_the_reference_costs_what_eager_costs() -> None:
 
 def forward_total(operations: list[Operation], backend: str | None, training: bool) -> Cost:
     return sum((forward(operation, backend, training) for operation in operations), Cost(0, 0, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_a_traced_network_costs_what_the_one_written_down_does(training: bool) -> None:
+    """But for the counters of batches, which a training step adds one to."""
+    model = resfuse.models.resnet50().to(BF16).train(training)
+    traced = operations(model, (4, 3, 224, 224))
+    batches = [operation for operation in traced if operation.output.dtype == torch.int64]
+    assert len(batches) == (53 if training else 0)
+    traced = tuple(operation for operation in traced if operation not in batches)
+    written = ResNet50(4, fused=True).operations
+    assert [len(costs_of(found, training)) for found in (traced, written)] == [56, 56]
+    for one, other in zip(costs_of(traced, training), costs_of(written, training), strict=True):
+        assert (one.flops, one.launches) == (other.flops, other.launches)
+        assert one.bytes == pytest.approx(other.bytes, rel=0.01)  # vectors are in bfloat16, or in float32
+
+
+def costs_of(operations: Sequence[Operation], training: bool) -> list[Cost]:
+    """Forward and backward together, of what is not free."""
+    found = [forward(one, "cuda", training) + backward(one, "cuda", training) for one in operations]
+    return sorted(cost for cost in found if cost.launches)
 
 
 # --- against torch's own count of FLOPs ------------------------------------------------------------------------------

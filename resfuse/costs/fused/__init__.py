@@ -21,7 +21,7 @@ shared memory, with `triton` in the registers of a conv_bn_act whose programs ha
 Without a residual there is no g; without a ReLU neither y nor g.  What L2 saves beyond that is not counted, nor what a
 tile reads again of x or w: each operand of a launch counts once.  On the backend `reference` every ATen operator counts
 for itself.  Activations are taken to lie in channels_last memory, and inference to run without gradients: where they
-are wanted, it also launches 1 / sqrt(variance + eps) and two copies, all per channel.
+are wanted, three launches per channel are added, which copy the mean and compute 1 / sqrt(variance + eps).
 """
 
 from __future__ import annotations

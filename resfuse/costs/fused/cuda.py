@@ -81,18 +81,20 @@ def _conv_forward(call: FusedCall, weight: TensorInfo, device: Device) -> Kernel
         torch.Size(call.input.shape), torch.Size(weight.shape), *call.conv, call.training, call.input.dtype,
         device.num_sms,
     )  # fmt: skip
+    flops = convolution.convolution_flops(call.output, weight)  # without the zeros of padded channels
     before, x, weight = _operands(call.input, weight, plan.channels)
-    # The products of padded channels are zeros that are multiplied all the same, but nobody asked for them.
-    flops = 2 * call.output.numel * _depth(call)
     residual = call.dz if call.residual is not None else 0
     reads, writes = x.bytes + weight.bytes, residual + call.dz + call.vectors
-    if not call.training:
-        partial = 2 * 4 * plan.workspace  # written and read
-        if plan.config.splits > 1 and not _is_resident(call, x, plan, device):
-            return (*before, kernel(reads, partial // 2, flops=flops), kernel(partial // 2, writes))
-        return (*before, kernel(reads, partial, writes, flops=flops))
     tile, resident = _tile(call, x, plan, device)
     tiles_m, tiles_n = _tiles(call, tile)
+    if not call.training:
+        splits = plan.config.splits
+        if splits == 1:
+            return (*before, kernel(reads, writes, flops=flops))
+        partial = 4 * splits * tiles_m * tiles_n * tile[0] * tile[1]  # sums of whole tiles, written and read
+        if tiles_m * tiles_n * splits > resident:
+            return (*before, kernel(reads, partial, flops=flops), kernel(partial, writes))
+        return (*before, kernel(reads, 2 * partial, writes, flops=flops))
     tiles_per_part = cdiv(tiles_m, max(1, resident // tiles_n))
     parts = cdiv(tiles_m, tiles_per_part)
     if parts * tiles_n > resident:
@@ -113,12 +115,6 @@ def _operands(x: TensorInfo, weight: TensorInfo, channels: int) -> tuple[Kernels
     return tuple(before), wide_x, wide_weight
 
 
-def _depth(call: FusedCall) -> int:
-    assert call.conv_weight is not None
-    _, c, r, s = call.conv_weight.shape
-    return c * r * s
-
-
 def _tile(call: FusedCall, x: TensorInfo, plan: cuda_conv.Plan, device: Device) -> tuple[tuple[int, int], int]:
     """The tile, and how many blocks of it the device holds: where memory allows no 16-byte copies, it decides."""
     assert call.conv_weight is not None
@@ -136,9 +132,3 @@ def _tile(call: FusedCall, x: TensorInfo, plan: cuda_conv.Plan, device: Device) 
 def _tiles(call: FusedCall, tile: tuple[int, int]) -> tuple[int, int]:
     n, filters, height, width = call.output.shape
     return cdiv(n * height * width, tile[0]), call.groups * cdiv(filters // call.groups, tile[1])
-
-
-def _is_resident(call: FusedCall, x: TensorInfo, plan: cuda_conv.Plan, device: Device) -> bool:
-    tile, resident = _tile(call, x, plan, device)
-    tiles_m, tiles_n = _tiles(call, tile)
-    return tiles_m * tiles_n * plan.config.splits <= resident
