@@ -65,6 +65,8 @@ class Outcome:
     aim: Aim
     measured: float | None
     """In the aim's quantity; None where it was not measured."""
+    run: str = ""
+    """When the run began that measured it."""
 
     @property
     def verdict(self) -> str:
@@ -88,8 +90,16 @@ class Outcome:
 
 def outcomes(rows: Sequence[Record]) -> list[Outcome]:
     """Every aim against the latest run that measured it."""
-    found = runs(rows)
-    return [Outcome(aim, _measured(aim, found)) for aim in AIMS]
+    found = sorted(runs(rows), key=lambda one: one.first.conditions.date)
+    return [_outcome(aim, [one for one in found if _fits(aim, one)]) for aim in AIMS]
+
+
+def _outcome(aim: Aim, fitting: Sequence[Comparison]) -> Outcome:
+    for one in reversed(fitting):
+        measured = _MEASURES[aim.quantity](aim, one)
+        if measured is not None:
+            return Outcome(aim, measured, one.first.conditions.date)
+    return Outcome(aim, None)
 
 
 _MEASURES: dict[Quantity, Callable[[Aim, Comparison], float | None]] = {
@@ -97,12 +107,6 @@ _MEASURES: dict[Quantity, Callable[[Aim, Comparison], float | None]] = {
     "milliseconds": lambda aim, one: _ratio(one.median(OURS, GRAPH_TIME), 1e-3),
     "memory": lambda aim, one: _ratio(one.median(OURS, "peak_memory"), _least(one, aim.against, "peak_memory")),
 }
-
-
-def _measured(aim: Aim, found: Sequence[Comparison]) -> float | None:
-    fitting = sorted((one for one in found if _fits(aim, one)), key=lambda one: one.first.conditions.date)
-    values = [_MEASURES[aim.quantity](aim, one) for one in fitting]
-    return next((value for value in reversed(values) if value is not None), None)
 
 
 def _fits(aim: Aim, one: Comparison) -> bool:

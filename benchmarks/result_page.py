@@ -31,15 +31,17 @@ class Behind(NamedTuple):
 def page(rows: Sequence[Record], drawn: Sequence[str] = (), remark: str = "") -> str:
     """The page, in Markdown, with the plots under these paths."""
     found = speeds.by_level(speeds.comparisons(rows))
-    parts = ["# What the benchmarks say", *_aims(rows), *_machines(rows), *_levels(found), *_behind(found)]
+    every = speeds.by_level(speeds.runs(rows))
+    parts = ["# What the benchmarks say", *_aims(rows), *_machines(rows), *_levels(every), *_behind(found)]
     if drawn or remark:
         parts += ["## Plots", *filter(None, [remark]), *(f"![{path}]({path})" for path in drawn)]
     return "\n\n".join(parts) + "\n"
 
 
 def _aims(rows: Sequence[Record]) -> list[str]:
-    lines = [[outcome.aim.text, outcome.text, f"**{outcome.verdict}**"] for outcome in aims.outcomes(rows)]
-    return ["## Aims, ResNet-50 at 224x224", table(["aim", "measured", ""], lines, left=1)]
+    found = aims.outcomes(rows)
+    lines = [[one.aim.text, one.text, f"**{one.verdict}**", one.run] for one in found]
+    return ["## Aims, ResNet-50 at 224x224", table(["aim", "measured", "", "run"], lines, left=1)]
 
 
 def _machines(rows: Sequence[Record]) -> list[str]:
@@ -70,7 +72,7 @@ def _failures(rows: Sequence[Record]) -> list[str]:
 
 
 def _levels(found: Sequence[Comparison]) -> Iterator[str]:
-    """A chapter for each level, mode, dtype and machine."""
+    """A chapter for each level, mode, dtype and machine; runs of one case, with their own peers, stand side by side."""
     timed = [view for view in speeds.views(found) if view.times]
     for key in dict.fromkeys(_chapter(one) for one in timed):
         level, mode, dtype, device, threads, graphed = key
@@ -82,7 +84,7 @@ def _levels(found: Sequence[Comparison]) -> Iterator[str]:
             eager = speeds.geometric_mean(one.speed(OURS, one.base) for one in ours)
             peer = speeds.geometric_mean(one.against_best_peer() for one in ours)
             yield (
-                f"Geometric mean of {len(ours)}: resfuse has {ratio_text(eager)} the speed of eager, and "
+                f"Geometric mean of these {len(ours)}: resfuse has {ratio_text(eager)} the speed of eager, and "
                 f"{ratio_text(peer)} that of the best peer."
             )
 
@@ -100,7 +102,7 @@ def _everyone(chapter: Sequence[Comparison]) -> str:
     for one in chapter:
         medians = [one.median(provider) for provider in providers]
         times = ["-" if median is None else number_text(median * 1e3) for median in medians]
-        lines.append([f"{one.first.name} {one.image}", str(one.batch), *times, *_ratios(one)])
+        lines.append([f"{_name(one, chapter)} {one.image}", str(one.batch), *times, *_ratios(one)])
     return table(head, lines)
 
 
@@ -113,8 +115,14 @@ def _against_best(chapter: Sequence[Comparison]) -> str:
         medians = [one.median(provider or "") for provider in (one.base, one.best_peer, OURS)]
         eager, peer, ours = ("-" if median is None else number_text(median * scale) for median in medians)
         name = labels.label(one.best_peer) if one.best_peer else "-"
-        lines.append([one.first.name, one.first.shape, eager, name, peer, ours, *_ratios(one)])
+        lines.append([_name(one, chapter), one.first.shape, eager, name, peer, ours, *_ratios(one)])
     return table(head, lines, left=2)
+
+
+def _name(one: Comparison, chapter: Sequence[Comparison]) -> str:
+    """With the run, where the chapter has several of the case."""
+    several = sum(other.first.case == one.first.case for other in chapter) > 1
+    return f"{one.first.name}, run of {one.first.conditions.date}" if several else one.first.name
 
 
 def _ratios(one: Comparison) -> list[str]:

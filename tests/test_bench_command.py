@@ -77,6 +77,13 @@ def test_a_dry_run_tells_and_measures_nothing(
     assert "Together about" in said
 
 
+@pytest.mark.parametrize(("line", "folder"), [([], bench.RESULTS), (["--quick"], bench.TRIALS)])
+def test_trials_do_not_mix_with_results(line: list[str], folder: Path) -> None:
+    args = parse("--dry-run", "--level", "op", "--provider", "resfuse", *line)
+    assert bench.run(args) == 0
+    assert args.output == folder
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

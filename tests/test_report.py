@@ -218,6 +218,11 @@ class TestAims:
         rows = made_up.case({"openvino": 2.0, "resfuse": 1.9}, 1.0)
         rows += made_up.case({"eager_nchw": 1.0, "resfuse": 5.0}, 1.0, conditions=later)
         assert "0.95x" in {text for text, _ in self.outcome(rows).values()}
+        (measured,) = [outcome for outcome in aims.outcomes(rows) if outcome.measured is not None]
+        assert measured.run == made_up.CPU.date
+        page = result_page.page(rows)  # and shows both runs
+        assert "| resnet50, run of 2026-11-21 3x224x224 | 16 |" in page
+        assert "| resnet50, run of 2027-01-01 3x224x224 | 16 |" in page
 
     @pytest.mark.parametrize(("seconds", "verdict"), [(0.15e-3, "met"), (0.25e-3, "missed")])
     def test_latency_is_that_of_graphs(self, seconds: float, verdict: str) -> None:

@@ -16,7 +16,8 @@ import torch
 LEVELS = ("op", "layer", "block", "model")
 MODES = ("inference", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = Path("benchmarks/results")
+RESULTS, TRIALS = Path("benchmarks/results"), Path("out/bench")
+"""Folders of the CSV files, unless told otherwise: of measurements, and of trials, whose figures mean nothing."""
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout, where this is one."""
 OPTIONS = ("model", "batch", "dtype", "provider")
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out what the files have of this commit")
     parser.add_argument("--quick", action="store_true", help="small and short: a trial, not a measurement")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured, and how long it takes")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the CSV files (default %(default)s)")
+    parser.add_argument("--output", type=Path, help=f"folder of the CSV files (default {RESULTS}, of trials {TRIALS})")
     parser.add_argument(
         "--report", nargs="*", type=Path, metavar="FOLDER",
         help="measure nothing: from the CSV files in all these, draw plots, and write report.md into the first "
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.output = args.output or (TRIALS if args.quick else RESULTS)
     if not benchmarks_found():
         print(MISSING, file=sys.stderr)
         return 1
