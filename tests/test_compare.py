@@ -162,7 +162,7 @@ def compared(off: float = 0.0, seconds: float = 0.01, task: Task = OP) -> Compar
 
 def test_a_contest_of_equals() -> None:
     found = compared()
-    assert (found.verdict, found.wrong, found.remarkable) == (SAME, (), False)
+    assert (found.verdict, found.wrong) == (SAME, ())
     assert found.ratio.quantiles.p50 == pytest.approx(1, rel=1e-3)
     assert not found.fails(over=0.0)
 

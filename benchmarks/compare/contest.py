@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from benchmarks.compare import jobs, turns
-from benchmarks.compare.statistics import FASTER, SLOWER, Ratio, verdict
+from benchmarks.compare.statistics import SLOWER, Ratio, verdict
 from benchmarks.compare.tasks import Task
 from benchmarks.measure import Quantiles, quantiles
 
@@ -48,10 +48,6 @@ class Comparison:
     def fails(self, over: float | None) -> bool:
         """Whether results are wrong, or it is slower, beyond the noise and by more than a part `over`."""
         return bool(self.wrong) or (over is not None and self.verdict == SLOWER and self.ratio.quantiles.p50 > 1 + over)
-
-    @property
-    def remarkable(self) -> bool:
-        return self.verdict in (SLOWER, FASTER, WRONG)
 
 
 def compare(

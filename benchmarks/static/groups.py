@@ -62,6 +62,15 @@ def _triton_reason() -> str | None:
     return triton.unavailable_reason() or _torchvision_reason()
 
 
+def _interpreter_reason() -> str | None:
+    """The operators around the kernels are those of the CPU, and autocast's."""
+    from resfuse.backends import triton
+
+    if not triton.INTERPRETED:
+        return "kernels are listed on the CPU, where TRITON_INTERPRET=1 lets it have them"
+    return _triton_reason()
+
+
 def _launches_of_triton(capability: int) -> Callable[[str, str], list[Row]]:
     def count(group: str, toolchain: str) -> list[Row]:
         from resfuse.backends.triton.devices import A100, H100
@@ -91,8 +100,8 @@ GROUPS = {
     for group in (
         Group("launches cpu", launches.on_the_cpu, _cpu_reason, torch_release),
         Group("launches cuda", launches.in_the_emulator, _emulator_reason, torch_release),
-        Group("launches triton sm_80", _launches_of_triton(80), _triton_reason, torch_release),
-        Group("launches triton sm_90", _launches_of_triton(90), _triton_reason, torch_release),
+        Group("launches triton sm_80", _launches_of_triton(80), _interpreter_reason, torch_release),
+        Group("launches triton sm_90", _launches_of_triton(90), _interpreter_reason, torch_release),
         Group("saved bytes", saved.rows, _cpu_reason, torch_release),
         Group("predicted for H200", predicted.rows, _torchvision_reason, torch_release),
         *_registers(80),

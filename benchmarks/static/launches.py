@@ -54,7 +54,6 @@ def in_the_emulator(group: str, toolchain: str) -> list[Row]:
 
 def of_triton(group: str, toolchain: str, device: Any) -> list[Row]:
     """Of the `triton` backend in bfloat16, as on a given GPU: kernels are listed there, not run."""
-    from resfuse.backends import triton
     from resfuse.backends.triton import launch
 
     @contextmanager
@@ -63,20 +62,18 @@ def of_triton(group: str, toolchain: str, device: Any) -> list[Row]:
             before = len(specs)
             yield lambda: operators() + Counter(spec.name for spec in specs[before:])
 
-    place = "cpu" if triton.INTERPRETED else "cuda"
     subjects = (*OPS, *BLOCKS, *FULL_SIZE)
     with resfuse.use_backend("triton"), launch.collected(device) as specs:
-        return _of_fused(subjects, group, toolchain, counted, place, torch.bfloat16)
+        return _of_fused(subjects, group, toolchain, counted, torch.bfloat16)
 
 
 def _of_fused(
-    subjects: Iterable[Subject], group: str, toolchain: str, counted: Any, device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    subjects: Iterable[Subject], group: str, toolchain: str, counted: Any, dtype: torch.dtype = torch.float32
 ) -> list[Row]:  # fmt: skip
     return [
         row
         for subject in subjects
-        for call in subject.calls(FUSED, device, dtype)
+        for call in subject.calls(FUSED, dtype)
         for row in _rows(group, toolchain, call, counted)
     ]
 

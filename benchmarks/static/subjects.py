@@ -71,9 +71,7 @@ class Subject:
     residual: tuple[int, ...] | None = None
     """The shape of the residual that it takes besides."""
 
-    def calls(
-        self, provider: str, device: str = "cpu", dtype: torch.dtype = torch.float32, modes: Iterable[str] = MODES
-    ) -> Iterator[Call]:
+    def calls(self, provider: str, dtype: torch.dtype = torch.float32, modes: Iterable[str] = MODES) -> Iterator[Call]:
         """One per mode, on a module of their own."""
         torch.manual_seed(0)
         eager = self.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -82,8 +80,8 @@ class Subject:
         for mode in modes:
             if mode == "frozen" and self.level == "model":
                 continue  # as its blocks
-            module = copy.deepcopy(eager).to(device).train(mode == "train")
-            yield Call(self, provider, mode, module, device, dtype)
+            module = copy.deepcopy(eager).train(mode == "train")
+            yield Call(self, provider, mode, module, dtype)
 
 
 class Call:
@@ -93,18 +91,15 @@ class Call:
     model an input that an earlier layer left in bfloat16.
     """
 
-    def __init__(
-        self, subject: Subject, provider: str, mode: str, module: nn.Module, device: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, subject: Subject, provider: str, mode: str, module: nn.Module, dtype: torch.dtype) -> None:
         self.subject, self.provider, self.mode, self.module = subject, provider, mode, module
         self._differentiates = mode != "inference"
         self._autocast = self._differentiates and dtype != torch.float32
-        self._device = device
         if not self._differentiates:
             module.to(dtype)
         narrow = torch.float32 if self._autocast and subject.level == "model" else dtype
         shapes = [subject.shape] + ([subject.residual] if subject.residual else [])
-        self.inputs = [_images(shape, device, narrow) for shape in shapes]
+        self.inputs = [_images(shape, narrow) for shape in shapes]
         for tensor in self.inputs:
             tensor.requires_grad_(self._differentiates and subject.level != "model")
         self._output = self._gradient = torch.empty(0)
@@ -135,12 +130,12 @@ class Call:
         return torch.autograd.grad(self._output, leaves, self._gradient)
 
     def _context(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device, torch.bfloat16, enabled=self._autocast)
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._autocast)
 
 
-def _images(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+def _images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(shape, generator=generator).to(device, dtype)
+    images = torch.randn(shape, generator=generator).to(dtype)
     return images.contiguous(memory_format=torch.channels_last)
 
 
