@@ -14,11 +14,13 @@ from torch import Tensor
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Nor does the CPU's contract know TF32, in which kernels in the emulator compute by torch's default for cuDNN.
-    torch.backends.cudnn.allow_tf32 = False
 
 from resfuse.backends import buffer_pool
 from tests import needs
+
+# By torch's default cuDNN, and so every backend for GPUs, computes float32 convolutions in TF32.  That has tests of its
+# own; in all others float32 means float32, or signs that TF32's rounding decides would be taken for errors.
+torch.backends.cudnn.allow_tf32 = False
 
 # `make compat` has torch releases that no torchvision can be had for, a machine with a GPU may have torch and no more.
 _LEFT_OUT = needs.left_out(Path(__file__).parent)
@@ -40,6 +42,15 @@ if importlib.util.find_spec("hypothesis"):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def deterministic_cudnn() -> Iterator[None]:
+    """For tests that compare bits: cuDNN, which computes some gradients, repeats its results only if it is told to."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
 
 
 def poison(tensor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from tests import contract, sanitized, shapes
 from tests.contract import Call
 from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
 
+pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
+
 ROOT = Path(__file__).resolve().parent.parent
 UNAVAILABLE = registry.backend("cuda").unavailable_reason()
 gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
@@ -229,6 +231,7 @@ def test_another_device_than_the_current_one(name: str) -> None:
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @each_call
 def test_nothing_synchronises(name: str) -> None:
     call = CALLS[name](torch.bfloat16, "cuda")
@@ -253,7 +256,8 @@ def test_one_launch_each_way(name: str) -> None:
     grad_output = grad_for(call)
     with resfuse.use_backend("cuda"):
         step(call, grad_output)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        # Without acc_events the profiler warns that it forgets the events of the cycle before, which there is none of.
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             step(call, grad_output)
             torch.cuda.synchronize()
     events = [event.key for event in profile.key_averages() for _ in range(event.count)]

@@ -11,6 +11,8 @@ from torch import Tensor
 import resfuse
 from tests import shapes
 
+pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
+
 COMPLETE = [
     name for name in shapes.BACKENDS if shapes.supports(name, "conv_bn_act", torch.float32, shapes.devices_of(name)[0])
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends.problem import Problem
-from resfuse.layout import conv_memory_format, is_channels_last
+from resfuse.layout import as_result, conv_memory_format, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -70,7 +70,8 @@ def bn_act_forward(
         output = torch.batch_norm(
             input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
         )
-    return _activate(output, residual, relu), mean, invstd
+    # CUDA's kernel keeps the strides of any dense input; the result has those of a memory format, as everywhere.
+    return _activate(as_result(output, input), residual, relu), mean, invstd
 
 
 def bn_act_backward(
