@@ -9,7 +9,9 @@ import csv
 import itertools
 import os
 import random
+import signal
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -349,13 +351,22 @@ def test_no_such_base_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert "BASE: expected a commit or a folder" in capsys.readouterr().err
 
 
-def test_interrupting_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*arguments: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_ends_it_and_leaves_nothing(
+    number: int, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(tree: Tree, threads: int) -> SideProcess:
+        assert len(git(repository, "worktree", "list").splitlines()) == 2
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+        raise AssertionError("it goes on")
 
-    monkeypatch.setattr(command, "_compare", interrupted)
-    assert command.main(["HEAD"]) == 130
+    monkeypatch.setattr(command, "SideProcess", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    assert command.main(["HEAD~1", "--device", "cpu"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "interrupted" in capsys.readouterr().err
+    assert len(git(repository, "worktree", "list").splitlines()) == 1
 
 
 def test_arguments() -> None:

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ MODES = ("inference", "train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C: the worktree is removed
     try:
-        comparisons, labels, conditions = _compare(args)
+        with _terminated_as_by_ctrl_c():
+            comparisons, labels, conditions = _compare(args)
     except (trees.TreeError, SideError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -129,8 +129,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _end(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt inside, so that the worktree is removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
