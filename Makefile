@@ -92,9 +92,10 @@ bench: $(VENV)/.built
 	$(PY) -m benchmarks.memory
 	$(PY) -m resfuse bench --report
 
+# COMPARE_ARGS="--mode train --micro --fail-over 5%", and what else `python -m benchmarks.compare --help` lists.
 bench-compare: $(VENV)/.built
 	@test -n "$(BASE)" || { echo "make: name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
-	$(PY) -m benchmarks.compare $(BASE)
+	$(PY) -m benchmarks.compare $(BASE) $(COMPARE_ARGS)
 
 # With $(PYTHON) as it is, and the torch that it has: LIMIT is the seconds of one call, PIECE="aims tune" names pieces.
 OUT ?= out/gpu
