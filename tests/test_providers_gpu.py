@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,25 +77,84 @@ class Operators:
         return F.relu(output + given["alpha"] * given["z"] if "z" in given else output)
 
 
+class Described:
+    """A tensor of a graph: what computes it from the tensors that have names."""
+
+    def __init__(self, compute: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        self.compute = compute
+
+    def set_output(self, value: bool) -> Described:
+        assert value
+        return self
+
+    def set_data_type(self, data_type: str) -> Described:
+        return self
+
+
+class EagerGraph:
+    """In the place of `cudnn.pygraph`: the operations as cuDNN documents them, by PyTorch."""
+
+    def __init__(self, **types: str) -> None:
+        assert types["intermediate_data_type"] == types["compute_data_type"] == "FLOAT"
+        self.operations: list[str] = []
+
+    def tensor(self, name: str, dim: list[int], stride: list[int], data_type: str) -> Described:
+        def given(tensors: Mapping[str, Tensor]) -> Tensor:
+            found = tensors[name]
+            found = found.view(1, -1, 1, 1) if found.dim() == 1 else found
+            assert list(found.shape) == dim
+            assert found.as_strided(dim, stride).equal(found)
+            return found
+
+        return Described(given)
+
+    def conv_fprop(self, image: Described, weight: Described, name: str, **geometry: list[int]) -> Described:
+        def convolve(given: Mapping[str, Tensor]) -> Tensor:
+            x, w = image.compute(given), weight.compute(given)
+            order = (geometry["stride"], geometry["padding"], geometry["dilation"])
+            return F.conv2d(x, w, None, *order, x.shape[1] // w.shape[1])
+
+        return self._add(name, convolve)
+
+    def bias(self, input: Described, bias: Described, name: str) -> Described:
+        return self._add(name, lambda given: input.compute(given) + bias.compute(given))
+
+    def add(self, a: Described, b: Described, name: str) -> Described:
+        return self._add(name, lambda given: a.compute(given) + b.compute(given))
+
+    def relu(self, input: Described, name: str) -> Described:
+        return self._add(name, lambda given: F.relu(input.compute(given)))
+
+    def _add(self, name: str, compute: Callable[[Mapping[str, Tensor]], Tensor]) -> Described:
+        self.operations.append(name)
+        return Described(compute)
+
+
 class Graphs:
-    """In the place of cuDNN: computes what the graph of each group describes, into the tensor that it is given."""
+    """In the place of cuDNN: computes the graph that a group is described by, into the tensor that it is given."""
 
     def __init__(self) -> None:
         self.groups: list[Group] = []
+        self.operations: list[list[str]] = []
 
     def __call__(self, group: Group) -> cudnn_graph.Execute:
+        names = {name: name for name in ("FLOAT", "HALF", "BFLOAT16", "DOUBLE")}
+        module = SimpleNamespace(data_type=SimpleNamespace(**names), pygraph=EagerGraph)
+        graph, tensors = describe(module, group)
         self.groups.append(group)
+        self.operations.append(graph.operations)
 
-        def execute(tensors: Mapping[str, Tensor]) -> None:
-            for tensor in tensors.values():
-                assert tensor.dim() == 1 or tensor.is_contiguous(memory_format=torch.channels_last)
-            output = F.conv2d(
-                tensors["x"], tensors["w"], tensors["b"], group.stride, group.padding, group.dilation, group.groups
-            )
-            output = output + tensors["z"] if group.residual else output
-            tensors["y"].copy_(F.relu(output) if group.relu else output)
+        def execute(given: Mapping[str, Tensor]) -> None:
+            assert given.keys() == tensors.keys()
+            given["y"].copy_(tensors["y"].compute(given))
 
         return execute
+
+
+@pytest.fixture(autouse=True)
+def _doubles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For graphs in float64, which cuDNN hardly has kernels for, but in which the tests are exact."""
+    monkeypatch.setitem(cudnn_graph.DATA_TYPES, torch.float64, "DOUBLE")
 
 
 def modules() -> dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...]]]:
@@ -168,10 +227,14 @@ def test_groups_become_graphs_of_cudnn(name: str) -> None:
     module, shapes = modules()[name]
     module, *inputs = calibrated(module, *shapes)
     expected = copy.deepcopy(module)(*inputs)
-    provider = CudnnGraph("", Graphs())
+    graphs = Graphs()
+    provider = CudnnGraph("", graphs)
     step = provider.prepare(module, tuple(inputs), SETTING)
     found = step(*(provider.convert(tensor) for tensor in inputs))
     torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=1e-10)
+    for group, operations in zip(graphs.groups, graphs.operations, strict=True):
+        wanted = ["conv", "bias", *(["add"] if group.residual else []), *(["relu"] if group.relu else [])]
+        assert operations == wanted
 
 
 def test_without_a_convolution_there_is_nothing_to_offer() -> None:
