@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,18 @@ class Account:
         return batch if self.peak(batch) <= limit else batch - 1  # `at` rounds
 
 
+class _Run(NamedTuple):
+    """A provider's step of one of the two batches."""
+
+    module: nn.Module
+    arguments: tuple[Tensor, ...]
+    step: functools.partial[object]
+
+    @property
+    def own(self) -> list[Tensor]:
+        return [*self.module.parameters(), *self.module.buffers()]
+
+
 def account(network: Network, provider: str, dtype: torch.dtype) -> Account:
     """Count a network's training step, run for two small batches on the CPU.
 
@@ -86,23 +98,15 @@ def account(network: Network, provider: str, dtype: torch.dtype) -> Account:
 
     Raises:
         ValueError: an unknown provider.
-        RuntimeError: the batches run different operators, so that there is no line through them.
+        RuntimeError: the batches run different batch norms, so that no lines can be laid through them.
     """
-    if provider not in PROVIDER_NAMES:
-        raise ValueError(f"provider: expected one of {', '.join(PROVIDER_NAMES)}, got {provider!r}")
-    setting = Setting("train", dtype, torch.device("cpu"), torch.get_num_threads(), level=network.level)
     saved, inputs, timelines = [], [], []
-    for batch in BATCHES:
-        module = network.make()
-        given = arguments(network, batch, setting)
-        run = functools.partial(prepare(module, provider, given, setting), *given)
-        run()  # compiles, packs weights
-        own = [*module.parameters(), *module.buffers()]
-        saved.append(counting.saved_bytes(run, own))
-        inputs.append(_bytes(given))
+    for run in _runs(network, provider, dtype):
+        saved.append(counting.saved_bytes(run.step, run.own))
+        inputs.append(_bytes(run.arguments))
         if provider != COMPILED:
-            timelines.append(counting.live_bytes(run, [*own, *given]))
-    parameters, buffers = _bytes(module.parameters()), _bytes(module.buffers())
+            timelines.append(counting.live_bytes(run.step, [*run.own, *run.arguments]))
+    parameters, buffers = _bytes(run.module.parameters()), _bytes(run.module.buffers())
     kept, input = Line.through(saved), Line.through(inputs)
     if provider != COMPILED:
         return Account(parameters, buffers, input, kept, _lines(*timelines))
@@ -111,6 +115,27 @@ def account(network: Network, provider: str, dtype: torch.dtype) -> Account:
     # Where nothing is kept the difference has no place: in the update, which needs state and gradients at least.
     update = _sum(Line(parameters * (3 if network.level == "model" else 2) + buffers, 0.0), input)
     return Account(parameters, buffers, input, kept, (*(_sum(line, difference) for line in eager.timeline), update))
+
+
+def kept_line(network: Network, provider: str, dtype: torch.dtype) -> Line:
+    """What a step keeps for backward: `account(...).saved`, without the rest.
+
+    Raises:
+        ValueError: an unknown provider.
+    """
+    return Line.through([counting.saved_bytes(run.step, run.own) for run in _runs(network, provider, dtype)])
+
+
+def _runs(network: Network, provider: str, dtype: torch.dtype) -> Iterator[_Run]:
+    """A step for each of `BATCHES`, which has run once: it is compiled, and its weights are packed."""
+    if provider not in PROVIDER_NAMES:
+        raise ValueError(f"provider: expected one of {', '.join(PROVIDER_NAMES)}, got {provider!r}")
+    setting = Setting("train", dtype, torch.device("cpu"), torch.get_num_threads(), level=network.level)
+    for batch in BATCHES:
+        module, given = network.make(), arguments(network, batch, setting)
+        run = _Run(module, given, functools.partial(prepare(module, provider, given, setting), *given))
+        run.step()
+        yield run
 
 
 def prepare(module: nn.Module, provider: str, arguments: tuple[Tensor, ...], setting: Setting) -> Step:
@@ -135,8 +160,8 @@ def arguments(network: Network, batch: int, setting: Setting) -> tuple[Tensor, .
         return random(network.shape(batch), torch.float32), labels
     # What the block before leaves and the block after returns: in autocast's dtype.
     input = random(network.shape(batch), setting.dtype).requires_grad_()
-    with torch.no_grad():
-        output = network.make().to("meta")(torch.empty(network.shape(batch), device="meta")).shape
+    with torch.no_grad(), torch.device("meta"):
+        output = network.make()(torch.empty(network.shape(batch))).shape
     return input, random(tuple(output), setting.dtype)
 
 
@@ -149,16 +174,19 @@ def _sum(first: Line, second: Line) -> Line:
 
 
 def _lines(small: Timeline, large: Timeline) -> tuple[Line, ...]:
-    """A line through the most that is alive in each segment of the step.
+    """A line for each operator of the step; or, where batches differ in them, for each segment.
 
-    Backends choose by size how a convolution is run, so operators do not correspond one to one; segments do.
+    Backends choose by size how a convolution is run, and then operators do not correspond one to one.  The most that is
+    alive in a segment may belong to another operator in another batch: the line is then a little too low.
     """
-    segments = _segments(small), _segments(large)
-    if len(segments[0]) != len(segments[1]):
-        raise RuntimeError(
-            f"batches of {BATCHES[0]} and {BATCHES[1]} differ in their batch norms: no line through both"
-        )
-    return tuple(map(Line.through, zip(*segments, strict=True)))
+    if [name for name, _ in small] == [name for name, _ in large]:
+        pairs = zip((alive for _, alive in small), (alive for _, alive in large), strict=True)
+    else:
+        segments = _segments(small), _segments(large)
+        if len(segments[0]) != len(segments[1]):
+            raise RuntimeError(f"batches of {BATCHES[0]} and {BATCHES[1]} run different batch norms")
+        pairs = zip(*segments, strict=True)
+    return tuple(dict.fromkeys(map(Line.through, pairs)))
 
 
 def _segments(timeline: Timeline) -> list[int]:

@@ -42,7 +42,8 @@ def kept_tensors(network: Network, dtype: torch.dtype) -> tuple[Kept, ...]:
         network: a model or block of `networks`.
         dtype: of the activations; float32 or, under autocast, another.
     """
-    module = network.make().to("meta").eval()
+    with torch.device("meta"):
+        module, image = network.make().eval(), torch.empty(network.shape(1))
     found: list[Kept] = []
     extents: list[int] = []
 
@@ -73,7 +74,6 @@ def kept_tensors(network: Network, dtype: torch.dtype) -> tuple[Kept, ...]:
             handles.append(child.register_forward_hook(lambda _, args, output, role=role: keep(role, output)))
         elif isinstance(child, nn.Linear):
             handles.append(child.register_forward_hook(lambda _, args, output: _keep_head(keep, args, output)))
-    image = torch.empty(network.shape(1), device="meta")
     keep("input", image)
     try:
         module(image)
