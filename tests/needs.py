@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def needed(path: Path) -> set[str]:
             continue
         seen.add(file)
         for name in imports(file):
-            own = list(files(name))
+            own = files(name)
             waiting += own
             if not own:
                 packages.add(name.partition(".")[0])
@@ -56,12 +55,12 @@ def imports(path: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def files(name: str) -> Iterator[Path]:
+@cache
+def files(name: str) -> tuple[Path, ...]:
     """The files of this repository that importing a dotted name executes; its last part may be no module."""
     parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        stem = ROOT.joinpath(*parts[:end])
-        yield from (path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
+    stems = [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
+    return tuple(path for stem in stems for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
 
 
 def python_path() -> str:

@@ -127,7 +127,8 @@ PIECES: tuple[Piece, ...] = (
         models("train", "128", "cifar_resnet20 cifar_resnet110"),
     ), tables=True),
     Piece("blocks", "bench", "operators and residual blocks", 8, (
-        bench("operators, train", "--level", "op", "--mode", "train", "--dtype", "bfloat16"),
+        bench("operators, train", "--level", "op", "--mode", "train", "--dtype", "bfloat16",
+              rehearsal=("--level", "op", "--mode", "train", *EAGER_AND_RESFUSE)),
         bench("blocks, inference", "--level", "block", "--mode", "inference", "--dtype", "bfloat16"),
         bench("blocks, train", "--level", "block", "--mode", "train", "--dtype", "bfloat16"),
     ), tables=True),
