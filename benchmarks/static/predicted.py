@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import resfuse
-from benchmarks.static.subjects import EAGER, FUSED, models
+from benchmarks.static.subjects import EAGER, FUSED, STAGES, models
 from benchmarks.static.table import Row
 
 DEVICE = "h200"
@@ -14,9 +14,9 @@ BATCH, SIZE = 128, 224
 
 
 def rows(group: str, toolchain: str) -> list[Row]:
-    """Of ResNet-50 in bfloat16, inference and training (forward and backward, without the optimizer)."""
+    """Of blocks and ResNet-50 in bfloat16, inference and training (forward and backward, without the optimizer)."""
     found = []
-    for subject in models(BATCH, SIZE, ["resnet50"]):
+    for subject in (*STAGES, *models(BATCH, SIZE, ["resnet50"])):
         with torch.device("meta"):
             model = subject.build().bfloat16()
         for mode in ("inference", "train"):

@@ -192,3 +192,9 @@ BLOCKS = (
     Subject("block", "Bottleneck + projection", (2, 32, 8, 8), functools.partial(_block, "Bottleneck", 32, 16, 2)),
 )
 """Small, and as torchvision's ResNets have them: what is launched and saved for these is so for all sizes."""
+STAGES = (
+    Subject("block", "BasicBlock 64", (128, 64, 56, 56), functools.partial(_block, "BasicBlock", 64, 64)),
+    Subject("block", "Bottleneck 256", (128, 256, 56, 56), functools.partial(_block, "Bottleneck", 256, 64)),
+    Subject("block", "Bottleneck 256-512", (128, 256, 56, 56), functools.partial(_block, "Bottleneck", 256, 128, 2)),
+)
+"""At the sizes of ResNet-18 and ResNet-50, for what is not computed but predicted."""
