@@ -289,14 +289,14 @@ class _ParsedError(Exception):
     """The command line is a right one."""
 
 
-@pytest.mark.parametrize(
-    "one", [(p, s) for p in PIECES for s in p.steps], ids=lambda one: f"{one[0].name}-{one[1].name}"
-)
-def test_every_command_line_is_understood(
-    one: tuple[Piece, Step], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+STEPS = {f"{piece.name}-{step.name}": step for piece in PIECES for step in piece.steps}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_command_line_is_understood(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those for the GPU too: only the parsing, by the program's own parser."""
-    for package in one[1].needs:
+    one = STEPS[name]
+    for package in one.needs:
         pytest.importorskip(package)
     parse = argparse.ArgumentParser.parse_args
 
