@@ -1,4 +1,4 @@
-"""The operator calls of a whole network, written down by hand: what a trace of it is held against, too."""
+"""Operations written down by hand, one by one and for a whole network, and what they cost on an H200."""
 
 from __future__ import annotations
 
@@ -6,7 +6,28 @@ from typing import Any
 
 import torch
 
-from resfuse.costs import Operation, TensorInfo
+from resfuse import costs
+from resfuse.backends import triton
+from resfuse.costs import Cost, Device, Operation, TensorInfo
+
+H200 = costs.describe("h200")
+BF16 = torch.bfloat16
+BACKENDS = ["cuda", "cpu", "reference"]
+if triton.import_failure() is None:
+    BACKENDS.append("triton")
+ON_GPUS = [name for name in BACKENDS if name in ("cuda", "triton")]
+
+
+def info(*shape: int, dtype: torch.dtype = BF16) -> TensorInfo:
+    return TensorInfo(shape, dtype)
+
+
+def forward(operation: Operation, backend: str | None = None, training: bool = False, device: Device = H200) -> Cost:
+    return costs.forward_cost(operation, training=training, backend=backend, device=device)
+
+
+def backward(operation: Operation, backend: str | None = None, training: bool = True, device: Device = H200) -> Cost:
+    return costs.backward_cost(operation, training=training, backend=backend, device=device)
 
 
 class ResNet50:
