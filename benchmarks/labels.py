@@ -60,6 +60,11 @@ def ceilings_text(found: Ceilings) -> str:
     return "; ".join([f"{number_text(found.bandwidth / 1e9)} GB/s", *rates] if found.bandwidth else rates)
 
 
+def threads_text(count: int) -> str:
+    """2 threads."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def conditions_text(rows: Iterable[Record]) -> str:
     """Machines, versions, commits and days of the rows; what several runs have in common is told once."""
     machines: dict[tuple[str, int], list[Conditions]] = {}
@@ -67,8 +72,8 @@ def conditions_text(rows: Iterable[Record]) -> str:
         machines.setdefault((row.conditions.device, row.conditions.threads), []).append(row.conditions)
     parts = []
     for (device, threads), runs in machines.items():
-        plural = "s" if threads > 1 else ""
-        parts.append(f"{device}, {threads} thread{plural}; {_versions(runs)}; commit {_commits(runs)}, {_days(runs)}")
+        machine = f"{device}, {threads_text(threads)}"
+        parts.append(f"{machine}; {_versions(runs)}; commit {_commits(runs)}, {_days(runs)}")
     return ". ".join(parts)
 
 

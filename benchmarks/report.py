@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import labels
+from benchmarks import labels, speeds
 from benchmarks.labels import number_text, time_unit
 from benchmarks.measure import Quantiles
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
 from benchmarks.records import Conditions, Record
-from benchmarks.speeds import OURS, Comparison, by_level, comparisons, geometric_mean, views
+from benchmarks.speeds import OURS, Comparison, by_level, comparisons, views
 
 FASTER, SLOWER = 1.02, 0.98
 """Ratios outside of these are coloured."""
@@ -75,7 +75,9 @@ def ratio_text(ratio: float | None) -> str:
 
 def show_conditions(console: Console, conditions: Conditions) -> None:
     """What the results depend on, before they come."""
-    console.print(f"{conditions.device}, {conditions.threads} threads, commit {conditions.commit or 'unknown'}")
+    console.print(
+        f"{conditions.device}, {labels.threads_text(conditions.threads)}, commit {conditions.commit or 'unknown'}"
+    )
     console.print(conditions.versions, highlight=False)
 
 
@@ -181,25 +183,27 @@ def _chapter(one: Comparison) -> tuple[str, str, str, str, bool]:
 def _summary_table(key: tuple[str, str, str, str, bool], found: Sequence[Comparison]) -> Table:
     level, mode, dtype, device, graphed = key
     scale, unit = time_unit(one.times[OURS].p50 for one in found)
-    table = new_table(
-        f"{level}s, {mode}, {dtype}{', CUDA graphs' * graphed}, {device}",
-        ["case", "batch", f"resfuse\n{unit}", "best peer", f"its\n{unit}", "vs\npeer", "vs\neager", "roof-\nline"],
-    )
-    table.columns[3].justify = "left"
+    batches, images = {one.batch for one in found}, {one.image for one in found}
+    same = f", batch {batches.pop()}" if len(batches) == 1 else ""
+    heads = ["case", *([] if same else ["batch"]), f"resfuse\n{unit}", "best peer", f"its\n{unit}"]
+    title = f"{level}s, {mode}, {dtype}{', CUDA graphs' * graphed}{same}"
+    title += f", images {images.pop()}" if level == "model" and len(images) == 1 else ""
+    table = new_table(f"{title}, {device}", [*heads, "vs\npeer", "vs\neager", "roof-\nline"])
+    table.columns[heads.index("best peer")].justify = "left"
     table.columns[0].no_wrap = False
     for one in found:
         peer, row = one.best_peer, one.times[OURS]
         table.add_row(
-            one.first.name, str(one.batch), number_text(row.p50 * scale), peer or "-",
+            one.first.name, *([] if same else [str(one.batch)]), number_text(row.p50 * scale), peer or "-",
             number_text(one.times[peer].p50 * scale) if peer else "-", ratio_text(one.against_best_peer()),
             ratio_text(one.speed(OURS, one.base)), f"{row.roofline:.0%}" if row.roofline else "-",
         )  # fmt: skip
     if len(found) > 1:
         table.add_section()
-        table.add_row(
-            "geometric mean", "", "", "", "", ratio_text(geometric_mean(one.against_best_peer() for one in found)),
-            ratio_text(geometric_mean(one.speed(OURS, one.base) for one in found)), "",
-        )  # fmt: skip
+        peer_mean = speeds.geometric_mean(one.against_best_peer() for one in found)
+        eager_mean = speeds.geometric_mean(one.speed(OURS, one.base) for one in found)
+        blank = [""] * (len(heads) - 1)
+        table.add_row("geometric mean", *blank, ratio_text(peer_mean), ratio_text(eager_mean), "")
     return table
 
 

@@ -76,7 +76,8 @@ def _levels(found: Sequence[Comparison]) -> Iterator[str]:
     timed = [view for view in speeds.views(found) if view.times]
     for key in dict.fromkeys(_chapter(one) for one in timed):
         level, mode, dtype, device, threads, graphed = key
-        yield f"## {level.capitalize()}s, {mode}, {dtype}{', CUDA graphs' * graphed}, {device}, {threads} threads"
+        how = f"{mode}, {dtype}{', CUDA graphs' * graphed}"
+        yield f"## {level.capitalize()}s, {how}, {device}, {labels.threads_text(threads)}"
         chapter = [one for one in timed if _chapter(one) == key]
         yield _everyone(chapter) if level == "model" else _against_best(chapter)
         ours = [one for one in chapter if OURS in one.times]
