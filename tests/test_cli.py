@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 import resfuse
 from resfuse import _extension
 from resfuse.backends import reference, registry
-from resfuse.cli import main, resnet50, timing
+from resfuse.cli import COMMANDS, main, resnet50, timing
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_OP = ["verify", "--backend", "reference", "--op", "add_relu", "--dtype", "float32"]
@@ -234,3 +235,104 @@ def test_timing_keeps_to_its_budget() -> None:
 def test_timing_quantiles() -> None:
     times = timing.Timing((3.0, 1.0, 2.0, 5.0, 4.0))
     assert (times.median, times.quantile(0), times.quantile(0.2), times.quantile(1)) == (3, 1, 2, 5)
+
+
+EXPLAIN = ["explain", "resnet18", "--batch", "8", "--size", "64"]
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_explain_a_network_on_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    assert main([*EXPLAIN, "--device", "h200", "--dtype", "bfloat16"]) == 0
+    lines = lines_of(capsys)
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "ResNet, eval(), forward, 8x3x64x64 bfloat16, on NVIDIA H200" in text
+    assert "layer1.0.conv1 x2" in text and "conv_bn_act 3x3 +res" in text
+    assert "triton: conv_bn_act x20: not cuda: triton should be faster" in text
+
+
+def test_explain_every_layer_of_a_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["explain", "cifar_resnet8", "--batch", "4", "--device", "a100", "--train", "--dtype", "bfloat16"]
+    assert main([*command, "--layers", "all", "--backend", "reference"]) == 0
+    lines = lines_of(capsys)
+    text = " ".join(" ".join(lines).split())
+    assert "train(), forward and backward, 4x3x32x32 float32" in text
+    assert "reference: conv_bn_act x7: asked for by name" in text
+    assert [line.split()[0] for line in lines if " conv_bn_act " in line][:3] == [
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+    ]
+    assert sum(" to " in line for line in lines[:-8]) >= 8, "autocast's casts"
+
+
+def test_explain_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    command = ["explain", "timm/resnet18", "--batch", "2", "--size", "64", "--device", "h100"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["inputs"][0]["shape"] == [2, 3, 64, 64] and found["device"]["name"].startswith("NVIDIA H100")
+    assert sum(layer["op"] == "conv_bn_act" for layer in found["layers"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet51"], "model: torchvision has no 'resnet51'; similar: resnet"),
+        (["timm/resnet51"], "model: timm has no 'resnet51'; similar: "),
+        (["resfuse/resnet51"], "model: resfuse.models has no 'resnet51'; it has cifar_plainN"),
+        (["resfuse/cifar_resnet21"], "depth: expected 6n + 2"),
+        (["keras/resnet50"], "model: expected NAME (of torchvision), timm/NAME or resfuse/NAME, got 'keras/resnet50'"),
+        (["cifar_resnet8", "--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["cifar_resnet8", "--device", "h300"], "device: expected one of h200, "),
+        (["cifar_resnet8", "--device", "b200", "--measure"], "measure: NVIDIA B200 is not in this machine"),
+        (["cifar_resnet8", "--device", "a100", "--backend", "cpu"], "no backend can run"),
+    ],
+)
+def test_explain_says_what_is_wrong(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    for package in ("torchvision", "timm"):
+        pytest.importorskip(package)
+    assert main(["explain", *arguments]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"explain: {message}")
+
+
+def test_explain_without_torchvision(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
+    assert main(EXPLAIN) == 1
+    assert "explain: torchvision is not installed" in capsys.readouterr().err
+
+
+def test_each_command_is_described_by_its_module(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        module = importlib.import_module(f"resfuse.cli.{name}")
+        assert " ".join((module.__doc__ or "").partition("\n")[0].split()) in words(capsys)
+
+
+def test_a_command_needs_only_its_own_packages() -> None:
+    """On a machine without rich, which others print with."""
+    code = (
+        "import sys; sys.modules['rich'] = None;"
+        "from resfuse.cli import main; sys.exit(main(['explain', 'cifar_resnet8', '--device', 'h200']))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "conv_bn_act" in shown.stdout
+
+
+def test_the_page_on_explain_shows_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setenv("COLUMNS", "100")
+    page = (ROOT / "docs" / "explain.md").read_text()
+    command = next(line for line in page.splitlines() if line.startswith("python -m resfuse explain"))
+    assert main(command.split()[3:]) == 0
+    assert f"```text\n{capsys.readouterr().out}```" in page, f"`{command}` prints something else now"

@@ -35,6 +35,7 @@ WITH_EXAMPLES = [
 NEEDS = {
     "README.md": ("torchvision",),
     "distributed.md": ("torchvision",),
+    "explain.md": ("torchvision",),
     "export.md": ("onnx", "onnxscript"),
     "fusion.md": ("torchvision",),
     "index.md": ("torchvision",),

@@ -112,6 +112,19 @@ def test_a_network_of_timm() -> None:
     assert {layer.path for layer in found.layers} >= {"conv1.0", "layer4.2.conv3", "layer2.0.downsample.1", "fc"}
 
 
+def test_an_unknown_operator_is_estimated_and_said_to_be() -> None:
+    class Cumulated(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(1).relu()
+
+    found = resfuse.explain(Cumulated(), (4, 8), device=CPU, backward=False)
+    assert [(layer.op, layer.estimated, layer.bytes) for layer in found.layers] == [
+        ("cumsum", True, 256),
+        ("relu", False, 256),
+    ]
+    assert "estimated: cumsum: no FLOPs" in str(found)
+
+
 def test_a_fused_model_is_explained_as_it_is() -> None:
     model = small().eval()
     expected = resfuse.explain(model, IMAGES, device=CPU)

@@ -62,8 +62,8 @@ def explain(
         >>> found = explain(layers.bfloat16().eval(), (8, 16, 56, 56), device="h200")
         >>> [(layer.path, layer.op, layer.backend, layer.bound) for layer in found.layers]
         [('0', 'conv_bn_act', 'triton', 'memory')]
-        >>> found.total.launches, found.unfused.launches, found.total.flops == 2 * 8 * 32 * 56 * 56 * 16 * 9
-        (1, 3, True)
+        >>> found.total.launches, found.unfused.launches > 2, found.total.flops == 2 * 8 * 32 * 56 * 56 * 16 * 9
+        (1, True, True)
     """
     tracer = Tracer(model, inputs)
     described, place = machine.find(device, model)

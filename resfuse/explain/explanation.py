@@ -49,6 +49,8 @@ class Layer:
     forward: Cost
     backward: Cost | None
     """None where backward is not explained."""
+    estimated: bool = False
+    """`resfuse.costs` does not know the operator: it has no FLOPs, and reads its inputs and writes its output once."""
     measured: float | None = None
     """Seconds of this operator alone on random tensors; None if it was not measured."""
 

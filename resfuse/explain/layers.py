@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from resfuse.costs import Cost, Device, Operation, backward_kernels, forward_kernels, roofline
+from resfuse.costs import Cost, Device, Operation, backward_kernels, forward_kernels, is_estimated, roofline
 from resfuse.explain.choice import Choice
 from resfuse.explain.explanation import COMPUTE, MEMORY, PYTORCH, Layer
 from resfuse.explain.measure import Stopwatch
@@ -69,6 +69,7 @@ def _layer(
         bound=max(times, key=lambda bound: times[bound]),
         forward=forward,
         backward=backward if conditions.backward else None,
+        estimated=is_estimated(operation),
         measured=None if conditions.stopwatch is None else conditions.stopwatch.seconds(call),
     )
 

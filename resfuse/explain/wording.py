@@ -47,7 +47,11 @@ def reasons(explanation: Explanation) -> list[str]:
     grouped: dict[tuple[str, str], list[str]] = {}
     for (backend, op, reason), count in counts.items():
         grouped.setdefault((backend, reason), []).append(f"{op} x{count}" if count > 1 else op)
-    return [f"{backend}: {', '.join(ops)}: {reason}" for (backend, reason), ops in grouped.items()]
+    lines = [f"{backend}: {', '.join(ops)}: {reason}" for (backend, reason), ops in grouped.items()]
+    unknown = dict.fromkeys(layer.op for layer in explanation.layers if layer.estimated)
+    if unknown:
+        lines.append(f"estimated: {', '.join(unknown)}: no FLOPs, inputs and output once")
+    return lines
 
 
 def _total_line(name: str, total: Totals, launch: float) -> str:
