@@ -266,7 +266,8 @@ def test_a_gpu_is_limited_and_freed_again() -> None:
 # The command and the page
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_commit", lambda: "abc")  # the same all the time
     arguments = ["--model", "cifar_resnet8", "--level", "model", "--device", "cpu", "--output", str(tmp_path)]
     arguments += ["--dtype", "float32", "--provider", EAGER, FUSED, "--batch", "2", "5"]
     assert command.main([*arguments, "--measure", "--fit", "10MB"]) == 0
