@@ -13,7 +13,7 @@ from rich.console import Console
 
 pytest.importorskip("torchvision")
 
-from benchmarks import ops, overhead, records, report, saved_bytes
+from benchmarks import ops, overhead, records, report
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.records import Record, Subject
 
@@ -40,23 +40,6 @@ def test_overhead(tmp_path: Path) -> None:
     rows = records.read(tmp_path / "overhead.csv")
     assert {row.name for row in rows} == {ops.title(case) for case in ops.TINY}
     assert all(row.metric == "host_time" and row.p50 > 0 and row.conditions.threads == 1 for row in rows)
-
-
-def test_saved_bytes(tmp_path: Path) -> None:
-    assert saved_bytes.main(["--batch", "1", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    rows = records.read(tmp_path / "saved_bytes.csv")
-    eager = {(row.name, row.dtype): row.p50 for row in rows if row.provider != "resfuse"}
-    fused = {(row.name, row.dtype): row.p50 for row in rows if row.provider == "resfuse"}
-    assert eager.keys() == fused.keys()
-    assert all(fused[key] <= eager[key] for key in eager), "a fused block keeps more than an eager one"
-
-
-def test_saved_bytes_are_those_of_the_formula() -> None:
-    # Input, z and output of two convolutions, where the first one's output is the second one's input; mean and invstd.
-    block = saved_bytes.Block("BasicBlock", 8, 8, 6).build()
-    expected = 4 * (2 * 8 * 6 * 6 * 5 + 2 * 2 * 8)
-    setting = Setting("train", torch.float32, CPU, 1)
-    assert saved_bytes.saved_bytes(block, torch.randn(2, 8, 6, 6), setting) == expected
 
 
 def test_peers_say_why_they_can_not_run() -> None:
