@@ -8,6 +8,7 @@ import resfuse
 from benchmarks.cases import Case
 from benchmarks.providers import Setting
 from benchmarks.records import CEILINGS, Conditions, Record, Roofline, Subject, dtype_text
+from benchmarks.workload import needs_gradient
 from resfuse.costs import Device
 
 
@@ -34,6 +35,7 @@ def cost_of(case: Case, setting: Setting, device: Device) -> Roofline:
     are taken to be in the setting's dtype, as which autocast reads them.
     """
     module = case.build().to(setting.dtype).train(setting.mode == "train")
-    inputs = [torch.empty(shape, dtype=setting.dtype, device="meta") for shape in case.inputs]
+    leaves = needs_gradient(case, setting)
+    inputs = [torch.empty(shape, dtype=setting.dtype, device="meta", requires_grad=leaves) for shape in case.inputs]
     total = resfuse.explain(module, *inputs, device=device).total
     return Roofline(total.bytes, total.flops, total.seconds)

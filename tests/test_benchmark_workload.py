@@ -65,3 +65,5 @@ def test_what_a_case_costs_is_what_explain_says() -> None:
     assert cost.flops == 0
     assert cost.bytes == 3 * 4 * 256 * 7 * 7 * 4
     assert cost.seconds == pytest.approx(cost.bytes / device.bandwidth)
+    step = ceilings.cost_of(case, Setting("train", torch.float32, CPU, 1, level="op"), device)
+    assert step.bytes >= 2 * cost.bytes, "the gradients of both inputs, too"
