@@ -69,9 +69,12 @@ class Deviation:
 
 def floor_of(dtype: torch.dtype, device: torch.device | str = "cpu", *, convolution: bool = False) -> float:
     """The contract's floor; a float32 convolution on a GPU that may use TF32 has TF32's."""
-    if convolution and dtype == torch.float32 and torch.device(device).type == "cuda" and _cudnn_uses_tf32():
-        return TF32_FLOOR
-    return FLOORS[dtype]
+    return TF32_FLOOR if _uses_tf32(dtype, device, convolution) else FLOORS[dtype]
+
+
+def rounding_of(dtype: torch.dtype, device: torch.device | str = "cpu", *, convolution: bool = False) -> torch.dtype:
+    """The dtype whose precision a computation has, for `decided_by_rounding`: TF32 rounds as float16 does."""
+    return torch.float16 if _uses_tf32(dtype, device, convolution) else dtype
 
 
 def relative_error(tensor: Tensor, reference: Tensor, scale: float | None = None) -> float:
@@ -180,6 +183,10 @@ def _ratio(error: float, limit: float) -> float:
     if math.isnan(error):
         return math.inf
     return 0.0 if error == 0 else error / limit if limit else math.inf
+
+
+def _uses_tf32(dtype: torch.dtype, device: torch.device | str, convolution: bool) -> bool:
+    return convolution and dtype == torch.float32 and torch.device(device).type == "cuda" and _cudnn_uses_tf32()
 
 
 def _cudnn_uses_tf32() -> bool:

@@ -90,8 +90,12 @@ def test_floors() -> None:
     try:
         torch.backends.cudnn.allow_tf32 = True
         assert contract.floor_of(torch.float32, "cuda", convolution=True) == contract.TF32_FLOOR
+        assert contract.rounding_of(torch.float32, "cuda", convolution=True) == torch.float16
+        assert contract.rounding_of(torch.float32, "cuda") == contract.rounding_of(torch.float32) == torch.float32
+        assert contract.rounding_of(torch.bfloat16, "cuda", convolution=True) == torch.bfloat16
         torch.backends.cudnn.allow_tf32 = False
         assert contract.floor_of(torch.float32, "cuda", convolution=True) == 1e-7
+        assert contract.rounding_of(torch.float32, "cuda", convolution=True) == torch.float32
     finally:
         torch.backends.cudnn.allow_tf32 = before
 

@@ -147,7 +147,8 @@ def _expect(case: Case, device: torch.device, dtype: torch.dtype, training: bool
     grad_output = _normal(case.output_shape, device, dtype, seed=1)
     if case.activation == "relu":
         preactivation = _evaluate(_eager, dataclasses.replace(case, activation="identity"), wide, training)["output"]
-        grad_output = grad_output.masked_fill(contract.decided_by_rounding(preactivation, dtype), 0)
+        rounding = contract.rounding_of(dtype, device, convolution=case.op == "conv_bn_act")
+        grad_output = grad_output.masked_fill(contract.decided_by_rounding(preactivation, rounding), 0)
     permuted = {name: _channels_last(tensor) for name, tensor in inputs.items()}
     scales = {}
     if training and case.conv_bias:
