@@ -107,8 +107,14 @@ GPU = $(PYTHON) -m benchmarks.gpu --output $(OUT) --limit $(LIMIT) $(if $(WHEELS
 gpu:
 	@$(GPU) $(if $(PIECE),--piece $(PIECE))
 
-gpu-test gpu-bench gpu-tune gpu-report:
-	@$(GPU) --group $(@:gpu-%=%)
+gpu-test:
+	@$(GPU) --group test
+gpu-bench:
+	@$(GPU) --group bench
+gpu-tune:
+	@$(GPU) --group tune
+gpu-report:
+	@$(GPU) --group report
 
 # What such a machine may lack beside torch, to be taken along.
 GPU_PYTHON ?= 3.12
