@@ -47,6 +47,8 @@ def _torchvision_reason() -> str | None:
 def _cpu_reason() -> str | None:
     if "cpu" not in resfuse.available_backends():
         return "the CPU library is not built"
+    if not torch.backends.mkldnn.is_available():
+        return "torch has no oneDNN, whose primitives are counted"
     return _torchvision_reason()
 
 
