@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +245,40 @@ def test_out_of_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiled_step_can_not_be_followed_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="on a GPU only"):
         measured.peak_bytes(SMALL, COMPILED, 2, Setting("train", torch.float32, CPU, 1, level="block"))
+
+
+class FakeAllocator:
+    """What is called of torch.cuda, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[object] = []
+        answers = {"max_memory_allocated": 1234, "get_device_properties": SimpleNamespace(total_memory=1000)}
+        for name in (*answers, "synchronize", "reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, functools.partial(self.call, name, answers.get(name)))
+        monkeypatch.setattr(
+            torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: self.calls.append(fraction)
+        )
+
+    def call(self, name: str, answer: object, *_: object) -> object:
+        self.calls.append(name)
+        return answer
+
+
+def test_cuda_calls_of_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = FakeAllocator(monkeypatch)
+    assert measured._allocated(lambda: allocator.calls.append("step"), torch.device("cuda")) == 1234
+    before = ["step"] * measured.WARM_UP
+    after = ["synchronize", "reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated"]
+    assert allocator.calls == before + after
+
+
+def test_cuda_calls_of_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator, cuda = FakeAllocator(monkeypatch), torch.device("cuda")
+    with pytest.raises(torch.OutOfMemoryError), measured._limited(250, cuda), measured._clean(cuda):
+        raise torch.OutOfMemoryError("no memory")
+    assert allocator.calls == ["get_device_properties", 0.25, "empty_cache", "empty_cache", 1.0]
+    with measured._limited(5000, cuda):
+        assert allocator.calls[-1] == 1.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -34,16 +34,10 @@ def peak_bytes(network: Network, provider: str, batch: int, setting: Setting) ->
         module = network.make().to(setting.device)
         given = arguments(network, batch, setting)
         step = functools.partial(prepare(module, provider, given, setting), *given)
-        if setting.device.type != "cuda":
-            timeline = counting.live_bytes(step, [*module.parameters(), *module.buffers(), *given])
-            return max(alive for _, alive in timeline)
-        for _ in range(WARM_UP):
-            step()
-        torch.cuda.synchronize(setting.device)
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        step()
-        torch.cuda.synchronize(setting.device)
-        return torch.cuda.max_memory_allocated(setting.device)
+        if setting.device.type == "cuda":
+            return _allocated(step, setting.device)
+        timeline = counting.live_bytes(step, [*module.parameters(), *module.buffers(), *given])
+        return max(alive for _, alive in timeline)
 
 
 def fits(network: Network, provider: str, limit: int, setting: Setting, batch: int) -> bool:
@@ -57,6 +51,17 @@ def fits(network: Network, provider: str, limit: int, setting: Setting, batch: i
             return peak_bytes(network, provider, batch, setting) <= limit
     except torch.OutOfMemoryError:
         return False
+
+
+def _allocated(step: Callable[[], object], device: torch.device) -> int:
+    """By CUDA's caching allocator, with everything that was there before the step."""
+    for _ in range(WARM_UP):
+        step()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 class Bracket(NamedTuple):
