@@ -1,38 +1,25 @@
-"""The page about results: the aims, the machines, tables by level, and the layers where resfuse is behind."""
+"""The page about results: the aims, the machines, tables by level, and the layers that lose time."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-from benchmarks import aims, labels, roofs, speeds
+from benchmarks import aims, labels, lost_time, roofs, speeds
 from benchmarks.labels import number_text, ratio_text
 from benchmarks.markdown import table
 from benchmarks.records import CEILINGS, Record
 from benchmarks.speeds import OURS, Comparison
 
-LONGEST = 20
-"""Lines of the list of layers that are behind."""
 RESTLESS = 0.15
 """A spread over which a measurement says more about the machine than about what was measured."""
-
-
-class Behind(NamedTuple):
-    """A layer on which some peer is faster than resfuse."""
-
-    one: Comparison
-    peer: str
-    lost: float
-    """Seconds, in all places of the network where this layer is."""
 
 
 def page(rows: Sequence[Record], drawn: Sequence[str] = (), remark: str = "") -> str:
     """The page, in Markdown, with the plots under these paths."""
     found = speeds.by_level(speeds.comparisons(rows))
     every = speeds.by_level(speeds.runs(rows))
-    parts = ["# What the benchmarks say", *_aims(rows), *_machines(rows), *_levels(every), *_behind(found)]
+    parts = ["# What the benchmarks say", *_aims(rows), *_machines(rows), *_levels(every), *lost_time.chapters(found)]
     if drawn or remark:
         parts += ["## Plots", *filter(None, [remark]), *(f"![{path}]({path})" for path in drawn)]
     return "\n\n".join(parts) + "\n"
@@ -41,7 +28,13 @@ def page(rows: Sequence[Record], drawn: Sequence[str] = (), remark: str = "") ->
 def _aims(rows: Sequence[Record]) -> list[str]:
     found = aims.outcomes(rows)
     lines = [[one.aim.text, one.text, f"**{one.verdict}**", one.run] for one in found]
-    return ["## Aims, ResNet-50 at 224x224", table(["aim", "measured", "", "run"], lines, left=1)]
+    parts = ["## Aims, ResNet-50 at 224x224", table(["aim", "measured", "", "run"], lines, left=1)]
+    if any(one.verdict == "missed" for one in found):
+        parts.append(
+            "Where an aim is missed, the lists of layers at the end show what they lose; on the machine itself, "
+            "`python -m resfuse explain resnet50 --measure` does, too."
+        )
+    return parts
 
 
 def _machines(rows: Sequence[Record]) -> list[str]:
@@ -130,41 +123,3 @@ def _ratios(one: Comparison) -> list[str]:
     fraction = one.times[OURS].roofline if OURS in one.times else None
     ratios = [ratio_text(one.speed(OURS, one.base)), ratio_text(one.against_best_peer())]
     return [*ratios, f"{fraction:.0%}" if fraction else "-"]
-
-
-def behind(found: Sequence[Comparison]) -> list[Behind]:
-    """The layers on which a peer is faster, the most time lost first; by graphs, where they were captured."""
-    slower = []
-    for one in (comparison.views[-1] for comparison in found):
-        peer, speed = one.best_peer, one.against_best_peer()
-        if one.first.level == "layer" and peer and speed and speed < 1:
-            each = one.times[OURS].p50 - one.times[peer].p50
-            slower.append(Behind(one, peer, each * occurrences(one.first.name)))
-    return sorted(slower, key=lambda entry: -entry.lost)
-
-
-def occurrences(name: str) -> int:
-    """How often a network has a layer: 3 for "resnet50 layer1.0.conv2 x3"."""
-    count = re.search(r" x(\d+)$", name)
-    return int(count[1]) if count else 1
-
-
-def _behind(found: Sequence[Comparison]) -> list[str]:
-    layers = [one for one in found if one.first.level == "layer" and one.against_best_peer()]
-    if not layers:
-        return []
-    title = "## Layers on which a peer is faster"
-    slower = behind(layers)
-    if not slower:
-        return [title, f"None of {len(layers)}."]
-    lines = []
-    for one, peer, lost in slower[:LONGEST]:
-        times = (one.times[OURS].p50, one.times[peer].p50, lost)
-        first = one.first
-        texts = [number_text(seconds * 1e6) for seconds in times]
-        what = f"{first.mode}, {first.dtype}, batch {one.batch}"
-        lines.append([first.name, what, labels.label(peer), *texts, *_ratios(one)[1:]])
-    head = ["layer", "", "best peer", "resfuse us", "peer us", "lost us, all places", "vs best peer", "roofline"]
-    said = f"{len(slower)} of {len(layers)}"
-    said += f"; the {LONGEST} that lose most" if len(slower) > LONGEST else ""
-    return [title, f"{said}:", table(head, lines, left=3)]

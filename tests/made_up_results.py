@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from benchmarks.records import CEILINGS, Conditions, Record, Roofline, Subject
@@ -15,6 +16,9 @@ SPEEDS = {
     "resfuse_cuda": 1.9, "resfuse": 2.0,
 }  # fmt: skip
 """Against eager in channels_last."""
+
+
+CPU_SPEEDS = {"eager_nchw": 0.8, "eager_channels_last": 1.0, "inductor": 1.5, "onnxruntime": 2.0, "resfuse": 1.6}
 
 
 def row(
@@ -68,3 +72,12 @@ def sweep() -> list[Record]:
                     rows.append(row(provider, peak, metric="peak_memory", unit="B", **subject))  # type: ignore[arg-type]
                     rows.append(row(provider, peak * 0.95, metric="predicted_peak", unit="B", **subject))  # type: ignore[arg-type]
     return rows
+
+
+def graphs(rows: list[Record], faster: float) -> list[Record]:
+    """The same rows as CUDA graphs."""
+
+    def times(row: Record) -> dict[str, float]:
+        return {name: value / faster for name, value in row.quantiles._asdict().items()}
+
+    return [dataclasses.replace(row, metric="graph_time", **times(row)) for row in rows]
