@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import re
@@ -21,7 +22,7 @@ from benchmarks.providers import BASELINE, DEFAULT, PROVIDERS, Setting, Unsuitab
 from benchmarks.providers.base import Level, Mode
 from benchmarks.providers.compiled import Inductor
 from benchmarks.providers.exported import Exported
-from benchmarks.providers.onnx_runtime import cuda_options, place
+from benchmarks.providers.onnx_runtime import bound_step, cuda_options, place
 from benchmarks.runner import converted
 from benchmarks.workload import Workload, first_results, make_workload
 from resfuse.backends import registry
@@ -221,13 +222,12 @@ def test_onnx_runtime_reads_tensors_where_they_are() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from benchmarks.providers.exported import onnx_model
-    from benchmarks.providers.onnx_runtime import _bound_step
 
     case = case_of("layer", "resnet18 layer1.0.conv2 x2")
     module, inputs = case.build().eval(), [torch.randn(shape) for shape in case.inputs]
     expected = module(*inputs).detach()
     session = onnxruntime.InferenceSession(onnx_model(module, tuple(inputs)), providers=["CPUExecutionProvider"])
-    step = _bound_step(session, torch.empty_like(expected))
+    step = bound_step(session, torch.empty_like(expected), contextlib.nullcontext)
     for scale in (1.0, 2.0):
         found = step(*(scale * tensor for tensor in inputs))
         torch.testing.assert_close(found, module(*(scale * tensor for tensor in inputs)).detach())

@@ -27,6 +27,7 @@ from benchmarks.providers.cudnn_graph import CudnnGraph, describe, fastest, plan
 from benchmarks.providers.exported import onnx_model
 from benchmarks.providers.folding import fold
 from benchmarks.providers.groups import Group
+from benchmarks.providers.side_stream import SideStream
 from resfuse.calibration import calibrate_
 
 # torch.export warns of its own internals
@@ -397,6 +398,19 @@ def test_a_graph_is_executed_with_its_fastest_plan(monkeypatch: pytest.MonkeyPat
     assert pack == {f"tensor {name}": tensor for name, tensor in given.items()}
 
 
+def test_a_side_stream_works_between_what_is_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    current = SimpleNamespace(wait_stream=lambda other: events.append("torch waits"))
+    side = SimpleNamespace(cuda_stream=140, wait_stream=lambda other: events.append("the library waits"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    stream = SideStream(torch.device("cuda"))
+    with stream.ordered() as address:
+        events.append(f"work on {address}")
+    assert events == ["the library waits", "work on 140", "torch waits"]
+    assert stream.address == 140
+
+
 class Flags(set[str]):
     """TensorRT's builder configuration."""
 
@@ -462,7 +476,7 @@ def test_an_engine_is_given_the_addresses_of_tensors() -> None:
         num_io_tensors=3, get_tensor_name=list(modes).__getitem__, get_tensor_mode=modes.__getitem__,
         create_execution_context=lambda: context,
     )  # fmt: skip
-    streams = iter((7, 8))
+    streams = iter((contextlib.nullcontext(7), contextlib.nullcontext(8)))
     output, input, residual = (torch.rand(2) for _ in range(3))
     step = tensorrt_engine.make_engine_step(fake_tensorrt(Flags()), engine, output, lambda: next(streams))
     assert step(input, residual) is output

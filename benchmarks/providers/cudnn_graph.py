@@ -70,7 +70,12 @@ def plan(cudnn: Any, graph: Any, dtype: torch.dtype) -> None:
     graph.check_support()
 
 
-def fastest(count: int, build: Callable[[int], None], seconds: Callable[[int], float], refused: type[Exception]) -> int:
+def fastest(
+    count: int,
+    build: Callable[[int], None],
+    seconds: Callable[[int], float],
+    refused: type[Exception] | tuple[type[Exception], ...],
+) -> int:
     """The index of the plan that takes the least time, among those that can be built.
 
     Args:
@@ -161,18 +166,23 @@ class _Planner:
         chosen = fastest(
             count,
             graph.build_plan_at_index,
-            lambda index: _seconds(lambda: self._run(graph, tensors, index, buffers)),
-            self._cudnn.cudnnGraphNotSupportedError,
+            lambda index: _seconds(lambda: self._executor(graph, tensors, index)(buffers)),
+            # A plan that can be listed can still fail, in building or when it is called for the first time.
+            (self._cudnn.cudnnGraphNotSupportedError, RuntimeError),
         )
-        return lambda given: self._run(graph, tensors, chosen, given)
+        return self._executor(graph, tensors, chosen)
 
-    def _run(self, graph: Any, tensors: Mapping[str, Any], index: int, given: Mapping[str, Tensor]) -> None:
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._cudnn.set_stream(handle=self._handle, stream=stream)
-        size = graph.get_workspace_size_plan_at_index(index)
-        workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
-        pack = {tensors[name]: tensor for name, tensor in given.items()}
-        graph.execute_plan_at_index(pack, workspace, index, handle=self._handle)
+    def _executor(self, graph: Any, tensors: Mapping[str, Any], index: int) -> Execute:
+        size = max(graph.get_workspace_size_plan_at_index(index), 1)
+
+        def execute(given: Mapping[str, Tensor]) -> None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            self._cudnn.set_stream(handle=self._handle, stream=stream)
+            workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+            pack = {tensors[name]: tensor for name, tensor in given.items()}
+            graph.execute_plan_at_index(pack, workspace, index, handle=self._handle)
+
+        return execute
 
     def _buffers(self, group: Group) -> dict[str, Tensor]:
         """Tensors to try plans on."""

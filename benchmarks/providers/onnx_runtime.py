@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.providers.base import Setting, Step
 from benchmarks.providers.exported import Exported, onnx_model
+from benchmarks.providers.side_stream import SideStream
 
 
 class OnnxRuntime(Exported):
@@ -16,9 +19,9 @@ class OnnxRuntime(Exported):
 
     On the CPU (float32; it has no convolution in bfloat16) with as many threads as the others, NumPy in and out.  On a
     GPU by its CUDA provider: float32, following eager's TF32 switch, and float16; cuDNN's algorithms by exhaustive
-    trial with as much workspace as they want, NHWC inside, on torch's stream, with inputs bound where torch has them
-    and an output bound once; not under `Setting.graph`, as its own stream handling does not allow capture.  The
-    session's options are tested; running it on a GPU is not.
+    trial with as much workspace as they want, NHWC inside, on a stream in order with torch's, with inputs bound where
+    torch has them and an output bound once; not under `Setting.graph`, as it can not be captured.  Options and bindings
+    are tested; running it on a GPU is not.
     """
 
     modules = ("onnxruntime", "onnx", "onnxscript")
@@ -45,14 +48,17 @@ class OnnxRuntime(Exported):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         # Its threads may spin while it works, but not after that: then another provider is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        on_gpu = setting.device.type == "cuda"
-        with torch.no_grad():
-            output = module.eval()(*examples) if on_gpu else None
-        session = onnxruntime.InferenceSession(
-            onnx_model(module, examples), options, providers=_gpu_providers(setting) if on_gpu else _CPU
-        )
-        if output is not None:
-            return _bound_step(session, torch.empty_like(output, memory_format=torch.contiguous_format))
+        model = onnx_model(module, examples)
+        if setting.device.type == "cuda":
+            with torch.no_grad():
+                output = torch.empty_like(module.eval()(*examples), memory_format=torch.contiguous_format)
+            stream = SideStream(setting.device)
+            gpu = ("CUDAExecutionProvider", cuda_options(stream.address, setting.device.index or 0))
+            session = onnxruntime.InferenceSession(model, options, providers=[gpu, *_CPU])
+            if session.get_providers()[0] != gpu[0]:
+                raise RuntimeError("ONNX Runtime could not load its CUDA provider, and would run on the CPU")
+            return bound_step(session, output, stream.ordered)
+        session = onnxruntime.InferenceSession(model, options, providers=_CPU)
         names = [input.name for input in session.get_inputs()]
         return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
@@ -75,14 +81,14 @@ def cuda_options(stream: int, device: int) -> dict[str, str]:
     }
 
 
-def _gpu_providers(setting: Setting) -> list[Any]:
-    device = setting.device.index or 0
-    stream = torch.cuda.current_stream(setting.device).cuda_stream
-    return [("CUDAExecutionProvider", cuda_options(stream, device)), *_CPU]
+def bound_step(session: Any, output: Tensor, ordered: Callable[[], AbstractContextManager[object]]) -> Step:
+    """Runs on tensors where they are; the output is the same memory at every call.
 
-
-def _bound_step(session: Any, output: Tensor) -> Step:
-    """Runs on tensors where they are; the output is the same memory at every call."""
+    Args:
+        session: its inputs are those of the module, in order.
+        output: where the output goes, contiguous.
+        ordered: gives the context that keeps the session's stream in order with torch's.
+    """
     import onnxruntime
 
     # Without this it waits for the GPU after every call, which none of the others does.
@@ -95,7 +101,8 @@ def _bound_step(session: Any, output: Tensor) -> Step:
     def run(*inputs: Tensor) -> Tensor:
         for name, tensor in zip(names, inputs, strict=True):
             binding.bind_input(name, **place(tensor))
-        session.run_with_iobinding(binding, run_options)
+        with ordered():
+            session.run_with_iobinding(binding, run_options)
         return output
 
     return run

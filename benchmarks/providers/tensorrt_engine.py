@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.providers.base import Setting, Step
 from benchmarks.providers.exported import Exported, onnx_model
+from benchmarks.providers.side_stream import SideStream
 
 TIMING_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "resfuse" / "tensorrt-timing.cache"
 """What the builder measured, kept from run to run: with it an engine is built in seconds."""
@@ -23,8 +26,9 @@ class TensorRT(Exported):
 
     The model is exported in the dtype that is measured, and the network strongly typed: TensorRT computes in the types
     that the model has, which newer releases do always.  TF32 follows eager's switch.  Kernels by trial at optimisation
-    level 4.  Calls go to torch's current stream by `execute_async_v3`, from and to torch's tensors, the output being
-    the same memory at every call, so that they can be captured in CUDA graphs.  By the documentation of TensorRT 10:
+    level 4.  Calls go by `execute_async_v3` to a stream in order with torch's, as on the default stream TensorRT would
+    synchronise, from and to torch's tensors, the output being the same memory at every call, so that they can be
+    captured in CUDA graphs.  By the documentation of TensorRT 10:
     no test has run it, as it needs a GPU; the exported models are tested, and the calls with a stand-in.
     """
 
@@ -40,9 +44,7 @@ class TensorRT(Exported):
         plan = build(tensorrt, onnx_model(module, examples), TIMING_CACHE)
         runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(plan)
-        return make_engine_step(
-            tensorrt, engine, output, lambda: torch.cuda.current_stream(setting.device).cuda_stream, keep=runtime
-        )
+        return make_engine_step(tensorrt, engine, output, SideStream(setting.device).ordered, keep=runtime)
 
 
 def build(trt: Any, model: bytes, timing_cache: Path) -> Any:
@@ -75,14 +77,16 @@ def build(trt: Any, model: bytes, timing_cache: Path) -> Any:
     return plan
 
 
-def make_engine_step(trt: Any, engine: Any, output: Tensor, stream: Any, keep: Any = None) -> Step:
+def make_engine_step(
+    trt: Any, engine: Any, output: Tensor, ordered: Callable[[], AbstractContextManager[int]], keep: Any = None
+) -> Step:
     """Runs an engine on torch's tensors.
 
     Args:
         trt: the module `tensorrt`.
         engine: deserialised; its inputs are those of the module, in order, and it has one output.
         output: where that goes.
-        stream: gives the CUDA stream, as an integer, that a call goes to.
+        ordered: gives the context in which a call is queued, and that the address of its stream.
         keep: what has to live as long as the step.
     """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -94,8 +98,9 @@ def make_engine_step(trt: Any, engine: Any, output: Tensor, stream: Any, keep: A
     def run(*tensors: Tensor) -> Tensor:
         for name, tensor in zip(inputs, tensors, strict=True):
             context.set_tensor_address(name, tensor.data_ptr())
-        if not context.execute_async_v3(stream()):
-            raise RuntimeError("TensorRT could not enqueue the engine")
+        with ordered() as stream:
+            if not context.execute_async_v3(stream):
+                raise RuntimeError("TensorRT could not enqueue the engine")
         return output
 
     run.keep = (engine, keep)  # type: ignore[attr-defined]
