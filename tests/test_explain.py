@@ -307,16 +307,16 @@ def test_a_real_clock() -> None:
 
 
 class FakeCuda(SimpleNamespace):
-    """As much of torch.cuda as timing needs: an event is how many runs there were before it."""
+    """As much of torch.cuda as timing needs: the clock stands still but for the runs, which all take the same."""
 
-    def __init__(self, capturable: bool) -> None:
-        self.runs, self.replays = 0, 0
+    def __init__(self, seconds: float, capturable: bool) -> None:
+        self.seconds, self.runs, self.captured, self.replays = seconds, 0, 0, 0
         outer = self
 
         class Graph:
             def replay(self) -> None:
                 outer.replays += 1
-                outer.runs += 3
+                outer.runs += self.size
 
         class Event:
             def __init__(self, enable_timing: bool) -> None:
@@ -326,17 +326,20 @@ class FakeCuda(SimpleNamespace):
                 self.at = outer.runs
 
             def elapsed_time(self, end: Any) -> float:
-                return float(end.at - self.at)  # a millisecond per run
+                return float(end.at - self.at) * seconds * 1e3
 
         class Stream:
             def wait_stream(self, other: Any) -> None:
                 assert isinstance(other, Stream)
 
         @contextlib.contextmanager
-        def graph(_: Any) -> Iterator[None]:
+        def graph(found: Any) -> Iterator[None]:
             if not capturable:
                 raise RuntimeError("operation not permitted when stream is capturing")
+            before = outer.runs
             yield
+            found.size = outer.captured = outer.runs - before
+            outer.runs = before
 
         super().__init__(
             CUDAGraph=Graph, Event=Event, Stream=Stream, current_stream=Stream, graph=graph,
@@ -344,16 +347,17 @@ class FakeCuda(SimpleNamespace):
             synchronize=lambda: None,
         )  # fmt: skip
 
+    def run(self) -> None:
+        self.runs += 1
 
+
+@pytest.mark.parametrize(("seconds", "captured"), [(0.1, 3), (1e-4, 12), (1e-9, 96), (0.0, 96)])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_timing_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capturable: bool) -> None:
-    cuda = FakeCuda(capturable)
+def test_timing_on_a_gpu(monkeypatch: pytest.MonkeyPatch, seconds: float, captured: int, capturable: bool) -> None:
+    cuda = FakeCuda(seconds, capturable)
     monkeypatch.setattr(measure, "cuda", cuda)
-
-    def run() -> None:
-        cuda.runs += 1
-
-    assert measure.time_on_gpu([run] * 3, torch.device("cuda", 0)) == pytest.approx(1e-3)
+    assert measure.time_on_gpu([cuda.run] * 3, torch.device("cuda", 0)) == pytest.approx(seconds)
+    assert cuda.captured == (captured if capturable else 0), "short runs are repeated"
     assert (cuda.replays > 10) == capturable
 
 

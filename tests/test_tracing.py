@@ -244,3 +244,5 @@ def test_a_model_that_can_not_be_copied_says_why() -> None:
 
     with pytest.raises(ValueError, match="model: Locked can not be copied: there is only one"):
         operations(Locked(3, 4), (2, 3))
+    with pytest.raises(ValueError, match=r"model: LazyLinear can not be (copied|traced)"):
+        operations(nn.LazyLinear(4), torch.empty(2, 3))

@@ -38,12 +38,12 @@ def copy_without_data(model: nn.Module) -> Copy:
     model = _unwrapped(model)
     memo: dict[int, Any] = {}
     devices: dict[int, torch.device] = {}
-    for tensor in _tensors_of(model):
-        memo[id(tensor)] = meta = _on_meta(tensor)
-        devices[id(meta)] = _place(tensor)
     for hooks in _hooks_of(model):
         memo.update((id(hook), _do_nothing) for hook in hooks.values())
     try:
+        for tensor in _tensors_of(model):
+            memo[id(tensor)] = meta = _on_meta(tensor)
+            devices[id(meta)] = _place(tensor)
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"model: {type(model).__name__} can not be copied: {error}") from error
