@@ -14,7 +14,7 @@ from benchmarks import labels, speeds
 from benchmarks.labels import number_text, time_unit
 from benchmarks.measure import Quantiles
 from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
-from benchmarks.records import Conditions, Record
+from benchmarks.records import Record
 from benchmarks.speeds import OURS, Comparison, by_level, comparisons, views
 
 FASTER, SLOWER = 1.02, 0.98
@@ -71,14 +71,6 @@ def ratio_text(ratio: float | None) -> str:
         return "-"
     color = "green" if ratio > FASTER else "red" if ratio < SLOWER else "default"
     return f"[{color}]{labels.ratio_text(ratio)}[/]"
-
-
-def show_conditions(console: Console, conditions: Conditions) -> None:
-    """What the results depend on, before they come."""
-    console.print(
-        f"{conditions.device}, {labels.threads_text(conditions.threads)}, commit {conditions.commit or 'unknown'}"
-    )
-    console.print(conditions.versions, highlight=False)
 
 
 class _Column(NamedTuple):

@@ -74,10 +74,18 @@ class Comparison:
         return next((provider for provider in BASELINES if provider in self.times), None)
 
     @property
+    def timed(self) -> bool:
+        """Whether there are times, of calls or of graphs."""
+        return any(TIME in found or GRAPH_TIME in found for found in self.rows.values())
+
+    @property
     def views(self) -> list[Comparison]:
-        """This by calls, and, where any were captured, by graphs."""
-        captured = any(GRAPH_TIME in found for found in self.rows.values())
-        return [self, dataclasses.replace(self, graphed=True)] if captured else [self]
+        """This by calls, and by graphs where any were captured; by graphs alone where calls were not timed beside."""
+        captured = [found for found in self.rows.values() if GRAPH_TIME in found]
+        if not captured:
+            return [self]
+        by_graphs = dataclasses.replace(self, graphed=True)
+        return [self, by_graphs] if any(TIME in found for found in captured) else [by_graphs]
 
     def median(self, provider: str, metric: str = TIME) -> float | None:
         """p50 of a quantity, by default of the time; None where it was not measured."""
@@ -141,7 +149,7 @@ def comparisons(rows: Sequence[Record]) -> list[Comparison]:
     """
     latest: dict[tuple[object, ...], Comparison] = {}
     for one in runs(rows):
-        key = (*one.first.case, bool(one.times))
+        key = (*one.first.case, one.timed)
         if key not in latest or latest[key].first.conditions.date <= one.first.conditions.date:
             latest[key] = one
     return list(latest.values())

@@ -42,6 +42,19 @@ def test_graphs_are_a_view_of_their_own() -> None:
     assert [view.graphed for view in speeds.views(speeds.comparisons(rows))] == [False]
 
 
+def test_parts_of_models_may_have_graphs_only() -> None:
+    rows = made_up.case(made_up.CPU_SPEEDS, 1.0)
+    own = made_up.case({"tensorrt": 3.0}, 1.0)  # not captured, and timed by calls
+    other = dataclasses.replace(made_up.CPU, date="2027-01-01")
+    memory = [made_up.row("resfuse", 5.0, metric="peak_memory", unit="B", conditions=other)]
+    found = speeds.comparisons(made_up.graphs(rows, 4.0) + own + memory)
+    assert [one.timed for one in found] == [True, False]
+    (view,) = found[0].views
+    assert view.graphed
+    assert view.best_peer == "onnxruntime"
+    assert view.median("tensorrt") == pytest.approx(1 / 3)
+
+
 def test_a_roof_is_that_of_the_run() -> None:
     other = dataclasses.replace(made_up.GPU, date="2027-01-01")
     rows = made_up.ceilings() + [

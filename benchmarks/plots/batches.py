@@ -69,7 +69,7 @@ def memory_charts(rows: Sequence[Record]) -> list[Chart]:
 
 
 def _counted(one: Comparison) -> bool:
-    return on_gpu(one.first.conditions) or not one.times
+    return on_gpu(one.first.conditions) or not one.timed
 
 
 def _groups(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:

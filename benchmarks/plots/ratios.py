@@ -79,7 +79,7 @@ def panels(rows: Sequence[Record]) -> list[Panel]:
         ("saved_bytes", "saved bytes", _name_and_batch),
     ):
         for dtype in dict.fromkeys(one.first.dtype for one in found):
-            costs = [one for one in found if one.first.dtype == dtype and not one.times]
+            costs = [one for one in found if one.first.dtype == dtype and not one.timed]
             if metric == "saved_bytes":  # at any batch the ratio is the same
                 costs = list({one.first.name: one for one in sorted(costs, key=lambda one: one.batch)}.values())
             charts.append(Panel(f"{title}, {dtype}", "against eager\n(lower is better)", _costs(costs, metric, name)))
