@@ -91,6 +91,7 @@ bench: $(VENV)/.built
 	$(PY) -m benchmarks.overhead
 	$(PY) -m benchmarks.memory
 	$(PY) -m resfuse bench --report
+	$(PY) -m benchmarks.markdown
 
 # COMPARE_ARGS="--mode train --micro --fail-over 5%", and what else `python -m benchmarks.compare --help` lists.
 bench-compare: $(VENV)/.built
