@@ -1,4 +1,7 @@
-"""Kernel launches of operators, blocks and models: forward, and backward with all gradients."""
+"""Kernel launches of operators, blocks and models: forward, and backward with all gradients.
+
+An operator of PyTorch counts once, whatever it launches; so do the primitives of the `cpu` backend.
+"""
 
 from __future__ import annotations
 
