@@ -358,17 +358,15 @@ def test_tables_of_the_page_from_shapes() -> None:
     assert found["plans"] == page.plans_table()
     assert found["shares"] == page.shares_table()
     rows = rows_of(found["kept"])
-    assert {(row[0], row[1]) for row in rows} == set(itertools.product(networks.NAMES, ("bfloat16", "float32")))
-    for name, dtype, *cells in rows:
-        kept = plans.now(plans.kept_tensors(networks.model(name), getattr(torch, dtype)))
-        assert (cells[0], cells[2]) == (page.megabytes(kept),) * 2
+    assert tuple(row[0] for row in rows) == networks.NAMES
+    for name, eager, _, fused, *_ in rows:
+        kept = plans.now(plans.kept_tensors(networks.model(name), page.DTYPE))
+        assert eager == fused == page.megabytes(kept)
 
 
 @pytest.mark.slow
 def test_compiled_rows_of_the_page() -> None:
-    row = page.kept_row(
-        "cifar_resnet20", "float32", kept_line(networks.model("cifar_resnet20"), COMPILED, torch.float32)
-    )
+    row = page.kept_row("cifar_resnet20", kept_line(networks.model("cifar_resnet20"), COMPILED, page.DTYPE))
     assert row in rows_of(pages.tables_of(page.PAGE)["kept"])
 
 
