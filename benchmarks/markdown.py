@@ -140,8 +140,8 @@ def _ranges(found: Sequence[Comparison]) -> str:
         peer = [speed for one in mine if (speed := one.against_best_peer())]
         if eager and peer:
             base = labels.label(next(one.base for one in mine if one.base) or "")
-            parts.append(f"{words}: {_range(eager)} the speed of {base}, and {_range(peer)} that of the fastest peer")
-    return f"Of resfuse, {'; '.join(parts)}." if parts else ""
+            parts.append(f"{words} {_range(eager)} {base}'s, {_range(peer)} the fastest peer's")
+    return f"Speed of resfuse: {'; '.join(parts)}." if parts else ""
 
 
 def _range(ratios: Sequence[float]) -> str:

@@ -43,7 +43,9 @@ def test_the_table() -> None:
     assert "| inference, float32, batch 16 | 125 | 100 | 67 | 50 | 62 | 0.80x |" in text
     assert "batch 3" not in text
     assert made_up.CPU.versions in text.replace("\n", " ")
-    assert "1.60x the speed of eager channels_last, and 0.80x that of the fastest peer" in text.replace("\n", " ")
+    assert "Speed of resfuse: inference 1.60x eager channels_last's, 0.80x the fastest peer's." in text.replace(
+        "\n", " "
+    )
 
 
 def test_a_gpu_comes_first_and_its_graphs_have_lines() -> None:
