@@ -6,6 +6,7 @@ Times are made up.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import random
 from collections import Counter
@@ -204,6 +205,8 @@ def test_what_is_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture
     report.show([slower, wrong])
     shown = capsys.readouterr().out
     assert "2 compared: 1 slower, 1 wrong" in shown
+    assert "two processes of base" in report.summary([slower])
+    assert "two processes of base" not in report.summary([dataclasses.replace(slower, control=None)])
     assert "wrong: bn_act, train, 2x8x5x5, float32: now: output is off by" in shown
     heading, line, _ = report.lines([slower, wrong])
     assert heading.split()[0] == "base"

@@ -62,10 +62,9 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     counts = {mark: sum(found.verdict == mark for found in comparisons) for mark in ("faster", "slower", "wrong")}
     found = ", ".join(f"{count} {mark}" for mark, count in counts.items() if count) or "nothing beyond the noise"
     note = "too few rounds for an interval; " if any(c.verdict == UNKNOWN for c in comparisons) else ""
-    return (
-        f"{len(comparisons)} compared: {found} ({note}a change is one whose interval leaves out 1, and that is larger "
-        "than what two processes of base differ by)"
-    )
+    noise = ", and that is larger than what two processes of base differ by"
+    meaning = f"a change is one whose interval leaves out 1{noise if all(c.control for c in comparisons) else ''}"
+    return f"{len(comparisons)} compared: {found} ({note}{meaning})"
 
 
 def title(comparison: Comparison) -> str:
