@@ -23,6 +23,8 @@ class Step:
     arguments: tuple[str, ...] = ()
     minutes: float = 8.0
     """After which it is interrupted."""
+    least: float = 0.5
+    """Minutes that have to be left for it to be begun: what is measured together is kept when all of it is done."""
     rehearsal: tuple[str, ...] | None = None
     """The arguments instead, where a machine without a GPU tries the pieces out; None: it is left out there."""
     needs: tuple[str, ...] = ()
@@ -50,20 +52,29 @@ UNTUNED = "{work}/untuned"
 
 
 def bench(
-    name: str, *arguments: str, output: str = BENCH, rehearsal: tuple[str, ...] | None = None, minutes: float = 8.0
+    name: str, *arguments: str, output: str = BENCH, rehearsal: tuple[str, ...] | None = None, least: float = 1.5
 ) -> Step:
     """A step of benchmarks.run, which leaves out what its file has of the same commit."""
     common = ("--resume", "--limit", "{limit}", "--output", output, *DEVICE)
     tried = None if rehearsal is None else (*rehearsal, "--quick", *common)
-    return Step(name, "benchmarks.run", (*arguments, *common), minutes, tried)
+    return Step(name, "benchmarks.run", (*arguments, *common), rehearsal=tried, least=least)
 
 
-def models(mode: str, batches: str, names: str, *more: str, output: str = BENCH, rehearsed: bool = False) -> Step:
-    """A step that measures whole models in bfloat16."""
-    arguments = ("--level", "model", "--mode", mode, "--model", *names.split(), "--batch", *batches.split())
+def models(
+    mode: str, batch: str, names: str, *more: str, output: str = BENCH, rehearsed: bool = False, least: float = 3
+) -> Step:
+    """A step that measures whole models in bfloat16, which takes all providers' compilers some minutes for each."""
+    arguments = ("--level", "model", "--mode", mode, "--model", *names.split(), "--batch", batch)
     tried = ("--level", "model", "--mode", mode, "--dtype", "float32", *EAGER_AND_RESFUSE) if rehearsed else None
-    name = f"{names}, {mode}, batch {batches}"
-    return bench(name, *arguments, "--dtype", "bfloat16", *more, output=output, rehearsal=tried)
+    name = f"{names}, {mode}, batch {batch}"
+    return bench(name, *arguments, "--dtype", "bfloat16", *more, output=output, rehearsal=tried, least=least)
+
+
+def tune(kind: str, batch: str, rehearsed: bool = False) -> Step:
+    """A step that measures the most promising configurations of ResNet-50's layers, in one kind and batch."""
+    tried = ("tune", "--model", "cifar_resnet", "--batch", "2", "--dry-run") if rehearsed else None
+    arguments = ("tune", "--model", "resnet50", "--kind", kind, "--batch", batch, "--candidates", "8")
+    return Step(f"{kind}, batch {batch}", "resfuse", arguments, 5, least=1.5, rehearsal=tried, needs=("rich",))
 
 
 EAGER_AND_RESFUSE = ("--provider", "eager_nchw", "resfuse")
@@ -90,23 +101,23 @@ PIECES: tuple[Piece, ...] = (
              rehearsal=("verify", "--backend", "reference", "--op", "add_relu", "--dtype", "float32"), needs=("rich",)),
     )),
     Piece("aims", "bench", "ResNet-50 in bfloat16, against all peers: what this project aims at", 8, (
-        models("inference", "128 1", "resnet50", output=UNTUNED, rehearsed=True),
-        models("train", "256", "resnet50", output=UNTUNED),
+        models("inference", "128", "resnet50", output=UNTUNED, rehearsed=True, least=5),
+        models("train", "256", "resnet50", output=UNTUNED, least=4),
+        models("inference", "1", "resnet50", output=UNTUNED, least=5),
     )),
     Piece("suite", "test", "the whole test suite on the GPU, by several processes", 7, (
-        Step("suite", "benchmarks.gpu.suite", (*SHARE, "--", *NOT_SANITIZED, "tests"),
+        Step("suite", "benchmarks.gpu.suite", (*SHARE, "--", *NOT_SANITIZED, "tests"), least=1.5,
              rehearsal=(*SHARE, "--workers", "2", "--", "tests/test_layout.py", "tests/test_contract.py")),
     )),
-    Piece("tune", "tune", "the Triton kernels' tables for ResNet-50's layers, measured", 8, (
-        Step("resnet50", "resfuse", ("tune", "--model", "resnet50", "--batch", "128", "256", "1"),
-             rehearsal=("tune", "--model", "cifar_resnet", "--batch", "2", "--dry-run"), needs=("rich",)),
+    Piece("tune", "tune", "the Triton kernels' tables for ResNet-50: inference at 128, training at 256", 8, (
+        tune("forward", "128", rehearsed=True), tune("train", "256"),
     ), tables=True),
-    Piece("tuned", "bench", "ResNet-50 again, with the table that `tune` wrote", 6, (
-        models("inference", "128 1", "resnet50", *AGAINST),
+    Piece("tuned", "bench", "ResNet-50 again, with the tables that `tune` wrote", 6, (
+        models("inference", "128", "resnet50", *AGAINST),
         models("train", "256", "resnet50", *AGAINST, rehearsed=True),
     ), tables=True),
     Piece("sanitize", "test", "compute-sanitizer's four tools over every kernel, on small shapes", 8, (
-        Step("sanitize", "benchmarks.gpu.sanitize", SANITIZE, rehearsal=SANITIZE),
+        Step("sanitize", "benchmarks.gpu.sanitize", SANITIZE, least=2, rehearsal=SANITIZE),
     )),
     Piece("layers", "bench", "every layer of ResNet-50: where the time goes", 8, (
         bench("layers, inference", *LAYERS, "inference", "--batch", "128"),
@@ -120,6 +131,9 @@ PIECES: tuple[Piece, ...] = (
         Step("the others", "benchmarks.memory", ("--dtype", "bfloat16", *MEMORY)),
         Step("host time", "benchmarks.overhead", ("--output", BENCH, *DEVICE),
              rehearsal=("--quick", "--output", BENCH, *DEVICE)),
+    ), tables=True),
+    Piece("tune-more", "tune", "tables for batch 1, and for the gradients", 8, (
+        tune("forward", "1"), tune("dgrad", "256"), tune("wgrad", "256"),
     ), tables=True),
     Piece("models", "bench", "the other models, and other batches", 8, (
         models("inference", "16", FAMILY),

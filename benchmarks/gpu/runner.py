@@ -20,8 +20,6 @@ from benchmarks.gpu.store import Store
 from benchmarks.gpu.suite import UNFINISHED
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LEAST = 30.0
-"""Seconds below which no step is begun: little more than starting Python and torch would come of it."""
 RESERVE = 8.0
 """Seconds that are kept for the files, and for processes to end."""
 DONE, FAILED, LEFT, OUT = "done", "failed", "unfinished", "left out"
@@ -46,13 +44,13 @@ class Runner:
             site: folder with more packages.
         """
         self._store, self._device, self._quick = store, device, quick
-        self._end = time.monotonic() + limit
+        self._limit, self._end = limit, time.monotonic() + limit
         self._site = site
         self._commit = commit()
         self._forget_tests()
 
     def do(self, pieces: Sequence[Piece], *, again: bool = False) -> None:
-        """Do what is not done yet, or, if `again`, everything; stops when time is up."""
+        """Do what is not done yet, or, if `again`, everything, as far as there is time for it."""
         if again:
             for piece in pieces:
                 self._store.pieces.pop(piece.name, None)
@@ -60,8 +58,8 @@ class Runner:
             pieces = [piece for piece in pieces if self._missing(piece)]
         for piece in pieces:
             for step in piece.steps if piece.every_call else self._missing(piece):
-                if self._left() < LEAST:
-                    return
+                if self._left() < self._least(step):
+                    continue  # another may be shorter
                 known = self._store.pieces.setdefault(piece.name, {"steps": {}})
                 known["steps"][step.name] = self._do(piece, step)
                 self._store.save()
@@ -70,6 +68,10 @@ class Runner:
         """The steps that have not come to an end."""
         known = self._store.pieces.get(piece.name, {"steps": {}})["steps"]
         return [step for step in piece.steps if known.get(step.name, {}).get("status") not in (DONE, FAILED, OUT)]
+
+    def _least(self, step: Step) -> float:
+        """Seconds that have to be left: in a rehearsal little, and never more than a call that begins with it has."""
+        return max(20.0, min(60 * (0.5 if self._quick else step.least), 0.9 * self._limit))
 
     def _do(self, piece: Piece, step: Step) -> dict[str, Any]:
         arguments = step.rehearsal if self._quick else step.arguments
