@@ -12,20 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import records, workload
+from benchmarks import outcome, records, workload
 from benchmarks.cases import Case
-from benchmarks.crew import Crew, Plan
+from benchmarks.crew import Crew, OutOfTimeError, Plan
 from benchmarks.measure import Sample
-from benchmarks.providers import PROVIDERS, Setting
-from benchmarks.records import Conditions, Record, Roofline, Subject
+from benchmarks.providers import Setting
+from benchmarks.records import Conditions, Record, Roofline
 from benchmarks.runner import Findings
 from benchmarks.terminal import Progress, Terminal
-from benchmarks.worker import NothingToOfferError, ProviderError, Worker
+from benchmarks.worker import LateError, NothingToOfferError, ProviderError, Worker
 from benchmarks.workload import Workload
 
-LEFT_OUT = "left_out"
-"""The metric of a provider that has no speed, and need not be tried again: 1 where it failed or was wrong, 0 where it
-has nothing to offer."""
 MOST_CALLS = 200
 """In a turn: enough for a median, however short they are."""
 
@@ -42,8 +39,25 @@ class Contestant(NamedTuple):
 class Contest:
     """A case, the providers that take part in it, and how they are measured."""
 
-    def __init__(self, case: Case, entries: Sequence[tuple[str, Setting]], plan: Plan, terminal: Terminal) -> None:
-        self._case, self._entries, self._plan, self._terminal = case, entries, plan, terminal
+    def __init__(
+        self,
+        case: Case,
+        entries: Sequence[tuple[str, Setting]],
+        plan: Plan,
+        terminal: Terminal,
+        last_chance: bool = True,
+    ) -> None:
+        """What is to be done.
+
+        Args:
+            case: what is run.
+            entries: the providers, each in a setting of the case's level and mode.
+            plan: how long and how often.
+            terminal: where failures are said.
+            last_chance: another run would not have more time, so that a provider for which there is none is left out.
+        """
+        self._case, self._entries, self._plan, self._terminal = case, list(entries), plan, terminal
+        self._last_chance = last_chance
         self._left_out: dict[tuple[str, Setting], bool] = {}
 
     @property
@@ -64,11 +78,11 @@ class Contest:
             contestants = list(self._prepared(crew, folder, progress))
             for contestant, samples, found in self._take_turns(contestants, crew, progress):
                 setting = contestant.workload.setting
-                subject = self._subject(contestant.provider, setting)
-                rows += _rows(subject, contestant, samples, found, costs(setting), conditions)
+                subject = outcome.subject(self._case, contestant.provider, setting)
+                rows += outcome.rows(subject, setting, contestant.errors, samples, found, costs(setting), conditions)
         for (provider, setting), failed in self._left_out.items():
-            subject = self._subject(provider, setting)
-            rows.append(subject.record(_metric(LEFT_OUT, setting), [int(failed)], "1", conditions))
+            subject = outcome.subject(self._case, provider, setting)
+            rows.append(subject.record(outcome.metric(outcome.LEFT_OUT, setting), [int(failed)], "1", conditions))
         return rows
 
     def _prepared(self, crew: Crew, folder: Path, progress: Progress) -> Iterator[Contestant]:
@@ -76,8 +90,9 @@ class Contest:
         made: dict[Setting, Workload] = {}
         files: dict[Setting, Path] = {}
         progress.begin(f"{self._case.name}: preparing", len(self._entries))
-        for provider, setting in self._entries:
-            self._plan.time_for(None)
+        prepared = 0
+        for provider, setting in self._entries:  # which may become more
+            self._plan.check_time()
             common = dataclasses.replace(setting, graph=False)
             if common not in made:
                 made[common] = workload.make_workload(self._case, common)
@@ -87,20 +102,31 @@ class Contest:
                 job.save(files[setting])
             if setting.device.type == "cuda":
                 torch.cuda.empty_cache()
+            patience = self._plan.time_to_prepare(prepared)
             try:
-                yield self._check(provider, job, files[setting], crew)
+                if patience <= 0:
+                    raise LateError("no time was left for it")
+                contestant = self._check(provider, job, files[setting], crew, patience)
             except ProviderError as error:
+                late = isinstance(error, LateError) and patience < self._plan.patience
+                if late and not self._last_chance:
+                    raise OutOfTimeError from error
                 self._leave_out(provider, setting, crew, error)
+                if setting.graph and setting.level != "model" and not isinstance(error, NothingToOfferError):
+                    self._entries.append((provider, common))
+            else:
+                prepared += 1
+                yield contestant
             progress.advance()
 
-    def _check(self, provider: str, job: Workload, path: Path, crew: Crew) -> Contestant:
+    def _check(self, provider: str, job: Workload, path: Path, crew: Crew, patience: float) -> Contestant:
         """Prepare a provider and look at what it computes.
 
         Raises:
             ProviderError: it failed, or its results are wrong: then it has no speed.
         """
         worker = crew.worker(provider, job.setting)
-        errors = worker.prepare(path, self._plan.time_for(self._plan.patience))
+        errors = worker.prepare(path, None if math.isinf(patience) else patience)
         for quantity, error in errors.items():
             if not error <= job.limit(quantity):
                 raise ProviderError(
@@ -113,7 +139,6 @@ class Contest:
         unsuitable = isinstance(error, NothingToOfferError)
         if not unsuitable:
             crew.dismiss(provider, setting)
-        self._plan.time_for(None)  # it may have failed for want of time, which says nothing about it
         self._left_out[provider, setting] = not unsuitable
         graph = ", as a CUDA graph" if setting.graph else ""
         self._terminal.say(
@@ -136,7 +161,7 @@ class Contest:
                         contestants.remove(contestant)
                         self._leave_out(contestant.provider, contestant.workload.setting, crew, error)
                     progress.advance()
-                    self._plan.time_for(None)
+                    self._plan.check_time()
 
         calls: dict[int, int] = {}
         samples: dict[int, list[Sample]] = {id(contestant): [] for contestant in contestants}
@@ -160,39 +185,3 @@ class Contest:
         each("looking back", finish)
         for contestant in contestants:
             yield contestant, samples[id(contestant)], findings[id(contestant)]
-
-    def _subject(self, provider: str, setting: Setting) -> Subject:
-        case, layout = self._case, PROVIDERS[provider].layout
-        shape, dtype = records.shape_text(case.inputs[0]), records.dtype_text(setting.dtype)
-        return Subject(case.level, case.name, provider, setting.mode, shape, dtype, layout)
-
-
-def _metric(name: str, setting: Setting) -> str:
-    return f"graph_{name}" if setting.graph else name
-
-
-def _rows(
-    subject: Subject,
-    contestant: Contestant,
-    samples: Sequence[Sample],
-    found: Findings,
-    cost: Roofline | None,
-    conditions: Conditions,
-) -> list[Record]:
-    setting = contestant.workload.setting
-    times = [sample.seconds for sample in samples]
-    if setting.graph:
-        return [subject.record(_metric("time", setting), times, "s", conditions, cost)]
-    errors = workload.summarise_errors(contestant.errors)
-    quantities: dict[str, tuple[Sequence[float] | None, str]] = {
-        "minor_faults": ([sample.minor_faults for sample in samples], "1"),
-        "system_time": ([sample.system_seconds for sample in samples], "s"),
-        "peak_memory": ([found.peak_memory], "B"),
-        "launches": (None if found.launches is None else [found.launches], "1"),
-        "host_time": (found.host_seconds, "s"),
-        **{f"error_{quantity}": ([error], "1") for quantity, error in errors.items()},
-    }
-    rows = [subject.record("time", times, "s", conditions, cost)]
-    return rows + [
-        subject.record(metric, values, unit, conditions) for metric, (values, unit) in quantities.items() if values
-    ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 from benchmarks.providers import Setting
 from benchmarks.worker import ProviderError, Worker
+
+OVERHEAD = 1.5
+"""How much longer than asked for measuring takes: calls that are longer than a turn, and what is found out once."""
 
 
 class OutOfTimeError(RuntimeError):
@@ -22,23 +26,24 @@ class Plan:
     """Seconds, at the most, for each provider."""
     turn: float
     """Seconds that a provider's turn lasts, at least; short calls are repeated."""
-    patience: float | None = None
-    """Seconds that a provider has to be prepared; None for as many as it wants."""
-    deadline: float | None = None
+    patience: float = math.inf
+    """Seconds that a provider has to be prepared."""
+    deadline: float = math.inf
     """When the run has to be over, by time.monotonic()."""
 
-    def time_for(self, patience: float | None) -> float | None:
-        """Seconds to wait: `patience`, or what is left until the deadline.
+    def check_time(self) -> None:
+        """Go on only before the deadline.
 
         Raises:
-            OutOfTimeError: nothing is left.
+            OutOfTimeError: it has passed.
         """
-        if self.deadline is None:
-            return patience
-        left = self.deadline - time.monotonic()
-        if left <= 0:
+        if time.monotonic() > self.deadline:
             raise OutOfTimeError
-        return left if patience is None else min(left, patience)
+
+    def time_to_prepare(self, prepared: int) -> float:
+        """Seconds for one more provider, where so many are waiting to be measured and something is to come of it."""
+        measuring = (prepared + 1) * (self.warmup + self.rounds * self.turn) * OVERHEAD
+        return min(self.patience, self.deadline - time.monotonic() - measuring)
 
 
 class Crew:
@@ -61,21 +66,25 @@ class Crew:
 
     def rest(self) -> None:
         """The case is over."""
+        if not self._keep:
+            self._close_all()
         for key, worker in list(self._workers.items()):
-            if self._keep:
-                try:
-                    worker.release()
-                except ProviderError:
-                    self.dismiss(*key)
-            else:
-                self._workers.pop(key).close()
+            try:
+                worker.release()
+            except ProviderError:
+                self.dismiss(*key)
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        for key in list(self._workers):
-            if kind is None:
-                self._workers.pop(key).close()
-            else:  # they may be at work on something long
+        if kind is not None:  # they may be at work on something long
+            for key in list(self._workers):
                 self.dismiss(*key)
+        self._close_all()
+
+    def _close_all(self) -> None:
+        for worker in self._workers.values():
+            worker.end()  # all at once: each may need a while for its threads and compilers
+        while self._workers:
+            self._workers.popitem()[1].close()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Sequence
 
@@ -13,15 +14,18 @@ import torch
 
 from benchmarks import ceilings, options, presets, records
 from benchmarks.cases import Case, make_cases
-from benchmarks.contest import LEFT_OUT, Contest
+from benchmarks.contest import Contest
 from benchmarks.crew import Crew, OutOfTimeError, Plan
 from benchmarks.options import DTYPES
-from benchmarks.providers import DEFAULT, PROVIDERS, Setting
+from benchmarks.outcome import LEFT_OUT
+from benchmarks.providers import PROVIDERS, Setting
 from benchmarks.records import Conditions, Record, Roofline
 from benchmarks.terminal import Terminal
 from resfuse.costs import Device, measure_device
 
 LEVELS = ("op", "layer", "block", "model")
+MARGIN = 0.95
+"""The part of --limit after which nothing is begun."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = measure_device(args.device, seconds=args.preset.ceilings)
     terminal.say(ceilings.describe(device))
     machine = ceilings.ceiling_rows(device, args.mode, conditions)
-    plan = Plan(args.rounds, args.warmup, args.turn, args.limit and args.limit / 3, args.limit and started + args.limit)
+    plan = Plan(args.rounds, args.warmup, args.turn, args.limit / 3, started + MARGIN * args.limit)
     failed, longest = False, 0.0
     with Crew(keep=args.level != "model") as crew:
         for index, case in enumerate(todo):
             begun = time.monotonic()
-            if plan.deadline is not None and begun + longest > plan.deadline:
+            if begun + longest > plan.deadline:
                 return _stop(terminal, todo[index:], path)
-            contest = Contest(case, entries, plan, terminal)
+            contest = Contest(case, entries, plan, terminal, last_chance=index == 0)
             costs = functools.cache(functools.partial(_cost, case, device, terminal))
             try:
                 rows = contest.hold(crew, costs, conditions)
@@ -72,15 +76,22 @@ def _stop(terminal: Terminal, left: Sequence[Case], path: object) -> int:
 
 
 def _entries(args: argparse.Namespace, terminal: Terminal) -> list[tuple[str, Setting]]:
-    """The providers that run here, in each of the settings; says why the others do not."""
+    """The providers that run here, in each of the settings; says why the others do not.
+
+    With graphs, a part of a model is not timed by calls too: what they take is the time of the host.
+    """
     entries = []
-    for dtype, graph, name in itertools.product(args.dtype, (False, True) if args.graph else (False,), args.provider):
-        setting = Setting(args.mode, DTYPES[dtype], args.device, args.threads, graph, args.level)
-        reason = PROVIDERS[name].unavailable_reason(setting)
+    graphs = (False,) if not args.graph else (False, True) if args.level == "model" else (True,)
+    for dtype, name in itertools.product(args.dtype, args.provider):
+        plain = Setting(args.mode, DTYPES[dtype], args.device, args.threads, level=args.level)
+        settings = [dataclasses.replace(plain, graph=graph) for graph in graphs]
+        reasons = [PROVIDERS[name].unavailable_reason(setting) for setting in settings]
+        able = [setting for setting, reason in zip(settings, reasons, strict=True) if reason is None]
+        reason = PROVIDERS[name].unavailable_reason(plain)
         if reason is None:
-            entries.append((name, setting))
-        elif name not in DEFAULT or not graph:
-            terminal.say(f"{name}, {dtype}{', as a CUDA graph' if graph else ''}: {reason}", "note")
+            entries += [(name, setting) for setting in able or [plain]]
+        else:
+            terminal.say(f"{name}, {dtype}: {reason}", "note")
     return entries
 
 
@@ -137,7 +148,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=options.positive, help="threads on the CPU (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="few small cases and rounds: a trial, not a measurement")
     parser.add_argument("--resume", action="store_true", help="leave out the cases that the file has of this commit")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="end before that; --resume goes on")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, metavar="SECONDS", help="end before that; --resume goes on"
+    )
     options.add_common(parser)
     args = options.parse(parser, argv)
     preset = args.preset = presets.choose(args.quick, args.device.type)
@@ -153,7 +166,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.graph = args.device.type == "cuda" and (part or args.mode == "inference")
     if args.graph and args.device.type != "cuda":
         parser.error(f"argument --graph: expected a GPU, got device {args.device}")
-    if args.limit is not None and args.limit <= 0:
+    if args.limit <= 0:
         parser.error(f"argument --limit: expected a number of seconds above 0, got {args.limit:g}")
     try:
         args.cases = _cases(args)

@@ -84,8 +84,8 @@ class _Job:
             module.train()
         batches = [converted(provider, workload, index) for index in range(rotation(workload))]
         self.errors = workload.errors(first_results(step, module, batches[0], workload))
-        self._call, self._steps = measure.cycle(batches, step), 1
-        self._graph = setting.graph
+        self._plain = measure.cycle(batches, step)
+        self._call, self._steps = self._plain, 1
         if setting.graph:
             captured = graphs.capture(step, batches, setting.level != "model", recorder(setting))
             self._call, self._steps = captured.call, captured.steps
@@ -110,14 +110,15 @@ class _Job:
         return [Sample(*(value / self._steps for value in sample)) for sample in found]
 
     def finish(self) -> Findings:
-        output = self._call()
-        if not self._graph and not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(output)):
+        """Of calls as they are: of a graph the step that was captured is called once more."""
+        output = self._plain()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(output)):
             raise ArithmeticError("the result is no longer finite: what was timed is not a model at work")
-        peak = measure.peak_memory(self._call, self._device)
-        if self._graph or self._device.type != "cuda":
+        peak = measure.peak_memory(self._plain, self._device)
+        if self._device.type != "cuda":
             return Findings(peak, None, None)
-        host = measure.host_seconds(self._call, HOST_CALLS, self._device)
-        return Findings(peak, launches.count_launches(self._call, self._device), host)
+        host = measure.host_seconds(self._plain, HOST_CALLS, self._device)
+        return Findings(peak, launches.count_launches(self._plain, self._device), host)
 
 
 def rotation(workload: Workload) -> int:

@@ -24,6 +24,10 @@ class ProviderError(RuntimeError):
     """A provider failed, or its results are wrong; the message says how, or holds its traceback."""
 
 
+class LateError(ProviderError):
+    """A provider was not done in time."""
+
+
 class NothingToOfferError(ProviderError):
     """A provider is in order, but not for this case; the message says why."""
 
@@ -48,7 +52,8 @@ class Worker:
         """Take over a workload in place of the one before; the relative errors of what the provider computes.
 
         Raises:
-            ProviderError: it failed, or took longer than `patience` seconds.
+            ProviderError: it failed.
+            LateError: it took longer than `patience` seconds.
         """
         return self._ask("prepare", workload, patience=patience, what="it was not ready")
 
@@ -68,10 +73,14 @@ class Worker:
         """Forget the workload, and give back its memory."""
         self._ask("release")
 
-    def close(self) -> None:
-        """End the process."""
+    def end(self) -> None:
+        """Tell the process to end, without waiting for it."""
         with contextlib.suppress(OSError):  # it may have ended already
             self._connection.send(None)
+
+    def close(self) -> None:
+        """End the process."""
+        self.end()
         self._connection.close()
         self._process.join(timeout=10)
         if self._process.is_alive():
@@ -95,7 +104,7 @@ class Worker:
             self._connection.send((method, *args))
             if not self._connection.poll(patience):
                 self._process.kill()
-                raise ProviderError(f"{what} after {time.monotonic() - started:.0f} s")
+                raise LateError(f"{what} after {time.monotonic() - started:.0f} s")
             reply = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(timeout=10)

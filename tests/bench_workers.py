@@ -59,6 +59,9 @@ class LocalWorker:
     def release(self) -> None:
         self._runner.release()
 
+    def end(self) -> None:
+        pass
+
     def close(self) -> None:
         self._runner.release()
 

@@ -16,14 +16,16 @@ pytest.importorskip("torchvision")
 
 from benchmarks import ceilings, crew, records, run, runner
 from benchmarks.cases import make_cases
-from benchmarks.contest import LEFT_OUT, Contest
+from benchmarks.contest import Contest
 from benchmarks.crew import Crew, OutOfTimeError, Plan
 from benchmarks.measure import Sample
+from benchmarks.outcome import LEFT_OUT
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.providers.base import Provider, Step, UnsuitableError
 from benchmarks.providers.native import Eager
 from benchmarks.records import CEILINGS, Record
 from benchmarks.terminal import Terminal
+from benchmarks.worker import LateError
 from resfuse.costs import DEVICES
 from tests.bench_workers import LocalWorker, recorder
 
@@ -221,12 +223,55 @@ def test_a_graph_is_checked_and_timed_per_step(
     setting = Setting("train", torch.float32, CPU, 1, graph=True, level=level)
     contest = Contest(case, [("resfuse", setting)], Plan(2, 0.0, 0.0), Terminal())
     with Crew(keep=True) as workers:
-        (row,) = contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
-    assert row.metric == "graph_time", capsys.readouterr().out
-    assert row.p50 == 1.0 / steps
+        rows = contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
+    found = metrics(rows, "resfuse")
+    assert found["graph_time"].p50 == 1.0 / steps, capsys.readouterr().out
+    others = {"minor_faults", "system_time", "peak_memory", "error_output", "error_gradient"}
+    assert found.keys() - {"graph_time"} == (set() if level == "model" else others)
     captured = [entry for entry in log if not entry.startswith("replay")]
     assert len(captured) == graphs
     assert log[graphs] == f"replay {captured[-1]}", "what is checked is the graph of the first batch"
+
+
+def graphless(setting: Setting) -> Any:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_part_that_can_not_be_captured_is_timed_by_calls(local: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "recorder", graphless)
+    (case,) = (case for case in make_cases("op", [], 2, 32) if case.name == "add_relu stage 4")
+    setting = Setting("inference", torch.float32, CPU, 1, graph=True, level="op")
+    contest = Contest(case, [("resfuse", setting)], Plan(2, 0.0, 0.0), Terminal())
+    with Crew(keep=True) as workers:
+        rows = contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
+    found = metrics(rows, "resfuse")
+    assert found["graph_left_out"].p50 == 1
+    assert found["time"].p50 > 0
+
+
+@pytest.mark.parametrize("last_chance", [False, True])
+def test_who_is_late_is_left_out_only_where_another_run_would_not_help(
+    last_chance: bool, local: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    def late(self: LocalWorker, workload: Path, patience: float | None = None) -> dict[str, float]:
+        given.append(patience or 0.0)
+        raise LateError("it was not ready")
+
+    monkeypatch.setattr(LocalWorker, "prepare", late)
+    (case,) = (case for case in make_cases("op", [], 2, 32) if case.name == "add_relu stage 4")
+    setting = Setting("inference", torch.float32, CPU, 1, level="op")
+    plan = Plan(2, 0.0, 0.0, patience=100.0, deadline=time.monotonic() + 50)
+    contest = Contest(case, [("resfuse", setting)], plan, Terminal(), last_chance)
+    with Crew(keep=True) as workers:
+        if last_chance:
+            (row,) = contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
+            assert row.metric == LEFT_OUT
+        else:
+            with pytest.raises(OutOfTimeError):
+                contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
+    assert 0 < given[0] <= 50
 
 
 @pytest.mark.usefixtures("unpriced")
@@ -236,10 +281,15 @@ def test_small_cases_share_their_processes(local: list[str], tmp_path: Path) -> 
 
 
 def test_time_that_is_over_is_noticed() -> None:
-    assert Plan(1, 0.0, 0.0).time_for(3.0) == 3.0
-    assert Plan(1, 0.0, 0.0, deadline=time.monotonic() + 2).time_for(3.0) <= 2  # type: ignore[operator]
+    plan = Plan(rounds=2, warmup=1.0, turn=1.0)
+    plan.check_time()
+    assert plan.time_to_prepare(100) == float("inf")
+    assert dataclasses.replace(plan, patience=3.0).time_to_prepare(0) == 3.0
+    short = dataclasses.replace(plan, deadline=time.monotonic() + 20)
+    assert short.time_to_prepare(0) <= 20 - 1.5 * 3
+    assert short.time_to_prepare(9) < 0, "measuring the nine takes longer than there is"
     with pytest.raises(OutOfTimeError):
-        Plan(1, 0.0, 0.0, deadline=time.monotonic() - 1).time_for(None)
+        dataclasses.replace(plan, deadline=time.monotonic() - 1).check_time()
 
 
 @pytest.mark.parametrize(
