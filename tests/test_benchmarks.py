@@ -13,7 +13,7 @@ from rich.console import Console
 
 pytest.importorskip("torchvision")
 
-from benchmarks import ops, overhead, records, report
+from benchmarks import ops, overhead, records, report, terminal
 from benchmarks.providers import BASELINE, PROVIDERS, Setting
 from benchmarks.records import Record, Subject
 
@@ -103,3 +103,21 @@ def test_times_that_scatter_are_pointed_out(capsys: pytest.CaptureFixture[str]) 
     assert not capsys.readouterr().out
     report.warn_if_restless(Console(), [record(BASELINE, "float32", [1.0, 1.5, 2.0])])
     assert "in 1 of these rows" in capsys.readouterr().out
+
+
+def test_machines_without_rich_get_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal.importlib.util, "find_spec", lambda name: None)
+    plain = terminal.Terminal()
+    with plain.progress() as progress:
+        progress.begin("measuring", 2)
+        progress.advance()
+    row = record(BASELINE, "float32", [1.0, 2.0, 3.0])
+    plain.results([row])
+    plain.pairs("Host time", [row], "ms", 1e3)
+    assert capsys.readouterr().out.splitlines() == [
+        "resnet50, inference, 1x3x8x8, float32: eager_nchw time 2000 ms (spread 60%)",
+        "Host time",
+        "resnet50, inference: eager_nchw 2e+03 ms",
+    ]
