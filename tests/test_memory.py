@@ -308,6 +308,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert command.main([*arguments, "--measure", "--fit", "10MB"]) == 0
     output = capsys.readouterr().out
     assert "fits and" in output
+    beyond = [line.split() for line in output.splitlines() if "beyond prediction" in line]
+    assert [line[2:] for line in beyond] == [["0", "0"]] * 2  # on a CPU there is no workspace to be seen
     rows = records.read(tmp_path / "memory.csv")
     values: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
@@ -326,6 +328,11 @@ def test_command_ends_before_its_limit(tmp_path: Path, capsys: pytest.CaptureFix
     assert command.main(arguments) == 0
     assert "Left for the next run (--resume), as --limit is near: cifar_resnet8 bfloat16" in capsys.readouterr().out
     assert not (tmp_path / "memory.csv").exists()
+
+
+def test_command_names_a_network_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="cifar_resnet21"):
+        command.main(["--model", "cifar_resnet21", "--device", "cpu", "--output", str(tmp_path)])
 
 
 def test_blocks_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

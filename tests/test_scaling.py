@@ -233,6 +233,11 @@ def test_command_refuses(option: list[str]) -> None:
         command.main(option)
 
 
+def test_command_names_a_network_that_is_none() -> None:
+    with pytest.raises(SystemExit, match="resnet51"):
+        command.main(["--model", "resnet51"])
+
+
 @pytest.mark.slow
 def test_page() -> None:
     """`python -m benchmarks.scaling.page` writes them anew."""

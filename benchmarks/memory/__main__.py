@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{conditions.device}, {conditions.threads} threads, commit {conditions.commit or 'unknown'}")
     path = args.output / "memory.csv"
     done = _done(path, conditions) if args.resume else set()
-    jobs = [Job(network, dtype, args, conditions) for network, dtype in itertools.product(_networks(args), args.dtype)]
+    try:
+        chosen = _networks(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    jobs = [Job(network, dtype, args, conditions) for network, dtype in itertools.product(chosen, args.dtype)]
     left, longest = [], 0.0
     for job in jobs:
         if (job.network.level, job.network.name, job.dtype) in done:
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.update(path, _model(job) if job.network.level == "model" else _block(job))
         longest = max(longest, time.monotonic() - started)
     for dtype in args.dtype:
-        _plans(args, dtype)
+        _plans(chosen, dtype)
     if left:
         print(f"Left for the next run (--resume), as --limit is near: {', '.join(left)}")
     print(f"Wrote {path}")
@@ -104,7 +108,8 @@ def _model(job: Job) -> list[Record]:
                 continue
             rows.append(job.row(provider, batch, "peak_memory", peaks[provider, batch]))
     tables.peak_table(job.network, job.dtype, accounts, args.batch, peaks).show()
-    print(tables.state_text(next(iter(accounts.values()))))
+    for provider, found in accounts.items():
+        print(f"{provider}, {tables.shares_text(found, max(args.batch))}")
     if args.fit and (args.fit_all or job.network.name in FITTED):
         for provider, found in accounts.items():
             rows += _fit(job, provider, found)
@@ -153,8 +158,8 @@ def _ends(batches: Sequence[int]) -> tuple[int, int]:
     return min(batches), max(batches)
 
 
-def _plans(args: argparse.Namespace, dtype: str) -> None:
-    kept = {network.name: plans.kept_tensors(network, options.DTYPES[dtype]) for network in _networks(args)}
+def _plans(chosen: Sequence[Network], dtype: str) -> None:
+    kept = {network.name: plans.kept_tensors(network, options.DTYPES[dtype]) for network in chosen}
     tables.plan_table(dtype, kept).show()
 
 

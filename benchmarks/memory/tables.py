@@ -46,7 +46,7 @@ class Table(NamedTuple):
 def megabytes(count: float) -> str:
     """In MB (10^6), three digits or all those before the point."""
     value = count / MEGA
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def peak_table(
@@ -58,20 +58,24 @@ def peak_table(
     for provider, found in accounts.items():
         peaks = (megabytes(found.peak(batch)) for batch in batches)
         rows.append((provider, megabytes(found.saved.per_image), *_versus(found, accounts), *peaks))
-        if any(name == provider for name, _ in measured):
-            figures = (measured.get((provider, batch)) for batch in batches)
-            rows.append(("  measured", "", "", *("-" if peak is None else megabytes(peak) for peak in figures)))
+        there = {batch: measured[provider, batch] for batch in batches if (provider, batch) in measured}
+        if there:
+            found_more = {batch: peak - found.peak(batch) for batch, peak in there.items()}
+            for what, figures in (("  measured", there), ("  beyond prediction", found_more)):
+                rows.append((what, "", "", *(_cell(figures.get(batch)) for batch in batches)))
     title = f"{network.name}, training step, {dtype}: MB kept per image, and peak MB by batch"
     return Table(title, ("provider", "kept", "ratio", *map(str, batches)), tuple(rows))
 
 
-def state_text(found: Account) -> str:
-    """What does not depend on the batch, in words."""
-    shares = (found.parameters, found.buffers, found.saved.fixed)
-    weights, buffers, fixed = map(megabytes, shares)
+def shares_text(found: Account, batch: int) -> str:
+    """What the peak consists of at some batch, in words."""
+    kept = found.saved.at(batch)
+    rest = found.peak(batch) - 2 * found.parameters - found.buffers - kept
+    weights, buffers, fixed = map(megabytes, (found.parameters, found.buffers, found.saved.fixed))
     return (
-        f"whatever the batch: parameters, gradients and momentum {weights} MB each, buffers {buffers} MB, batch "
-        f"statistics and weights cast by autocast {fixed} MB"
+        f"batch {batch}: parameters and momentum {weights} MB each, buffers {buffers} MB; kept {megabytes(kept)} MB, of it "
+        f"{fixed} MB whatever the batch (statistics, weights cast by autocast); gradients and transients at the peak "
+        f"{megabytes(rest)} MB"
     )
 
 
@@ -92,6 +96,10 @@ def plan_table(dtype: str, kept: Mapping[str, tuple[Kept, ...]]) -> Table:
         cells = (megabytes(counts[0]), *(f"{megabytes(count)} ({count / counts[0]:.2f})" for count in counts[1:]))
         rows.append((name, *cells))
     return Table(f"Kept per image, {dtype}: MB, by plan", ("network", *plans.PLANS), tuple(rows))
+
+
+def _cell(count: int | None) -> str:
+    return "-" if count is None else megabytes(count)
 
 
 def _versus(found: Account, accounts: Mapping[str, Account]) -> tuple[str]:

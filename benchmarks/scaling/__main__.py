@@ -16,6 +16,14 @@ from resfuse.costs import DEVICES, describe
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
+    try:
+        _show(args)
+    except ValueError as error:  # no such network, no such row of the file
+        raise SystemExit(str(error)) from error
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
     device = describe(args.device)
     profile = roofline_profile(args.model, args.batch, options.DTYPES[args.dtype], device, args.size)
     bound = profile.seconds
@@ -29,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{what}: {1e3 * profile.seconds:.2f} ms on one GPU ({origin}; bound {1e3 * bound:.2f} ms)")
     cluster = Cluster(args.gpus_per_node, 1e9 * args.node_bandwidth, 1e9 * args.network_bandwidth)
     table(profile, args.batch, args.gpus, cluster, args.sync_bn).show()
-    return 0
 
 
 def table(profile: Profile, batch: int, gpus: Sequence[int], cluster: Cluster, sync_group: int | None = None) -> Table:
