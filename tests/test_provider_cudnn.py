@@ -130,7 +130,7 @@ def test_the_fastest_plan_that_can_be_built_is_taken() -> None:
 
 
 class Plans:
-    """cuDNN's graph as `_Planner` uses it; plan 1 is the fastest."""
+    """cuDNN's graph as `Planner` uses it; plan 1 is the fastest."""
 
     def __init__(self) -> None:
         self.executed: list[tuple[dict[Any, Tensor], int, Any]] = []
