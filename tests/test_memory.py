@@ -17,7 +17,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import pages, records
 from benchmarks.memory import __main__ as command
-from benchmarks.memory import counting, measured, networks, page, plans
+from benchmarks.memory import command_line, counting, measured, networks, page, plans
 from benchmarks.memory.account import COMPILED, EAGER, FUSED, PROVIDER_NAMES, Account, Line, _lines, account, kept_line
 from benchmarks.memory.networks import BLOCKS, Network, residual_block
 from benchmarks.providers.base import Setting
@@ -346,13 +346,13 @@ def test_blocks_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("text", "size"), [("16GiB", 16 << 30), ("80 GB", 80 * 10**9), ("0.5MiB", 1 << 19), ("7", 7)])
 def test_sizes(text: str, size: int) -> None:
-    assert command.parse_size(text) == size
+    assert command_line.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "16 gib", "-1GB", "0"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="a size: expected a number"):
-        command.parse_size(text)
+        command_line.parse_size(text)
 
 
 def rows_of(table: str) -> list[tuple[str, ...]]:

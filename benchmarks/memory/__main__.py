@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +13,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import options, records
-from benchmarks.memory import measured, networks, plans, tables
-from benchmarks.memory.account import COMPILED, EAGER, PROVIDER_NAMES, Account, account
+from benchmarks.memory import command_line, measured, networks, plans, tables
+from benchmarks.memory.account import COMPILED, Account, account
 from benchmarks.memory.networks import Network
 from benchmarks.providers import PROVIDERS
 from benchmarks.providers.base import Setting
 from benchmarks.records import Conditions, Record, Subject
-
-UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-FITTED = ("resnet50",)
-"""Whose largest batch is looked for on a GPU unless told otherwise."""
 
 
 class Job(NamedTuple):
@@ -50,7 +45,7 @@ class Job(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parse(argv)
+    args = command_line.parse(argv, options.summary(__doc__))
     torch.backends.cudnn.benchmark = True  # as in all other benchmarks
     deadline = time.monotonic() + args.limit
     conditions = records.current_conditions(args.device, torch.get_num_threads())
@@ -110,7 +105,7 @@ def _model(job: Job) -> list[Record]:
     tables.peak_table(job.network, job.dtype, accounts, args.batch, peaks).show()
     for provider, found in accounts.items():
         print(f"{provider}, {tables.shares_text(found, max(args.batch))}")
-    if args.fit and (args.fit_all or job.network.name in FITTED):
+    if args.fit and (args.fit_all or job.network.name in command_line.FITTED):
         for provider, found in accounts.items():
             rows += _fit(job, provider, found)
     return rows
@@ -163,64 +158,8 @@ def _plans(chosen: Sequence[Network], dtype: str) -> None:
     tables.plan_table(dtype, kept).show()
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "16GiB", "80 GB" or "1000".
-
-    Raises:
-        ValueError: it is none of that.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w*)\s*", text)
-    if found is None or found[2] not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"a size: expected a number with one of {', '.join(filter(None, UNITS))}, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
 def _size_text(size: int) -> str:
     return f"{size / (1 << 30):.3g} GiB"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=options.summary(__doc__))
-    parser.add_argument("--level", nargs="+", choices=["model", "block"], default=["model", "block"])
-    parser.add_argument("--model", nargs="+", help=f"networks (default {' '.join(networks.NAMES)})")
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"])
-    parser.add_argument("--provider", nargs="+", choices=PROVIDER_NAMES, default=list(PROVIDER_NAMES))
-    parser.add_argument("--batch", nargs="+", type=_positive, default=[32, 64, 128, 256], help="of models")
-    parser.add_argument("--block-batch", type=_positive, default=8, help="of blocks (default %(default)s)")
-    parser.add_argument("--size", type=_positive, help="height and width of the images (default: the networks' own)")
-    parser.add_argument("--fit", type=_size, metavar="16GiB", help="look for the largest batch that fits into this")
-    parser.add_argument(
-        "--measure", action=argparse.BooleanOptionalAction,
-        help="run steps of these batches, too; default on a GPU only (on a CPU live tensors are counted, slowly)",
-    )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="leave out what the file has of the same commit")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; what is left is said")
-    options.add_common(parser)
-    args = options.parse(parser, argv)
-    args.fit_all = args.model is not None
-    # The network that all aims are about comes first, should time not suffice for all.
-    args.model = args.model or sorted(networks.NAMES, key=lambda name: name not in FITTED)
-    if args.measure is None:
-        args.measure = args.device.type == "cuda"
-    if args.fit is None and args.device.type == "cuda" and not args.fit_all:
-        args.fit = 16 << 30
-    if EAGER not in args.provider:
-        print(f"without {EAGER} there are no ratios")
-    return args
 
 
 if __name__ == "__main__":
