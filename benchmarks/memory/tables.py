@@ -73,8 +73,8 @@ def shares_text(found: Account, batch: int) -> str:
     rest = found.peak(batch) - 2 * found.parameters - found.buffers - kept
     weights, buffers, fixed = map(megabytes, (found.parameters, found.buffers, found.saved.fixed))
     return (
-        f"batch {batch}: parameters and momentum {weights} MB each, buffers {buffers} MB; kept {megabytes(kept)} MB, of "
-        f"it {fixed} MB whatever the batch (statistics, weights cast by autocast); gradients and transients at the peak "
+        f"batch {batch}: parameters and momentum {weights} MB each, buffers {buffers} MB; kept {megabytes(kept)} MB, "
+        f"{fixed} MB of it whatever the batch (statistics, weights cast by autocast); gradients, transients at the peak "
         f"{megabytes(rest)} MB"
     )
 
