@@ -74,8 +74,8 @@ def shares_text(found: Account, batch: int) -> str:
     weights, buffers, fixed = map(megabytes, (found.parameters, found.buffers, found.saved.fixed))
     return (
         f"batch {batch}: parameters and momentum {weights} MB each, buffers {buffers} MB; kept {megabytes(kept)} MB, "
-        f"{fixed} MB of it whatever the batch (statistics, weights cast by autocast); gradients, transients at the peak "
-        f"{megabytes(rest)} MB"
+        f"{fixed} MB of it whatever the batch (statistics, weights cast by autocast); gradients, transients "
+        f"at the peak {megabytes(rest)} MB"
     )
 
 
