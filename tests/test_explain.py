@@ -50,10 +50,9 @@ def small() -> nn.Module:
     [
         (models.resnet18, 1.8),
         (lambda: models.resnet50(version="v1"), 3.8),
-        (lambda: torchvision.models.resnet18(), 1.8),
-        (lambda: torchvision.models.resnet50(), 4.1),  # v1.5: the stride is on the 3x3
+        (torchvision.models.resnet18, 1.8),
     ],
-    ids=["resnet18", "resnet50 v1", "torchvision resnet18", "torchvision resnet50"],
+    ids=["resnet18", "resnet50 v1", "torchvision resnet18"],
 )
 def test_flops_are_those_of_the_paper(build: Any, paper: float) -> None:
     model = on_meta(build).eval()
@@ -64,7 +63,7 @@ def test_flops_are_those_of_the_paper(build: Any, paper: float) -> None:
 
 
 def test_a_training_step_has_the_flops_of_three() -> None:
-    model = on_meta(models.cifar_resnet, 20).train()
+    model = on_meta(models.cifar_resnet, 8).train()
     found = resfuse.explain(model, (128, 3, 32, 32), device="h200")
     forward = sum(layer.forward.flops for layer in found.layers)
     stem = next(layer for layer in found.layers if layer.path == "conv1")
@@ -78,7 +77,7 @@ def test_a_training_step_has_the_flops_of_three() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_totals_are_sums_and_fusing_saves(training: bool) -> None:
-    model = on_meta(torchvision.models.resnet50).bfloat16().train(training)
+    model = on_meta(torchvision.models.resnet18).bfloat16().train(training)
     found = resfuse.explain(model, (64, 3, 224, 224), device="h200")
     assert found.total == Totals.of(found.layers)
     for name in ("launches", "bytes", "seconds"):
@@ -91,7 +90,7 @@ def test_totals_are_sums_and_fusing_saves(training: bool) -> None:
         least = max(layer.flops / found.device.rate(layer.dtype), layer.bytes / found.device.bandwidth)
         assert layer.seconds >= least * (1 - 1e-9), "no less than all its kernels as one"
     bounds = {layer.path: layer.bound for layer in found.layers}
-    assert bounds["layer1.0.conv3"] == "memory" and bounds["layer4.1.conv2"] == "compute"
+    assert bounds["conv1"] == "memory" and bounds["layer4.1.conv2"] == "compute"
     assert found.slowest[0].seconds == max(layer.seconds for layer in found.layers)
 
 
@@ -103,13 +102,15 @@ def test_inference_is_one_launch_per_convolution(explanations: tuple[Explanation
     rest = [layer for layer in found.layers if layer.backend == "pytorch"]
     assert {layer.op for layer in rest} == {"max_pool2d", "adaptive_avg_pool2d", "linear"}
     assert found.total.launches == 53 + sum(layer.launches for layer in rest) <= 57
+    # v1.5, whose stride is on the 3x3: more than the 3.8 of the paper
+    assert round(found.total.flops / 128 / 2e9, 1) == round(found.unfused.flops / 128 / 2e9, 1) == 4.1
 
 
 def test_a_network_of_timm() -> None:
     timm = pytest.importorskip("timm")
-    found = resfuse.explain(timm.create_model("resnet50d").eval(), (2, 3, 128, 128), device="a100")
-    assert sum(layer.op == "conv_bn_act" for layer in found.layers) == 55
-    assert {layer.path for layer in found.layers} >= {"conv1.0", "layer4.2.conv3", "layer2.0.downsample.1", "fc"}
+    found = resfuse.explain(timm.create_model("resnet18d").eval(), (2, 3, 64, 64), device="a100")
+    assert sum(layer.op == "conv_bn_act" for layer in found.layers) == 22, "three in the stem"
+    assert {layer.path for layer in found.layers} >= {"conv1.0", "layer4.1.conv2", "layer2.0.downsample.1", "fc"}
 
 
 def test_an_unknown_operator_is_estimated_and_said_to_be() -> None:

@@ -29,8 +29,9 @@ def names(found: tuple[Operation, ...]) -> Counter[str]:
     return Counter(operation.name for operation in found)
 
 
-@pytest.mark.parametrize(("name", "convolutions"), [("resnet18", 20), ("resnet50", 53)])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "convolutions", "training"), [("resnet18", 20, False), ("resnet18", 20, True), ("resnet50", 53, False)]
+)
 def test_a_network_of_torchvision(name: str, convolutions: int, training: bool) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name).train(training)

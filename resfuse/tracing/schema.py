@@ -16,7 +16,6 @@ _NAMES = {
     "bn_act_train": "bn_act",
     "bn_act_eval": "bn_act",
     "add_relu_forward": "add_relu",
-    "conv_forward": "conv2d",
 }
 _PAIRS = {"stride", "padding", "dilation", "kernel_size", "output_size"}
 
