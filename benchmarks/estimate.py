@@ -31,8 +31,8 @@ class Extent(NamedTuple):
     """How much a run does."""
 
     cases: int
-    providers: int
-    """Summed over the dtypes."""
+    entries: int
+    """Of each case: the providers that can run here, in each dtype."""
     minutes: float
 
 

@@ -73,7 +73,7 @@ def test_a_dry_run_tells_and_measures_nothing(
     monkeypatch.setattr(measuring, "main", lambda line: pytest.fail("something was measured"))
     assert bench.run(parse("--dry-run", "--provider", "eager_nchw", "resfuse", "--device", "cpu")) == 0
     said = capsys.readouterr().out
-    assert "model, inference, resnet50, float32: 2 cases, 2 providers, about " in said
+    assert "model, inference, resnet50, float32, bfloat16: 2 cases, 4 entries each, about " in said
     assert "Together about" in said
 
 
@@ -102,6 +102,7 @@ def test_runs_share_the_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second gets what the first leaves, nothing is begun when it is over; then come tables and the worst code."""
+    pytest.importorskip("rich")
     clock, lines = [0.0], []
 
     def measure(line: list[str]) -> int:

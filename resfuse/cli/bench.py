@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 PLANS = {
     "cpu": (
-        Run("model", "inference", ("resnet50",), (1, 16), ("float32",)),
+        Run("model", "inference", ("resnet50",), (1, 16), ("float32", "bfloat16")),
         Run("model", "train", ("resnet50",), (8,), ("float32",)),
         Run("layer", "inference", ("resnet50",), (8,), ("float32",)),
     ),
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     default = PLANS[device_type(args)]
     asked = [(level, mode) for level in args.level or () for mode in args.mode or MODES]
     if asked:
-        dtype = default[0].dtype
+        dtype = default[-1].dtype
         runs = [next((run for run in default if run[:2] == pair), Run(*pair, dtype=dtype)) for pair in asked]
     else:
         runs = [run for run in default if run.mode in (args.mode or MODES)]
@@ -146,7 +146,7 @@ def _announce(runs: Sequence[Run], args: argparse.Namespace) -> None:
         )  # fmt: skip
         total += extent.minutes
         what = ", ".join([run.level, run.mode, *run.model, *run.dtype])
-        print(f"{what}: {extent.cases} cases, {extent.providers} providers, about {extent.minutes:.0f} min")
+        print(f"{what}: {extent.cases} cases, {extent.entries} entries each, about {extent.minutes:.0f} min")
     print(f"Together about {total:.0f} min; --limit ends it earlier, --resume goes on.", flush=True)
 
 
@@ -167,6 +167,9 @@ def _measure(runs: Sequence[Run], args: argparse.Namespace) -> int:
 
 def _show(files: Sequence[Path]) -> None:
     """What the files say, resfuse against its best peer."""
+    if importlib.util.find_spec("rich") is None:  # a bare machine with a GPU: --report writes the tables all the same
+        print("rich, which draws the tables, is not installed; the measurements are in", *map(str, files))
+        return
     from rich.console import Console
 
     records, report = (importlib.import_module(f"benchmarks.{name}") for name in ("records", "report"))
