@@ -270,11 +270,14 @@ def test_explain_every_layer_of_a_training_step(capsys: pytest.CaptureFixture[st
     assert sum(" to " in line for line in lines[:-8]) >= 8, "autocast's casts"
 
 
-def test_explain_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("timm")
     command = ["explain", "timm/resnet18", "--batch", "2", "--size", "64", "--device", "h100"]
-    assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    file = tmp_path / "made" / "explain.json"
+    assert main([*command, "--json", "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert file.read_text() == printed
+    found = json.loads(printed)
     assert found["inputs"][0]["shape"] == [2, 3, 64, 64] and found["device"]["name"].startswith("NVIDIA H100")
     assert sum(layer["op"] == "conv_bn_act" for layer in found["layers"]) == 20
 

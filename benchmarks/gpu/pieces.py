@@ -77,6 +77,14 @@ def tune(kind: str, batch: str, rehearsed: bool = False) -> Step:
     return Step(f"{kind}, batch {batch}", "resfuse", arguments, 5, least=1.5, rehearsal=tried, needs=("rich",))
 
 
+def explain(mode: str, batch: str, *more: str, rehearsed: bool = False) -> Step:
+    """A step that times every operator of ResNet-50 alone, and says how far it is from the least time."""
+    common = ("--measure", "--output", f"{BENCH}/explain-{mode}.json", *DEVICE, *more)
+    tried = ("explain", "cifar_resnet8", "--batch", "2", *common) if rehearsed else None
+    arguments = ("explain", "resnet50", "--batch", batch, "--dtype", "bfloat16", *common)
+    return Step(f"{mode}, batch {batch}", "resfuse", arguments, 4, least=1.5, rehearsal=tried)
+
+
 EAGER_AND_RESFUSE = ("--provider", "eager_nchw", "resfuse")
 AGAINST = ("--provider", "eager_channels_last", "inductor", "resfuse", "resfuse_cuda", "resfuse_triton")
 FAMILY = "resnet18 resnet50 resnet101 resnet152 resnext50_32x4d"
@@ -122,6 +130,9 @@ PIECES: tuple[Piece, ...] = (
     Piece("layers", "bench", "every layer of ResNet-50: where the time goes", 8, (
         bench("layers, inference", *LAYERS, "inference", "--batch", "128"),
         bench("layers, train", *LAYERS, "train", "--batch", "256", rehearsal=("--level", "layer", *EAGER_AND_RESFUSE)),
+    ), tables=True),
+    Piece("explain", "bench", "every operator of ResNet-50 alone, against the least time that it needs", 4, (
+        explain("inference", "128", rehearsed=True), explain("train", "256", "--train"),
     ), tables=True),
     Piece("memory", "bench", "peak memory over the batch, the largest batch that fits, host time", 5, (
         Step("resnet50", "benchmarks.memory",

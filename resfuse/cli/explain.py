@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -31,17 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--measure", action="store_true", help="time each operator on this machine, and show where time is lost")
     add("--backend", choices=PREFERENCE, help="instead of automatic choice")
     add("--layers", choices=("slowest", "all"), default="slowest", help="equal ones together, the worst first; or all")
-    add("--json", action="store_true", help="everything, as JSON")
+    add("--json", action="store_true", help="print everything, as JSON")
+    add("--output", type=Path, metavar="FILE", help="write everything to a file, too, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
         found = explain(args)
-    except (ModuleNotFoundError, RuntimeError, ValueError) as error:
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
         print(f"explain: {error}", file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(found.to_dict(), indent=1))
     else:
         show(found, every_layer=args.layers == "all")
     return 0
