@@ -74,7 +74,9 @@ def combinations(compiled: bool) -> list[Any]:
                     continue
                 if (name in COMPILED) == compiled:
                     text = f"{name}-{device}-{level}-{mode}-{str(dtype)[6:]}"
-                    found.append(pytest.param(name, setting, id=text))
+                    exported = isinstance(PROVIDERS[name], Exported) and level in ("op", "block")  # seconds each
+                    marks = [pytest.mark.slow] if compiled or exported else []
+                    found.append(pytest.param(name, setting, id=text, marks=marks))
     return found
 
 
@@ -105,7 +107,6 @@ def test_it_computes_what_eager_does(provider: str, setting: Setting) -> None:
         check(provider, setting, name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("provider", "setting"), combinations(compiled=True))
 def test_compiled_it_computes_what_eager_does(provider: str, setting: Setting) -> None:
     check(provider, setting, CASES[setting.level][0])
