@@ -135,6 +135,7 @@ def test_a_fused_block_keeps_what_an_eager_one_keeps(block: Network) -> None:
     assert account(block, FUSED, torch.bfloat16).saved == account(block, EAGER, torch.bfloat16).saved
 
 
+@pytest.mark.slow
 def test_torch_compile_keeps_no_more_than_eager() -> None:
     eager, compiled = (counted("cifar_resnet8", provider).saved for provider in (EAGER, COMPILED))
     assert 0.9 * eager.per_image < compiled.per_image < eager.per_image
@@ -301,6 +302,7 @@ def test_a_gpu_is_limited_and_freed_again() -> None:
 # The command and the page
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "_commit", lambda: "abc")  # the same all the time
     arguments = ["--model", "cifar_resnet8", "--level", "model", "--device", "cpu", "--output", str(tmp_path)]
