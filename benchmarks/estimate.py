@@ -66,7 +66,7 @@ def extent(
     settings = [Setting(mode, dtype, device, torch.get_num_threads(), level=level) for dtype in dtypes]
     able = [
         name
-        for name in providers or preset.providers
+        for name in providers or presets.providers(preset, level)
         for setting in settings
         if PROVIDERS[name].unavailable_reason(setting) is None
     ]

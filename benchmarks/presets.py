@@ -27,6 +27,8 @@ class Preset(NamedTuple):
     size: int | None = None
     """Height and width of the images; None: those that the networks are made for."""
     providers: tuple[str, ...] = DEFAULT
+    left_out_of_parts: tuple[str, ...] = ()
+    """Providers that do not take part with operators, layers and blocks, which are many, unless they are named."""
 
 
 ALL = [
@@ -41,7 +43,7 @@ CPU = Preset(
 )  # fmt: skip
 GPU = Preset(
     {("model", "inference"): [1, 128], ("model", "train"): [256]}, 128, ALL, ["resnet18", "resnet50"],
-    rounds=20, warmup=5.0, turn=0.1, part_turn=0.02, ceilings=0.5,
+    rounds=20, warmup=5.0, turn=0.1, part_turn=0.02, ceilings=0.5, left_out_of_parts=("inductor_max_autotune",),
 )  # fmt: skip
 QUICK = Preset(
     {}, 2, ["resnet18", "cifar_resnet20"], ["resnet18"],
@@ -62,3 +64,8 @@ def batches(preset: Preset, level: Level, mode: Mode, model: str) -> list[int]:
     if level == "model" and model.startswith("cifar") and preset is not QUICK:
         return CIFAR_BATCH
     return preset.batch.get((level, mode), [preset.part_batch])
+
+
+def providers(preset: Preset, level: Level) -> list[str]:
+    """Who takes part at a level."""
+    return [name for name in preset.providers if level == "model" or name not in preset.left_out_of_parts]

@@ -157,7 +157,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     part = args.level != "model"
     args.model = args.model or (preset.parts_of if part else preset.models)
     args.size = args.size or preset.size
-    args.provider = args.provider or list(preset.providers)
+    args.provider = args.provider or presets.providers(preset, args.level)
     args.rounds = args.rounds or preset.rounds
     args.warmup = preset.warmup if args.warmup is None else args.warmup
     args.turn = (preset.part_turn if part else preset.turn) if args.turn is None else args.turn

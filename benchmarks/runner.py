@@ -75,6 +75,8 @@ class _Job:
         setting = workload.setting
         self._device = setting.device
         torch.set_num_threads(setting.threads)
+        if setting.device.index is not None:
+            torch.cuda.set_device(setting.device)  # events and graphs are of the current one
         torch.backends.cudnn.benchmark = True  # let cuDNN try its algorithms, for all providers alike
         module = workload.module()
         inputs = workload.batch(0)[: len(workload.case.inputs)]

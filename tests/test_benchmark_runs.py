@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchvision")
 
-from benchmarks import ceilings, crew, records, run, runner
+from benchmarks import ceilings, crew, presets, records, run, runner
 from benchmarks.cases import make_cases
 from benchmarks.contest import Contest
 from benchmarks.crew import Crew, OutOfTimeError, Plan
@@ -310,3 +310,15 @@ def test_arguments_are_checked_first(
     assert error.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_machine_does_by_default() -> None:
+    gpu, quick = presets.choose(False, "cuda"), presets.choose(True, "cuda")
+    assert presets.batches(gpu, "model", "inference", "resnet50") == [1, 128]
+    assert presets.batches(gpu, "model", "train", "cifar_resnet110") == [128]
+    assert presets.batches(gpu, "layer", "train", "") == [128]
+    assert presets.batches(quick, "model", "train", "cifar_resnet20") == [2]
+    everyone, parts = presets.providers(gpu, "model"), presets.providers(gpu, "layer")
+    assert set(everyone) - set(parts) == {"inductor_max_autotune"}
+    assert set(everyone) <= set(PROVIDERS)
+    assert presets.providers(quick, "op") == [BASELINE, "eager_channels_last", "resfuse"]
