@@ -309,7 +309,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     arguments += ["--dtype", "float32", "--provider", EAGER, FUSED, "--batch", "2", "5"]
     assert command.main([*arguments, "--measure", "--fit", "10MB"]) == 0
     output = capsys.readouterr().out
-    assert "fits and" in output
+    assert output.count("fits and the next does not") == 2
     beyond = [line.split() for line in output.splitlines() if "beyond prediction" in line]
     assert [line[2:] for line in beyond] == [["0", "0"]] * 2  # on a CPU there is no workspace to be seen
     rows = records.read(tmp_path / "memory.csv")
@@ -323,6 +323,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert found["predicted_batch"] == found["largest_batch"] > 0
     assert command.main([*arguments, "--resume"]) == 0
     assert "training step" not in capsys.readouterr().out
+
+
+def test_a_failure_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise torch.OutOfMemoryError("tried to allocate\nand more")
+
+    monkeypatch.setattr(measured, "peak_bytes", fails)
+    arguments = ["--model", "cifar_resnet8", "--level", "model", "--device", "cpu", "--output", str(tmp_path)]
+    arguments += ["--dtype", "float32", "--provider", EAGER, "--batch", "2", "--measure", "--fit", "10MB"]
+    assert command.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "cifar_resnet8, eager_channels_last, batch 2: OutOfMemoryError: tried to allocate\n" in output
+    assert "0 fits and the next does not" in output
+    assert "peak_memory" not in {row.metric for row in records.read(tmp_path / "memory.csv")}
 
 
 def test_command_ends_before_its_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,21 +94,28 @@ def _model(job: Job) -> list[Record]:
     for (provider, found), batch in itertools.product(accounts.items(), args.batch):
         rows.append(job.row(provider, batch, "saved_bytes", found.saved.at(batch)))
         rows.append(job.row(provider, batch, "predicted_peak", found.peak(batch)))
-        # Each batch is compiled anew: the two ends will do.
-        if args.measure and _can_run(job, provider) and (provider != COMPILED or batch in _ends(args.batch)):
-            try:
-                peaks[provider, batch] = measured.peak_bytes(job.network, provider, batch, job.setting)
-            except torch.OutOfMemoryError:
-                print(f"{job.network.name}, {provider}, batch {batch}: out of memory")
-                continue
-            rows.append(job.row(provider, batch, "peak_memory", peaks[provider, batch]))
+        if _is_measured(job, provider) and (provider != COMPILED or batch == max(args.batch)):
+            peak = _peak(job, provider, batch)
+            if peak is not None:
+                peaks[provider, batch] = peak
+                rows.append(job.row(provider, batch, "peak_memory", peak))
     tables.peak_table(job.network, job.dtype, accounts, args.batch, peaks).show()
     for provider, found in accounts.items():
         print(f"{provider}, {tables.shares_text(found, max(args.batch))}")
-    if args.fit and (args.fit_all or job.network.name in command_line.FITTED):
+    if args.fit and (args.chosen or job.network.name in command_line.FITTED):
         for provider, found in accounts.items():
             rows += _fit(job, provider, found)
     return rows
+
+
+def _peak(job: Job, provider: str, batch: int) -> int | None:
+    """Measured; None where it fails, which is said."""
+    try:
+        return measured.peak_bytes(job.network, provider, batch, job.setting)
+    except Exception as error:  # what one provider can not do must not lose what the others did
+        message = str(error).partition("\n")[0]
+        print(f"{job.network.name}, {provider}, batch {batch}: {type(error).__name__}: {message}")
+        return None
 
 
 def _block(job: Job) -> list[Record]:
@@ -125,12 +132,16 @@ def _fit(job: Job, provider: str, found: Account) -> list[Record]:
     predicted = found.largest_batch(limit)
     print(f"{name}, {job.dtype}, {provider}: batch {predicted} predicted", end="")
     rows = [job.row(provider, 1, "predicted_batch", predicted, "1", name)]
-    if job.args.measure and _can_run(job, provider):
-        tries = 4 if provider == COMPILED else 16
+    if _is_measured(job, provider):
         run = functools.partial(measured.fits, job.network, provider, limit, job.setting)
-        bracket = measured.search(predicted, run, tries)
-        print(f", {bracket.fits} {'fits and' if bracket.exact else 'fits,'} {bracket.fails} does not", end="")
-        rows.append(job.row(provider, 1, "largest_batch", bracket.fits, "1", name))
+        try:
+            bracket = measured.search(predicted, run, command_line.TRIES[provider == COMPILED])
+        except Exception as error:
+            print(f", {type(error).__name__}: {error}", end="")
+        else:
+            fails = "and the next does not" if bracket.exact else f"and {bracket.fails} does not"
+            print(f", {bracket.fits} fits {fails}", end="")
+            rows.append(job.row(provider, 1, "largest_batch", bracket.fits, "1", name))
     print()
     return rows
 
@@ -139,18 +150,18 @@ def _accounts(job: Job) -> dict[str, Account]:
     return {name: account(job.network, name, options.DTYPES[job.dtype]) for name in job.args.provider}
 
 
-def _can_run(job: Job, provider: str) -> bool:
-    """Whether the provider's step can be measured on the device; says why not."""
+def _is_measured(job: Job, provider: str) -> bool:
+    """Whether steps of the provider are run on the device; what takes minutes to compile only where it was chosen."""
+    if not job.args.measure:
+        return False
+    if provider == COMPILED and not (job.args.chosen or job.network.name in command_line.FITTED):
+        return False
     if provider == COMPILED and job.args.device.type == "cpu":
         return False
     reason = PROVIDERS[provider].unavailable_reason(job.setting)
     if reason:
         print(f"{provider}: {reason}")
     return reason is None
-
-
-def _ends(batches: Sequence[int]) -> tuple[int, int]:
-    return min(batches), max(batches)
 
 
 def _plans(chosen: Sequence[Network], dtype: str) -> None:

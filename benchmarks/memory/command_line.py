@@ -12,7 +12,9 @@ from benchmarks.memory.account import EAGER, PROVIDER_NAMES
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 FITTED = ("resnet50",)
-"""Whose largest batch is looked for on a GPU unless told otherwise."""
+"""Whose largest batch is looked for, and whose compiled step is measured, on a GPU where none is chosen."""
+TRIES = (16, 2)
+"""Batches that the search may run; the second where each is compiled anew."""
 
 
 def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -25,7 +27,9 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=_positive, default=[32, 64, 128, 256], help="of models")
     parser.add_argument("--block-batch", type=_positive, default=8, help="of blocks (default %(default)s)")
     parser.add_argument("--size", type=_positive, help="height and width of the images (default: the networks' own)")
-    parser.add_argument("--fit", type=_size, metavar="16GiB", help="look for the largest batch that fits into this")
+    parser.add_argument(
+        "--fit", type=_size, metavar="16GiB", help="look for the largest batch that fits into this (default on a GPU)"
+    )
     parser.add_argument(
         "--measure", action=argparse.BooleanOptionalAction,
         help="run steps of these batches, too; default on a GPU only (on a CPU live tensors are counted, slowly)",
@@ -34,12 +38,12 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds; what is left is said")
     options.add_common(parser)
     args = options.parse(parser, argv)
-    args.fit_all = args.model is not None
+    args.chosen = args.model is not None
     # The network that all aims are about comes first, should time not suffice for all.
     args.model = args.model or sorted(networks.NAMES, key=lambda name: name not in FITTED)
     if args.measure is None:
         args.measure = args.device.type == "cuda"
-    if args.fit is None and args.device.type == "cuda" and not args.fit_all:
+    if args.fit is None and args.device.type == "cuda":
         args.fit = 16 << 30
     if EAGER not in args.provider:
         print(f"without {EAGER} there are no ratios")
