@@ -75,7 +75,12 @@ class Contest:
         with ExitStack() as stack, self._terminal.progress() as progress:
             stack.callback(crew.rest)
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            contestants = list(self._prepared(crew, folder, progress))
+            try:
+                contestants = list(self._prepared(crew, folder, progress))
+            except MemoryError as error:  # of what results are compared with: without it nobody has a speed
+                self._terminal.say(f"{self._case.name} is left out: {error}", "failure")
+                self._left_out |= dict.fromkeys(self._entries, True)
+                contestants = []
             for contestant, samples, found in self._take_turns(contestants, crew, progress):
                 setting = contestant.workload.setting
                 subject = outcome.subject(self._case, contestant.provider, setting)

@@ -104,13 +104,10 @@ def make_workload(case: Case, setting: Setting) -> Workload:
     shape = (case.inputs[0][0], *output.shape[1:])
     workload = Workload(case, setting, state, shape, exact={}, eager_errors={})
     try:
-        exact = _compute(workload, double=True)
+        workload = dataclasses.replace(workload, exact=_compute(workload, double=True))
+        return dataclasses.replace(workload, eager_errors=workload.errors(_compute(workload)))
     except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"{case.name}, {case.inputs[0]}: float64, which results are compared with: {error}"
-        ) from error
-    workload = dataclasses.replace(workload, exact=exact)
-    return dataclasses.replace(workload, eager_errors=workload.errors(_compute(workload)))
+        raise MemoryError(f"no room for the computation in float64 that results are compared with ({error})") from error
 
 
 def first_results(step: Callable[..., Any], module: nn.Module, batch: tuple[Any, ...], workload: Workload) -> Results:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchvision")
 
-from benchmarks import ceilings, crew, presets, records, run, runner
+from benchmarks import ceilings, crew, presets, records, run, runner, workload
 from benchmarks.cases import make_cases
 from benchmarks.contest import Contest
 from benchmarks.crew import Crew, OutOfTimeError, Plan
@@ -255,7 +255,7 @@ def test_who_is_late_is_left_out_only_where_another_run_would_not_help(
 ) -> None:
     given: list[float] = []
 
-    def late(self: LocalWorker, workload: Path, patience: float | None = None) -> dict[str, float]:
+    def late(self: LocalWorker, path: Path, patience: float | None = None) -> dict[str, float]:
         given.append(patience or 0.0)
         raise LateError("it was not ready")
 
@@ -272,6 +272,20 @@ def test_who_is_late_is_left_out_only_where_another_run_would_not_help(
             with pytest.raises(OutOfTimeError):
                 contest.hold(workers, lambda setting: None, records.current_conditions(CPU, 1))
     assert 0 < given[0] <= 50
+
+
+def test_a_case_that_is_too_large_to_be_checked_is_left_out(
+    local: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*arguments: object, **options: object) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 100 GiB")
+
+    monkeypatch.setattr(workload, "_compute", no_room)
+    rows = measured(tmp_path, "op-inference", "--case", "add_relu stage 4", status=1)
+    assert "add_relu stage 4 is left out: no room for the computation in float64" in capsys.readouterr().out
+    assert {(row.provider, row.metric) for row in rows if row.level == "op"} == {
+        (BASELINE, LEFT_OUT), ("resfuse", LEFT_OUT),
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("unpriced")
