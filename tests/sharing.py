@@ -149,7 +149,7 @@ class Sharing:
 
     def _run(self, item: pytest.Item, following: pytest.Item | None) -> None:
         self._reports, begin = [], time.time()
-        self._write(started=item.nodeid, at=begin)
+        self._write(started=item.nodeid, at=begin, slow=item.get_closest_marker("slow") is not None)
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         error = device_error()
         self._write(test=item.nodeid, seconds=round(time.time() - begin, 3), **summary(self._reports, error))

@@ -27,6 +27,8 @@ UNFINISHED = 75
 """Exit status where time was too short; EX_TEMPFAIL of sysexits.h."""
 MOST_REPLACED = 40
 """Processes that crashed or hung, after which the rest is given up."""
+PATIENCE = 3
+"""Times as long as any other a test may take that is marked slow."""
 NORMAL = (0, 1, 5)
 """pytest's exit statuses: all passed, some failed, nothing was left to run."""
 
@@ -39,10 +41,10 @@ class Worker:
     path: Path
     process: subprocess.Popen[bytes]
 
-    def current(self) -> tuple[str, float] | None:
-        """The test that it is running, and since when."""
+    def current(self) -> tuple[str, float, bool] | None:
+        """The test that it is running, since when, and whether it is a slow one."""
         last = sharing.last_record(self.path)
-        return (last["started"], last["at"]) if "started" in last else None
+        return (last["started"], last["at"], last["slow"]) if "started" in last else None
 
 
 class Run:
@@ -77,8 +79,9 @@ class Run:
         for worker in list(self.workers):
             status = worker.process.poll()
             current = worker.current()
-            if status is None and current is not None and time.time() - current[1] > per_test:
-                self._replace(worker, f"hung: not over after {per_test:.0f} s")
+            patience = per_test * (PATIENCE if current is not None and current[2] else 1)
+            if status is None and current is not None and time.time() - current[1] > patience:
+                self._replace(worker, f"hung: not over after {patience:.0f} s")
             elif status is not None and status not in NORMAL:
                 how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
                 self._replace(worker, f"crashed: {how}", known=status == sharing.LOST_DEVICE)
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="default: two fewer than cores, 14 at most")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--limit", type=float, default=450.0, metavar="SECONDS", help="default %(default)g")
-    parser.add_argument("--per-test", type=float, default=180.0, metavar="SECONDS", help="default %(default)g")
+    parser.add_argument("--per-test", type=float, default=120.0, metavar="SECONDS", help="default %(default)g")
     parser.add_argument("arguments", nargs="*", help="of pytest")
     args = parser.parse_args(argv)
     workers = args.workers or max(1, min(14, len(os.sched_getaffinity(0)) - 2))
