@@ -414,6 +414,12 @@ def test_the_summary_is_short(tmp_path: Path) -> None:
     assert summary.lines({}, tmp_path) == [f"left: {', '.join(p.name for p in PIECES)}; the same command goes on there"]
 
 
+def test_the_summary_survives_results_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "model-train.csv").write_text("no,such\ncolumns,here\n")
+    assert any(line.startswith("aims (bench): not read, ") for line in summary.lines({}, tmp_path))
+
+
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--limit", "0"], "expected seconds above 0, got 0"), (["--device", "cpu"], "cpu is for rehearsals"),

@@ -69,11 +69,18 @@ def _outcomes(share: Path) -> list[str]:
 
 def _aims(work: Path) -> list[str]:
     """How the aims stand, with tables and without; nothing where nothing was measured."""
-    from benchmarks import aims, speeds
-
     found = []
     for folder in ("bench", "untuned"):
-        files = sorted((work / folder).glob("model-*.csv"))
-        reached = [one for one in aims.outcomes(speeds.read_all(files)) if one.measured is not None] if files else []
-        found += [f"aim ({folder}): {one.aim.text}: {one.text}, {one.verdict}" for one in reached]
+        if files := sorted((work / folder).glob("model-*.csv")):
+            try:
+                found += [f"aim ({folder}): {line}" for line in _outcomes_of(files)]
+            except Exception as error:  # resfuse may not even import: all else is worth being told, then more than ever
+                found.append(f"aims ({folder}): not read, {type(error).__name__}: {error}"[:200])
     return found
+
+
+def _outcomes_of(files: list[Path]) -> list[str]:
+    from benchmarks import aims, speeds
+
+    reached = [one for one in aims.outcomes(speeds.read_all(files)) if one.measured is not None]
+    return [f"{one.aim.text}: {one.text}, {one.verdict}" for one in reached]
