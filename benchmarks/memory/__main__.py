@@ -6,7 +6,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(str(error)) from error
     jobs = [Job(network, dtype, args, conditions) for network, dtype in itertools.product(chosen, args.dtype)]
     left, longest = [], 0.0
+    blocks: dict[str, dict[str, dict[str, Account]]] = {dtype: {} for dtype in args.dtype}
     for job in jobs:
         if (job.network.level, job.network.name, job.dtype) in done:
             continue
@@ -65,9 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if left or started + longest > deadline:
             left.append(f"{job.network.name} {job.dtype}")
             continue
-        records.update(path, _model(job) if job.network.level == "model" else _block(job))
+        accounts = _accounts(job)
+        if job.network.level == "block":
+            blocks[job.dtype][job.network.name] = accounts
+        records.update(path, (_model if job.network.level == "model" else _block)(job, accounts))
         longest = max(longest, time.monotonic() - started)
     for dtype in args.dtype:
+        if blocks[dtype]:
+            tables.block_table(dtype, args.block_batch, blocks[dtype]).show()
         _plans(chosen, dtype)
     if left:
         print(f"Left for the next run (--resume), as --limit is near: {', '.join(left)}")
@@ -87,9 +93,9 @@ def _done(path: Path, conditions: Conditions) -> set[tuple[str, str, str]]:
     return {(row.level, row.name, row.dtype) for row in rows}
 
 
-def _model(job: Job) -> list[Record]:
+def _model(job: Job, accounts: Mapping[str, Account]) -> list[Record]:
     """Everything about one model; prints its table."""
-    args, accounts = job.args, _accounts(job)
+    args = job.args
     rows, peaks = [], {}
     for (provider, found), batch in itertools.product(accounts.items(), args.batch):
         rows.append(job.row(provider, batch, "saved_bytes", found.saved.at(batch)))
@@ -118,10 +124,9 @@ def _peak(job: Job, provider: str, batch: int) -> int | None:
         return None
 
 
-def _block(job: Job) -> list[Record]:
-    """What a block keeps; prints it."""
-    batch, accounts = job.args.block_batch, _accounts(job)
-    tables.block_table(job.dtype, batch, {job.network.name: accounts}).show()
+def _block(job: Job, accounts: Mapping[str, Account]) -> list[Record]:
+    """What a block keeps."""
+    batch = job.args.block_batch
     return [job.row(name, batch, "saved_bytes", found.saved.at(batch)) for name, found in accounts.items()]
 
 

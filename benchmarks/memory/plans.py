@@ -142,4 +142,4 @@ def _is_recomputed(kept: tuple[Kept, ...], index: int) -> bool:
     return (before.elements, before.stage) == (tensor.elements, tensor.stage)
 
 
-PLANS = {"now": now, "positions in bytes": byte_positions, "prologues": prologues, "raw outputs": raw_outputs}
+PLANS = {"now": now, "positions": byte_positions, "prologues": prologues, "raw outputs": raw_outputs}
