@@ -1,4 +1,4 @@
-"""`make gpu`, as far as it goes without a GPU: limits, crashes, what is kept and gone on with, all command lines."""
+"""`make gpu`, as far as it goes without a GPU: what is kept and gone on with, all command lines, a rehearsal."""
 
 from __future__ import annotations
 
@@ -7,151 +7,24 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
-import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import build, outcomes, pieces, process, sanitize, suite, summary, wheels
+from benchmarks.gpu import pieces, process, summary
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.pieces import PIECES, Piece, Step
 from benchmarks.gpu.runner import DONE, FAILED, LEFT, OUT, Runner, status
 from benchmarks.gpu.store import ARCHIVE, STATE, SUMMARY, Store
-from tests import needs, sharing
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_a_command_is_logged_and_its_status_returned(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "one.log"
-    first = process.run(python("print('first'); raise SystemExit(3)"), log=log, limit=60)
-    second = process.run(python("print('second')"), log=log, limit=60)
-    assert (first.status, second.status) == (3, 0)
-    assert (first.tail.strip(), second.tail.strip()) == ("first", "second")
-    assert log.read_text().split() == ["first", "second"]
-
-
-def test_a_limit_ends_the_whole_family(tmp_path: Path) -> None:
-    child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
-    beats: list[float] = []
-    done = process.run(python(child), log=tmp_path / "log", limit=1.5, beat=lambda: beats.append(time.time()), grace=1)
-    assert done.status is None
-    assert done.seconds < 30
-    assert beats
-    pid = int(done.tail.split()[0])
-    deadline = time.time() + 20
-    while Path(f"/proc/{pid}/stat").exists() and time.time() < deadline:
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return  # dead, and not yet collected by whoever adopts orphans here
-        time.sleep(0.1)
-    assert not Path(f"/proc/{pid}").exists()
-
-
-def test_who_stops_in_good_order_has_time_to(tmp_path: Path) -> None:
-    code = "import time\ntry:\n time.sleep(600)\nexcept KeyboardInterrupt:\n print('written')"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children
-    try:
-        done = process.run(python(code), log=tmp_path / "log", limit=3, grace=20)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert (done.status, done.tail.strip()) == (None, "written")
-
-
-# --- the suite -------------------------------------------------------------------------------------------------------
-
-SAMPLE = """
-import os, time
-import pytest
-
-@pytest.mark.parametrize("number", range(15))
-def test_many(number):
-    assert number != 7, "seven is wrong"
-
-def test_crash():
-    os.abort()
-
-def test_hang():
-    time.sleep(600)
-
-def test_skipped():
-    pytest.skip("no reason")
-
-@pytest.mark.slow
-def test_after_all():
-    pass
-"""
-
-
-def test_the_suite_survives_crashes_and_hangs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "test_sample.py").write_text(SAMPLE)
-    share = tmp_path / "share"
-    command = ["--share", str(share), "--device", "cpu", "--workers", "2", "--per-test", "4", "--limit", "120", "--"]
-    assert suite.main([*command, str(tmp_path / "test_sample.py")]) == 1
-    printed = capsys.readouterr().out
-    assert "3 failed, 15 passed, 1 skipped" in printed
-    for expected in ("test_crash: crashed: signal SIGABRT", "test_hang: hung", "seven is wrong", "no reason"):
-        assert expected in printed
-    report = json.loads((share / outcomes.MERGED).read_text())
-    assert (report["left"], len(report["failures"])) == (0, 3)
-    records = [record for path in share.glob("*.jsonl") for record in sharing.records(path) if "outcome" in record]
-    assert max(Counter(record["test"] for record in records).values()) == 1, "a test ran twice"
-    assert suite.main([*command, str(tmp_path / "test_sample.py")]) == 1, "outcomes are kept"
-    assert "3 failed, 15 passed, 1 skipped" in capsys.readouterr().out
-    assert sum(1 for path in share.glob("*.jsonl") for record in sharing.records(path) if "started" in record) == 19
-
-
-def test_a_suite_that_can_not_be_collected_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "test_broken.py").write_text("import no_such_package_at_all")
-    command = ["--share", str(tmp_path / "share"), "--device", "cpu", "--workers", "1", "--limit", "60", "--"]
-    assert suite.main([*command, str(tmp_path / "test_broken.py")]) == 2
-    printed = capsys.readouterr().out
-    assert "no_such_package_at_all" in printed
-    assert "no test was run" in printed
-
-
-def test_what_runs_on_the_gpu_is_claimed_first() -> None:
-    tests = [("a.py::plain", False), ("a.py::slow[cuda]", True), ("b.py::x[cuda-cuda]", False)]
-    tests += [("a.py::y[cuda_emulator]", False), ("a.py::slow", True)]
-    assert sharing.chunks(tests) == [
-        ["b.py::x[cuda-cuda]"], ["a.py::plain", "a.py::y[cuda_emulator]"], ["a.py::slow[cuda]"], ["a.py::slow"],
-    ]  # fmt: skip
-    many = sharing.chunks([(f"a.py::t{number}", False) for number in range(30)])
-    assert [len(chunk) for chunk in many] == [12, 12, 6]
-
-
-def test_lines_that_are_being_written_are_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "one.jsonl"
-    path.write_text('{"started": "a", "at": 1}\n{"test": "a", "outco')
-    assert sharing.records(path) == [{"started": "a", "at": 1}]
-    assert sharing.last_record(path) == {"started": "a", "at": 1}
-    assert sharing.last_record(tmp_path / "none") == {}
-
-
-def test_files_are_left_out_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    assert "timm" in needs.needed(ROOT / "tests" / "test_surgery_timm.py")
-    assert "rich" in needs.needed(ROOT / "tests" / "test_triton_tune.py"), "through resfuse.cli.tune"
-    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
-    found = needs.left_out(ROOT / "tests")
-    assert found["test_surgery_timm.py"] == ["timm"]
-    assert "test_bn_act.py" not in found
-
-
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------------------------------
 
 
 def test_another_machine_goes_on_with_three_files(tmp_path: Path) -> None:
@@ -205,7 +78,7 @@ def test_the_archive_is_renewed_while_a_piece_runs(tmp_path: Path, monkeypatch: 
         assert "later.csv" not in packed.getnames()
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------------
+# --- pieces -----------------------------------------------------------------------------------------------------------
 
 
 def piece(*steps: Step, name: str = "one", every_call: bool = False) -> Piece:
@@ -329,79 +202,7 @@ LATER = ("models", "tune-more")
 """Pieces that run what others do, on other networks."""
 
 
-# --- build, wheels, sanitizer ----------------------------------------------------------------------------------------
-
-
-def test_libraries_are_taken_only_if_all_is_the_same(tmp_path: Path) -> None:
-    package, keep = tmp_path / "package", tmp_path / "keep"
-    package.mkdir()
-    for name in build.BUILT:
-        (package / name).write_text(f"new {name}")
-    wanted = build.key("9.0a", "2.11.0")
-    build.preserve(keep, wanted, package)
-    for name in build.BUILT:
-        (package / name).write_text("old")
-    assert not build.restore(keep, build.key("8.0+PTX", "2.11.0"), package)
-    assert not build.restore(tmp_path / "none", wanted, package)
-    assert (package / build.BUILT[0]).read_text() == "old"
-    assert build.restore(keep, wanted, package)
-    assert [(package / name).read_text() for name in build.BUILT] == [f"new {name}" for name in build.BUILT]
-
-
-def test_only_the_gpu_that_is_there_is_built_for() -> None:
-    assert [build.arch_list(one) for one in ((9, 0), (8, 6), (10, 0))] == ["9.0a", "8.6+PTX", "10.0+PTX"]
-
-
-def test_an_old_setuptools_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    setuptools = pytest.importorskip("setuptools")
-    assert not [reason for reason in build.objections("cpu", os.environ) if "setuptools" in reason]
-    monkeypatch.setattr(setuptools, "__version__", "70.1")
-    assert any("setuptools 70.1 is too old" in reason for reason in build.objections("cpu", os.environ))
-
-
-def test_wheels_are_unpacked_without_a_network(tmp_path: Path) -> None:
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
-        pytest.skip("pip is not installed")
-    folder, site = tmp_path / "wheels", tmp_path / "site"
-    with pytest.raises(ValueError, match="has no files"):
-        wheels.install(folder, site)
-    folder.mkdir()
-    info = "brought_along-1.0.dist-info"
-    with zipfile.ZipFile(folder / "brought_along-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("brought_along.py", "there = True\n")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: brought-along\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-    wheels.install(folder, site)
-    assert (site / "brought_along.py").is_file()
-    (folder / "broken-1.0-py3-none-any.whl").write_text("no wheel")
-    with pytest.raises(ValueError, match="pip could not install"):
-        wheels.install(folder, site)
-
-
-def test_verdicts_of_the_sanitizer() -> None:
-    def of(code: int | None, text: str) -> object:
-        return sanitize.verdict(process.Finished(code, 2.0, text))["status"]
-
-    assert of(0, "1.0\n113 problems\n========= ERROR SUMMARY: 0 errors\n") == "passed"
-    assert of(0, "nothing ran") == "failed"
-    assert of(99, "========= Invalid __global__ read of size 4 bytes\n") == "found"
-    assert of(1, "Traceback") == "failed"
-    assert of(None, "") == "unfinished"
-    found = sanitize.verdict(process.Finished(99, 2.0, "x\n========= Invalid read\n=========\n"))
-    assert found["text"] == "========= Invalid read"
-
-
-def test_every_tool_sees_both_backends() -> None:
-    jobs = sanitize.jobs("cuda")
-    assert len(set(jobs)) == len(sanitize.TOOLS) * 2 * 3
-    assert jobs[0].backend == "cuda" and jobs[-1].backend == "triton"
-    assert jobs[0].command("/bin/tool")[:5] == ["/bin/tool", "--tool", "memcheck", "--error-exitcode", "99"]
-    lines = sanitize.lines({str(jobs[0]): {"status": "found", "text": "a\nb"}}, jobs[:2])
-    assert lines[1:] == ["  memcheck cuda bfloat16: found a | b", "  racecheck cuda bfloat16: not started "]
-
-
-# --- the summary, and all of it --------------------------------------------------------------------------------------
+# --- the summary, and all of it ---------------------------------------------------------------------------------------
 
 
 def test_the_summary_is_short(tmp_path: Path) -> None:
