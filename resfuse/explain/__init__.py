@@ -9,7 +9,8 @@ from resfuse.backends import registry
 from resfuse.costs import Device, TensorInfo
 from resfuse.explain import machine
 from resfuse.explain.choice import Choice, choose
-from resfuse.explain.explanation import PYTORCH, Explanation, Layer, Totals
+from resfuse.explain.explanation import Explanation
+from resfuse.explain.facts import PYTORCH, Layer, Totals
 from resfuse.explain.layers import Conditions, layers_of
 from resfuse.explain.measure import Stopwatch
 from resfuse.surgery import fuse_

@@ -9,7 +9,7 @@ import torch
 from resfuse.backends import registry
 from resfuse.backends.problem import AbsentDevice, Problem
 from resfuse.costs import Operation
-from resfuse.explain.explanation import PYTORCH
+from resfuse.explain.facts import PYTORCH
 from resfuse.surgery import FuseReport
 
 Place = torch.device | AbsentDevice

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from resfuse.costs import Cost, Device, Operation, backward_kernels, forward_kernels, is_estimated, roofline
 from resfuse.explain.choice import Choice
-from resfuse.explain.explanation import COMPUTE, MEMORY, PYTORCH, Layer
+from resfuse.explain.facts import COMPUTE, MEMORY, PYTORCH, Layer
 from resfuse.explain.measure import Stopwatch
 from resfuse.tracing import Call
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from resfuse.explain.explanation import MEMORY, Explanation, Layer, Totals
+from resfuse.explain.facts import MEMORY, Facts, Layer, Totals
 from resfuse.explain.wording import headline, number, reasons, summary
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def groups_of(layers: Iterable[Layer]) -> list[Group]:
     return [Group(tuple(group)) for group in found.values()]
 
 
-def ordered(explanation: Explanation) -> list[Group]:
+def ordered(explanation: Facts) -> list[Group]:
     """Groups of equal layers, those first that lose most or, not measured, need most."""
     return sorted(groups_of(explanation.layers), key=lambda group: group.weight, reverse=True)
 
 
-def text(explanation: Explanation, *, every_layer: bool = False, shown: int = SHOWN, width: int = WIDTH) -> str:
+def text(explanation: Facts, *, every_layer: bool = False, shown: int = SHOWN, width: int = WIDTH) -> str:
     """The whole explanation as plain text.
 
     Args:
@@ -81,7 +81,7 @@ def _wrapped(lines: list[str], width: int) -> list[str]:
 class Rich:
     """The same for a terminal of any width."""
 
-    def __init__(self, explanation: Explanation, every_layer: bool = False, shown: int = SHOWN) -> None:
+    def __init__(self, explanation: Facts, every_layer: bool = False, shown: int = SHOWN) -> None:
         """Arguments as for `text`."""
         self._explanation, self._every_layer, self._shown = explanation, every_layer, shown
 
@@ -133,7 +133,7 @@ def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], int]:
     return kept, 1
 
 
-def _columns(explanation: Explanation, every_layer: bool, shown: int) -> tuple[list[_Column], list[str]]:
+def _columns(explanation: Facts, every_layer: bool, shown: int) -> tuple[list[_Column], list[str]]:
     """All columns, and a line on the rows that are left out."""
     measured = explanation.total.measured is not None
     groups = [Group((layer,)) for layer in explanation.layers] if every_layer else ordered(explanation)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from resfuse.explain.explanation import Explanation, Totals
+from resfuse.explain.facts import Facts, Totals
 
 
-def headline(explanation: Explanation) -> str:
+def headline(explanation: Facts) -> str:
     """Model, mode, inputs and device."""
     inputs = ", ".join(
         f"{'x'.join(map(str, info.shape))} {str(info.dtype).removeprefix('torch.')}" for info in explanation.inputs
@@ -15,7 +15,7 @@ def headline(explanation: Explanation) -> str:
     return f"{explanation.model}, {mode}, {passes}, {inputs}, on {explanation.device.name}"
 
 
-def summary(explanation: Explanation) -> list[str]:
+def summary(explanation: Facts) -> list[str]:
     """Totals, what fusing saves, and what is lost."""
     total, unfused, device = explanation.total, explanation.unfused, explanation.device
     lines = [_total_line("fused", total, device.launch), _total_line("unfused", unfused, device.launch)]
@@ -38,7 +38,7 @@ def summary(explanation: Explanation) -> list[str]:
     return [*lines, legend]
 
 
-def reasons(explanation: Explanation) -> list[str]:
+def reasons(explanation: Facts) -> list[str]:
     """Which backend runs what, and why."""
     counts: dict[tuple[str, str, str], int] = {}
     for layer in explanation.layers:
@@ -64,7 +64,7 @@ def _total_line(name: str, total: Totals, launch: float) -> str:
     return line if total.measured is None else f"{line}, measured {duration(total.measured)}"
 
 
-def _rates(explanation: Explanation) -> str:
+def _rates(explanation: Facts) -> str:
     dtypes = dict.fromkeys(layer.dtype for layer in explanation.layers if layer.flops)
     rates = (f"{number(explanation.device.rate(dtype) / 1e12)} TFLOP/s {str(dtype)[6:]}" for dtype in dtypes)
     return ", ".join(rates) or "no arithmetic"
