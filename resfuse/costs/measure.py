@@ -1,4 +1,4 @@
-"""The ceilings of this machine: what a large copy moves and a large matrix product multiplies."""
+"""The ceilings of this machine: what a large copy moves, and how fast matrices are multiplied."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.costs.device import Device
@@ -35,7 +36,8 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
 
     The copy reads and writes a tensor several times the last-level cache; a matrix product is of 1024 x 1024 (CPU) or
     8192 x 8192 (GPU), in float32 (on a GPU as PyTorch's switch for convolutions says: TF32, unless it is off) and
-    bfloat16, on a GPU float16 too.  A launch is what one more tiny kernel adds to a replayed CUDA graph.
+    bfloat16, on a GPU float16 too.  On a CPU, where another library convolves than multiplies matrices, a convolution is
+    timed too, and the better of the two counts.  A launch is what one more tiny kernel adds to a replayed CUDA graph.
 
     Args:
         device: a CPU or a CUDA device of this machine.
@@ -55,7 +57,10 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
     cache = last_level_cache()
     bandwidth = _bandwidth(device, max(_CPU_COPY, _CACHES * cache), seconds, _cpu_clock)
     dtypes = (torch.float32, torch.bfloat16)
-    rates = {dtype: _rate(device, dtype, _CPU_SIDE, seconds, _cpu_clock) for dtype in dtypes}
+    rates = {
+        dtype: max(_rate(device, dtype, _CPU_SIDE, seconds, _cpu_clock), _convolution_rate(dtype, seconds))
+        for dtype in dtypes
+    }
     name = processor_name()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
@@ -103,6 +108,18 @@ def _rate(device: torch.device, dtype: torch.dtype, side: int, seconds: float, c
     first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(first)
     return 2 * side**3 / _median(lambda: torch.mm(first, second, out=product), seconds, clock)
+
+
+def _convolution_rate(dtype: torch.dtype, seconds: float) -> float:
+    """Of a 3x3 convolution of ResNets on the CPU, in channels_last and with as many products as the matrix product."""
+    images, channels, extent = 4, 256, 21
+    input, weight = (
+        torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+        for shape in ((images, channels, extent, extent), (channels, channels, 3, 3))
+    )
+    flops = 2 * images * extent**2 * channels**2 * 9
+    with torch.inference_mode():
+        return flops / _median(lambda: F.conv2d(input, weight, padding=1), seconds, _cpu_clock)
 
 
 def _random(numel: int, device: torch.device) -> Tensor:
