@@ -36,8 +36,8 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
 
     The copy reads and writes a tensor several times the last-level cache; a matrix product is of 1024 x 1024 (CPU) or
     8192 x 8192 (GPU), in float32 (on a GPU as PyTorch's switch for convolutions says: TF32, unless it is off) and
-    bfloat16, on a GPU float16 too.  On a CPU, where another library convolves than multiplies matrices, a convolution is
-    timed too, and the better of the two counts.  A launch is what one more tiny kernel adds to a replayed CUDA graph.
+    bfloat16, on a GPU float16 too.  On a CPU one library multiplies matrices and another convolves: a convolution is
+    timed as well, and the better of the two counts.  A launch is what one more tiny kernel adds to a CUDA graph.
 
     Args:
         device: a CPU or a CUDA device of this machine.
