@@ -105,8 +105,15 @@ def _outcome(aim: Aim, fitting: Sequence[Comparison]) -> Outcome:
 _MEASURES: dict[Quantity, Callable[[Aim, Comparison], float | None]] = {
     "speed": lambda aim, one: _ratio(_least(one, aim.against, TIME), one.median(OURS)),
     "milliseconds": lambda aim, one: _ratio(one.median(OURS, GRAPH_TIME), 1e-3),
-    "memory": lambda aim, one: _ratio(one.median(OURS, "peak_memory"), _least(one, aim.against, "peak_memory")),
+    "memory": lambda aim, one: _peaks(aim, one),
 }
+
+
+def _peaks(aim: Aim, one: Comparison) -> float | None:
+    """Of runs of `benchmarks.memory`, which predict it too: only they have weights, gradients and momenta in it."""
+    if one.median(OURS, "predicted_peak") is None:
+        return None
+    return _ratio(one.median(OURS, "peak_memory"), _least(one, aim.against, "peak_memory"))
 
 
 def _fits(aim: Aim, one: Comparison) -> bool:
