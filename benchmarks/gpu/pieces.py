@@ -86,7 +86,12 @@ def explain(mode: str, batch: str, *more: str, rehearsed: bool = False) -> Step:
 
 
 EAGER_AND_RESFUSE = ("--provider", "eager_nchw", "resfuse")
-AGAINST = ("--provider", "eager_channels_last", "inductor", "resfuse", "resfuse_cuda", "resfuse_triton")
+# On the machine that did `aims`, Inductor's cache has what max-autotune compiled; on another it may come
+# too late, and is left out.
+AGAINST = (
+    "--provider", "eager_channels_last", "inductor", "resfuse", "resfuse_cuda", "resfuse_triton",
+    "inductor_max_autotune",
+)  # fmt: skip
 FAMILY = "resnet18 resnet50 resnet101 resnet152 resnext50_32x4d"
 SHARE = ("--share", "{work}/suite", *DEVICE, "--limit", "{limit}")
 LAYERS = ("--level", "layer", "--model", "resnet50", "--dtype", "bfloat16", "--mode")
