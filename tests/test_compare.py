@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,15 @@ def test_no_such_base_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert "BASE: expected a commit or a folder" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _heeding_interrupts() -> Iterator[None]:
+    """A job in the background ignores SIGINT, and so would this process as its child."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeding_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_ends_it_and_leaves_nothing(
     number: int, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
