@@ -41,7 +41,7 @@ def draw_memory(rows: Sequence[Record], path: Path) -> bool:
     note = "Peak memory of a training step; dotted lines are predictions from what is saved for backward."
     if not all(on_gpu(row.conditions) for row in rows):
         note += " On a CPU it is the most that tensors take at once, counted."
-    return _draw(charts, path, [row for row in rows if row.metric in MEMORY], note, columns=1)
+    return _draw(charts, path, [row for row in rows if row.metric in MEMORY], note, columns=min(2, len(charts)))
 
 
 def latency_charts(rows: Sequence[Record]) -> list[Chart]:
@@ -104,11 +104,13 @@ def _lines(
 def _draw(charts: Sequence[Chart], path: Path, rows: Sequence[Record], note: str, columns: int) -> bool:
     if not charts:
         return False
-    height = len(charts) // columns
-    figure, axes = style.subplots(height, columns, (4.6 * columns + 2.2, 3.4 * height + 0.5))
+    height = -(-len(charts) // columns)
+    figure, axes = style.subplots(height, columns, (4.6 * columns + 2.2, (3.4 if height < 4 else 2.6) * height + 0.5))
     looks = style.styles(provider for chart in charts for provider, _ in chart.lines)
     for index, chart in enumerate(charts):
         _chart(axes[index // columns, index % columns], chart, looks, legend=index % columns == columns - 1)
+    for axis in axes.flat[len(charts) :]:
+        axis.set_visible(False)
     style.finish(figure, path, rows, note)
     return True
 
