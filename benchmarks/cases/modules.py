@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resfuse.nn.fused_call import add_act, bn_act, conv_bn_act
 from resfuse.surgery.fused import Fused
-from resfuse.surgery.known import _KNOWN, Known, Step
+from resfuse.surgery.known import Known, Step, register
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +142,30 @@ def _modules(sequential: nn.Module) -> list[nn.Module]:
     return list(sequential.children())
 
 
-_KNOWN[__name__, "ConvBNAddReLU"] = Known(
-    "end of a residual block", _FusedConvBNAddReLU, {"forward": "conv bn relu"},
-    lambda module: [Step("conv", "bn", "relu", residual=True)],
-)  # fmt: skip
-_KNOWN[__name__, "BNAddReLU"] = Known(
-    "end of a residual block", _FusedBNAddReLU, {"forward": "bn relu"},
-    lambda module: [Step(None, "bn", "relu", residual=True)],
-)  # fmt: skip
-_KNOWN[__name__, "AddReLU"] = Known(
-    "end of a residual block", _FusedAddReLU, {"forward": "relu"},
-    lambda module: [Step(None, None, "relu", residual=True)],
-)  # fmt: skip
+register(
+    ConvBNAddReLU,
+    Known(
+        "end of a residual block",
+        _FusedConvBNAddReLU,
+        {"forward": "conv bn relu"},
+        lambda module: [Step("conv", "bn", "relu", residual=True)],
+    ),
+)
+register(
+    BNAddReLU,
+    Known(
+        "end of a residual block",
+        _FusedBNAddReLU,
+        {"forward": "bn relu"},
+        lambda module: [Step(None, "bn", "relu", residual=True)],
+    ),
+)
+register(
+    AddReLU,
+    Known(
+        "end of a residual block",
+        _FusedAddReLU,
+        {"forward": "relu"},
+        lambda module: [Step(None, None, "relu", residual=True)],
+    ),
+)

@@ -64,6 +64,18 @@ def find_known(cls: type) -> tuple[Known, type] | None:
     return None
 
 
+def register(cls: type, known: Known) -> None:
+    """Let `fuse_` know one more class.
+
+    Raises:
+        ValueError: it is known already.
+    """
+    name = (cls.__module__, cls.__qualname__)
+    if name in _KNOWN:
+        raise ValueError(f"cls: {'.'.join(name)} is known already")
+    _KNOWN[name] = known
+
+
 def method_reasons(cls: type, base: type, methods: dict[str, str]) -> list[str]:
     """Why the methods of a class are not those that resfuse knows of its base."""
     for name, uses in methods.items():
