@@ -61,18 +61,22 @@ def bench(
 
 
 def models(
-    mode: str, batch: str, names: str, *more: str, output: str = BENCH, rehearsed: bool = False, least: float = 3
+    mode: str, batch: str, names: str, *more: str, output: str = BENCH, rehearsed: str = "", least: float = 3
 ) -> Step:
-    """A step that measures whole models in bfloat16, which takes all providers' compilers some minutes for each."""
+    """A step that measures whole models in bfloat16, which takes all providers' compilers some minutes for each.
+
+    `rehearsed` names the model that a rehearsal takes.
+    """
     arguments = ("--level", "model", "--mode", mode, "--model", *names.split(), "--batch", batch)
-    tried = ("--level", "model", "--mode", mode, "--dtype", "float32", *EAGER_AND_RESFUSE) if rehearsed else None
+    small = ("--level", "model", "--mode", mode, "--model", rehearsed, "--dtype", "float32", *EAGER_AND_RESFUSE)
+    tried = small if rehearsed else None
     name = f"{names}, {mode}, batch {batch}"
     return bench(name, *arguments, "--dtype", "bfloat16", *more, output=output, rehearsal=tried, least=least)
 
 
 def tune(kind: str, batch: str, rehearsed: bool = False) -> Step:
     """A step that measures the most promising configurations of ResNet-50's layers, in one kind and batch."""
-    tried = ("tune", "--model", "cifar_resnet", "--batch", "2", "--dry-run") if rehearsed else None
+    tried = ("tune", "--model", "cifar_resnet", "--kind", kind, "--batch", "2", "--dry-run") if rehearsed else None
     arguments = ("tune", "--model", "resnet50", "--kind", kind, "--batch", batch, "--candidates", "8")
     return Step(f"{kind}, batch {batch}", "resfuse", arguments, 5, least=1.5, rehearsal=tried, needs=("rich",))
 
@@ -117,7 +121,7 @@ PIECES: tuple[Piece, ...] = (
         Step("verify triton", "resfuse", ("verify", "--backend", "triton", "--dtype", "bfloat16"), 3, needs=("rich",)),
     )),
     Piece("aims", "bench", "ResNet-50 in bfloat16, against all peers: what this project aims at", 8, (
-        models("inference", "128", "resnet50", output=UNTUNED, rehearsed=True, least=5),
+        models("inference", "128", "resnet50", output=UNTUNED, rehearsed="resnet18", least=5),
         models("train", "256", "resnet50", output=UNTUNED, least=4),
         models("inference", "1", "resnet50", output=UNTUNED, least=5),
     )),
@@ -130,7 +134,7 @@ PIECES: tuple[Piece, ...] = (
     ), tables=True),
     Piece("tuned", "bench", "ResNet-50 again, with the tables that `tune` wrote", 6, (
         models("inference", "128", "resnet50", *AGAINST),
-        models("train", "256", "resnet50", *AGAINST, rehearsed=True),
+        models("train", "256", "resnet50", *AGAINST, rehearsed="resnet18"),
     ), tables=True),
     Piece("sanitize", "test", "compute-sanitizer's four tools over every kernel, on small shapes", 8, (
         Step("sanitize", "benchmarks.gpu.sanitize", SANITIZE, least=2, rehearsal=SANITIZE),
@@ -152,12 +156,12 @@ PIECES: tuple[Piece, ...] = (
              rehearsal=("--quick", "--output", BENCH, *DEVICE)),
     ), tables=True),
     Piece("tune-more", "tune", "tables for batch 1, and for the gradients", 8, (
-        tune("forward", "1"), tune("dgrad", "256"), tune("wgrad", "256"),
+        tune("forward", "1"), tune("dgrad", "256", rehearsed=True), tune("wgrad", "256", rehearsed=True),
     ), tables=True),
     Piece("models", "bench", "the other models, and other batches", 8, (
         models("inference", "16", FAMILY),
         models("train", "128", FAMILY),
-        models("train", "128", "cifar_resnet20 cifar_resnet110"),
+        models("train", "128", "cifar_resnet20 cifar_resnet110", rehearsed="cifar_resnet20"),
     ), tables=True),
     Piece("blocks", "bench", "operators and residual blocks", 8, (
         bench("operators, train", "--level", "op", "--mode", "train", "--dtype", "bfloat16",
