@@ -1,0 +1,60 @@
+"""The argument packs that travel whole from the public functions to the launchers and bindings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+"""(vertical, horizontal)"""
+
+
+class Convolution(NamedTuple):
+    """The settings of a 2-D convolution, checked and normalised: what `F.conv2d` takes after the tensors."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+
+class BatchNorm(NamedTuple):
+    """State and settings of a batch norm, in the order of `F.batch_norm`.  Tensors are (C,) or None."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+class AbsentDevice(NamedTuple):
+    """A GPU that need not be in this machine, in place of a `torch.device`, to ask what would run on it.
+
+    The backends for GPUs then count as available.
+    """
+
+    capability: Pair
+    """CUDA compute capability."""
+    type: str = "cuda"
+
+    def __str__(self) -> str:
+        return f"{self.type} of compute capability {'.'.join(map(str, self.capability))}"
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know to say whether it can run a kernel.  Hashable: choices are cached by it."""
+
+    kernel: str
+    """The function of the kernel API: "bn_act_forward"."""
+    device: torch.device | AbsentDevice
+    dtype: torch.dtype
+    shape: torch.Size
+    """Of the input."""
+    weight_shape: torch.Size | None = None
+    """(K, C / groups, R, S) where there is a convolution."""
+    convolution: Convolution | None = None
