@@ -1,6 +1,8 @@
 // torch <-> plain structs for the CPU kernels, on the stable ABI.  Schemas are in resfuse/backends/cpu.py, which also
-// allocates every tensor that is written here.
+// allocates every tensor that is written here but the outputs of convolutions.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -12,6 +14,7 @@ namespace {
 
 using resfuse::Activation;
 using resfuse::DType;
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -143,75 +146,109 @@ void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, 
                                    data(grad_input, input, "grad_input")});
 }
 
-bool rows_live(Tensor values) {
-  const Activation shape = activation(values, "values");
-  STD_TORCH_CHECK(shape.channels_last, "values: expected channels_last");
-  return resfuse::cpu::rows_live({values.data_ptr(), shape.batch * shape.pixels, shape.channels, shape.dtype});
+resfuse::ConvVector conv_vector(const OptionalTensor& tensor, int64_t filters, const char* name) {
+  if (!tensor) return {nullptr, 0, DType::float32};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == filters, name, ": expected a vector of ", filters,
+                  " elements");
+  return {tensor->data_ptr(), tensor->stride(0), dtype_of(*tensor, name)};
 }
 
-bool copy_finite(Tensor input, OptionalTensor output) {
-  return resfuse::cpu::copy_finite(
-      {input.data_ptr(), data(output, input, "output"), input.numel(), dtype_of(input, "input")});
+bool is_dense_nhwc(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return (size[3] == 1 || stride[3] == size[1]) && (size[2] == 1 || stride[2] == size[3] * size[1]) &&
+         (size[1] == 1 || stride[1] == 1) && (size[0] == 1 || stride[0] == size[2] * size[3] * size[1]);
 }
 
-// Whether the elements fill one block of the processor's memory that starts at data_ptr.
-bool fills_a_block(const Tensor& tensor) {
-  if (!tensor.is_cpu() || tensor.layout() != torch::headeronly::Layout::Strided) return false;
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return tensor.numel() > 0 && last + 1 == tensor.numel();
+// As resfuse.layout.is_channels_last: strides decide, where both orders are the same memory.
+bool is_channels_last(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
-resfuse::SnapshotSource snapshot_source(const Tensor& conv_weight, const Tensor& running_mean,
-                                        const Tensor& running_var, const OptionalTensor& weight,
-                                        const OptionalTensor& bias, const OptionalTensor& conv_bias) {
-  resfuse::SnapshotSource source{};
-  auto add = [&, i = 0](const Tensor* tensor) mutable {
-    if (tensor != nullptr) {
-      const int64_t size = tensor->element_size();
-      source.shapes[i] = tensor->numel() << 16 | tensor->dim() << 8 | size;
-      source.vectors[i] = {tensor->data_ptr(), tensor->numel() * size};
-    }
-    ++i;
-  };
-  add(&running_mean);
-  add(&running_var);
-  for (const auto* tensor : {&weight, &bias, &conv_bias}) add(*tensor ? &**tensor : nullptr);
-  source.element_size = conv_weight.element_size();
-  source.weight = {conv_weight.data_ptr(), conv_weight.numel() * source.element_size};
-  return source;
+Tensor empty_nhwc(const resfuse::Convolution& conv) {
+  const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
+  const int64_t size[] = {conv.batch, channels, height, width};
+  const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
+  const int32_t dtype = conv.dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-bool fill_blocks(const Tensor& conv_weight, const Tensor& running_mean, const Tensor& running_var,
-                 const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& conv_bias) {
-  for (const auto* tensor : {&conv_weight, &running_mean, &running_var})
-    if (!fills_a_block(*tensor)) return false;
-  for (const auto* tensor : {&weight, &bias, &conv_bias})
-    if (*tensor && !fills_a_block(**tensor)) return false;
-  return true;
+// The convolution's result is channels_last if its input or weight is: PyTorch's own rule.
+Tensor in_result_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
+  return is_channels_last(input) || is_channels_last(weight) ? output : torch::stable::contiguous(output);
 }
 
-bool snapshot(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight, OptionalTensor bias,
-              OptionalTensor conv_bias, Tensor into) {
-  if (!fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias)) return false;
-  const auto source = snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias);
-  STD_TORCH_CHECK(into.numel() == resfuse::cpu::snapshot_size(source), "into: expected ",
-                  resfuse::cpu::snapshot_size(source), " bytes, got ", into.numel());
-  resfuse::cpu::snapshot(source, static_cast<uint8_t*>(into.data_ptr()));
-  return true;
+Tensor to_nhwc(const Tensor& tensor) {
+  return is_dense_nhwc(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
-bool snapshot_matches(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                      OptionalTensor bias, OptionalTensor conv_bias, Tensor taken) {
-  return fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias) &&
-         resfuse::cpu::snapshot_matches(
-             snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias),
-             static_cast<const uint8_t*>(taken.data_ptr()), taken.numel());
+// The input as kernels read it.  They convert NCHW while they pack it, which for a 1x1 kernel costs more than a copy.
+Tensor readable(const Tensor& input, const Tensor& weight) {
+  return input.size(1) > 4 && input.stride(1) != 1 && weight.size(2) == 1 && weight.size(3) == 1 ? to_nhwc(input)
+                                                                                                  : input;
 }
 
-int64_t snapshot_size(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                      OptionalTensor bias, OptionalTensor conv_bias) {
-  return resfuse::cpu::snapshot_size(snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias));
+// What convolutions share: shapes and strides.  The output and the vectors are not in it.
+resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_bias,
+                               int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                               int64_t dilation_h, int64_t dilation_w, int64_t groups) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
+  const auto size = input.sizes(), kernel = weight.sizes(), in = input.strides(), of = weight.strides();
+  STD_TORCH_CHECK(groups > 0 && kernel[0] % groups == 0 && size[1] == kernel[1] * groups,
+                  "conv_weight: its channels and groups do not fit the input");
+  resfuse::ConvForward args{};
+  args.conv = {size[0], size[2],  size[3],  size[1],  kernel[0], kernel[2],  kernel[3],  0,      0,
+               stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, dtype_of(input, "input"), false};
+  args.conv.out_height = (size[2] + 2 * padding_h - dilation_h * (kernel[2] - 1) - 1) / stride_h + 1;
+  args.conv.out_width = (size[3] + 2 * padding_w - dilation_w * (kernel[3] - 1) - 1) / stride_w + 1;
+  STD_TORCH_CHECK(args.conv.out_height > 0 && args.conv.out_width > 0, "input: smaller than the kernel");
+  args.input = input.data_ptr();
+  args.weight = weight.data_ptr();
+  args.weight_dtype = dtype_of(weight, "conv_weight");
+  STD_TORCH_CHECK(args.weight_dtype == DType::float32 || args.conv.dtype == DType::bfloat16,
+                  "conv_weight: bfloat16, but the input is float32");
+  // Strides of dimensions of one element are no matter: those of dense memory let the kernels see more of it as such.
+  args.input_strides[1] = size[1] == 1 ? 1 : in[1];
+  args.input_strides[3] = size[3] == 1 ? size[1] * args.input_strides[1] : in[3];
+  args.input_strides[2] = size[2] == 1 ? size[3] * args.input_strides[3] : in[2];
+  args.input_strides[0] = size[0] == 1 ? size[2] * args.input_strides[2] : in[0];
+  args.weight_strides = {kernel[0] / groups * of[0], of[0], of[1], of[2], of[3]};
+  args.conv_bias = conv_vector(conv_bias, kernel[0], "conv_bias");
+  return args;
+}
+
+Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor running_mean,
+                              OptionalTensor running_var, OptionalTensor bn_weight, OptionalTensor bn_bias,
+                              OptionalTensor residual, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                              int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double eps,
+                              bool relu, bool overwrite_residual) {
+  const Tensor read = readable(input, weight);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, stride_h, stride_w, padding_h, padding_w, dilation_h,
+                                        dilation_w, groups);
+  const resfuse::Convolution& conv = args.conv;
+  args.running_mean = conv_vector(running_mean, conv.filters, "running_mean");
+  args.running_var = conv_vector(running_var, conv.filters, "running_var");
+  args.bn_weight = conv_vector(bn_weight, conv.filters, "weight");
+  args.bn_bias = conv_vector(bn_bias, conv.filters, "bias");
+  args.eps = eps;
+  args.relu = relu;
+  bool in_place = false;
+  if (residual) {
+    const auto size = residual->sizes();
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == input.scalar_type() && size[0] == conv.batch &&
+                        size[1] <= conv.filters && size[2] == conv.out_height && size[3] == conv.out_width,
+                    "residual: its shape or dtype does not fit the output");
+    in_place = overwrite_residual && size[1] == conv.filters && is_dense_nhwc(*residual);
+    residual = to_nhwc(*residual);
+    args.residual = residual->data_ptr();
+    args.residual_channels = size[1];
+  }
+  const Tensor output = in_place ? *residual : empty_nhwc(conv);
+  args.output = output.data_ptr();
+  resfuse::cpu::conv_forward(args);
+  return in_result_format(output, input, weight);
 }
 
 std::string instruction_set() { return resfuse::cpu::instruction_set(); }
@@ -227,13 +264,9 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_train_forward", TORCH_BOX(&bn_train_forward));
   m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
-  m.impl("rows_live", TORCH_BOX(&rows_live));
-  m.impl("copy_finite", TORCH_BOX(&copy_finite));
-  m.impl("snapshot", TORCH_BOX(&snapshot));
-  m.impl("snapshot_size", TORCH_BOX(&snapshot_size));
+  m.impl("conv_inference_forward", TORCH_BOX(&conv_inference_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
-  m.impl("snapshot_matches", TORCH_BOX(&snapshot_matches));  // false for tensors of another device
 }

@@ -59,7 +59,6 @@ void bn_eval_forward(const BnEvalForward& args) { chosen().kernels->bn_eval_forw
 void bn_train_forward(const BnTrainForward& args) { chosen().kernels->bn_train_forward(args); }
 void bn_backward_reduce(const BnBackwardReduce& args) { chosen().kernels->bn_backward_reduce(args); }
 void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backward_apply(args); }
-bool rows_live(const RowsLive& args) { return chosen().kernels->rows_live(args); }
-bool copy_finite(const CopyFinite& args) { return chosen().kernels->copy_finite(args); }
+void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args); }
 
 }  // namespace resfuse::cpu

@@ -6,9 +6,15 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../resfuse.h"
+#include "conv_scratch.h"
 #include "parallel.h"
 
 namespace resfuse::cpu {
@@ -22,8 +28,7 @@ struct Kernels {
   void (*bn_train_forward)(const BnTrainForward&);
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);
-  bool (*rows_live)(const RowsLive&);
-  bool (*copy_finite)(const CopyFinite&);
+  void (*conv_forward)(const ConvForward&);
 };
 
 }  // namespace resfuse::cpu

@@ -6,6 +6,7 @@
 
 namespace resfuse::cpu {
 
+using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
 // Elements below which a second thread costs more than it gains.

@@ -1,7 +1,4 @@
-"""The CPU backend: own C++ kernels for the memory-bound ops, oneDNN (in `cpu_conv`) for convolutions.
-
-float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernels only fill them.
-"""
+"""The CPU backend: own C++ kernels for float32 and bfloat16, NHWC and NCHW."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import buffer_pool, cpu_kernels, reference
-from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
+from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward
 from resfuse.backends.vectors import copy_back
 from resfuse.layout import dense, gapless, ordered_like, residual_for
 from resfuse.types import BatchNorm, Convolution, Problem
@@ -44,8 +41,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"float32 and bfloat16 only, got {problem.dtype}")
     if 0 in problem.shape:
         reasons.append("an empty tensor")
-    if problem.convolution is not None and not reasons:
-        reasons.extend(unsupported_convolution(problem))
     return reasons
 
 
@@ -125,16 +120,14 @@ def conv_bn_act_forward(
     relu: bool,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not bn.training and not reference.unreliable_in_channels_last(
-        input.device, input.shape, conv_weight.shape, convolution.stride
-    ):
+    if not bn.training:
         output = conv_bn_act_inference(
             input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
         )
         return output, None, None, None
     z = conv_forward(input, conv_weight, conv_bias, convolution)
     output, mean, invstd = bn_act_forward(z, bn, residual, relu)
-    return output, z if bn.training else None, mean, invstd
+    return output, z, mean, invstd
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:

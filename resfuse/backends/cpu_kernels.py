@@ -1,6 +1,6 @@
 """The kernels of csrc/cpu as operators: their schemas, whose implementations csrc/bindings_cpu.cpp registers.
 
-Every result is an argument, so that the caller decides where it lies.
+Every result is an argument, so that the caller decides where it lies, but for those of convolutions.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 
 _LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
-_PARAMETERS = (
-    "Tensor conv_weight, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? conv_bias"
-)
 for _schema in (
     "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
     "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
@@ -26,11 +23,9 @@ for _schema in (
     "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
     "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
-    "rows_live(Tensor values) -> bool",
-    "copy_finite(Tensor input, Tensor(a!)? output) -> bool",
-    f"snapshot_size({_PARAMETERS}) -> int",
-    f"snapshot({_PARAMETERS}, Tensor(a!) into) -> bool",
-    f"snapshot_matches({_PARAMETERS}, Tensor taken) -> bool",
+    "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, "
+    "int padding_w, int dilation_h, int dilation_w, int groups, float eps, bool relu, bool overwrite_residual) -> Tensor",
     "instruction_set() -> str",
 ):
     _LIBRARY.define(_schema)
@@ -45,9 +40,5 @@ bn_backward_reduce = _kernels.bn_backward_reduce.default
 bn_eval_forward = _kernels.bn_eval_forward.default
 bn_statistics = _kernels.bn_statistics.default
 bn_train_forward = _kernels.bn_train_forward.default
-copy_finite = _kernels.copy_finite.default
+conv_inference_forward = _kernels.conv_inference_forward.default
 instruction_set = _kernels.instruction_set.default
-rows_live = _kernels.rows_live.default
-snapshot = _kernels.snapshot.default
-snapshot_matches = _kernels.snapshot_matches.default
-snapshot_size = _kernels.snapshot_size.default
