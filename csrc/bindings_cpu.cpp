@@ -61,24 +61,36 @@ float* vector(const OptionalTensor& tensor, int64_t channels, const char* name) 
   return tensor ? vector(*tensor, channels, name) : nullptr;
 }
 
-void* data(const OptionalTensor& tensor, const Tensor& like, const char* name) {
+const void* data(const OptionalTensor& tensor, const Tensor& like, const char* name) {
   if (!tensor) return nullptr;
   check_like(*tensor, like, name);
   return tensor->data_ptr();
+}
+
+// The memory of a result, fresh from the allocator.
+void* written(const Tensor& tensor) {
+  resfuse::cpu::prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor.data_ptr();
+}
+
+void* written(const OptionalTensor& tensor, const Tensor& like, const char* name) {
+  if (!tensor) return nullptr;
+  check_like(*tensor, like, name);
+  return written(*tensor);
 }
 
 void add_relu_forward(Tensor input, Tensor residual, Tensor output) {
   check_like(residual, input, "residual");
   check_like(output, input, "output");
   resfuse::cpu::add_relu_forward(
-      {input.data_ptr(), residual.data_ptr(), output.data_ptr(), input.numel(), dtype_of(input, "input")});
+      {input.data_ptr(), residual.data_ptr(), written(output), input.numel(), dtype_of(input, "input")});
 }
 
 void add_relu_backward(Tensor grad_output, Tensor output, Tensor grad_input) {
   check_like(grad_output, output, "grad_output");
   check_like(grad_input, output, "grad_input");
   resfuse::cpu::add_relu_backward(
-      {grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr(), output.numel(), dtype_of(output, "output")});
+      {grad_output.data_ptr(), output.data_ptr(), written(grad_input), output.numel(), dtype_of(output, "output")});
 }
 
 void bn_statistics(Tensor input, Tensor mean, Tensor m2) {
@@ -101,7 +113,7 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(bias, channels, "bias"),
           nullptr,
           relu,
-          data(output, input, "output")};
+          written(output, input, "output")};
 }
 
 void bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
@@ -132,7 +144,7 @@ void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output,
   resfuse::cpu::bn_backward_reduce({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
                                     data(output, input, "output"), vector(mean, channels, "mean"),
                                     vector(invstd, channels, "invstd"), vector(sum_g, channels, "sum_g"),
-                                    vector(sum_g_xhat, channels, "sum_g_xhat"), data(masked, input, "masked")});
+                                    vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
 }
 
 void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight, Tensor mean,
@@ -143,7 +155,7 @@ void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, 
                                    data(output, input, "output"), vector(mean, channels, "mean"),
                                    vector(invstd, channels, "invstd"), vector(weight, channels, "weight"),
                                    vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count,
-                                   data(grad_input, input, "grad_input")});
+                                   written(grad_input, input, "grad_input")});
 }
 
 resfuse::ConvVector conv_vector(const OptionalTensor& tensor, int64_t filters, const char* name) {
@@ -172,7 +184,9 @@ Tensor empty_nhwc(const resfuse::Convolution& conv) {
   const int32_t dtype = conv.dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  written(tensor);
+  return tensor;
 }
 
 // The convolution's result is channels_last if its input or weight is: PyTorch's own rule.
@@ -216,6 +230,7 @@ resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const 
   args.input_strides[0] = size[0] == 1 ? size[2] * args.input_strides[2] : in[0];
   args.weight_strides = {kernel[0] / groups * of[0], of[0], of[1], of[2], of[3]};
   args.conv_bias = conv_vector(conv_bias, kernel[0], "conv_bias");
+  if (args.conv.dtype == DType::bfloat16) args.products = resfuse::cpu::bfloat16_products();
   return args;
 }
 
@@ -251,6 +266,10 @@ Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_b
   return in_result_format(output, input, weight);
 }
 
+std::string bfloat16_products() {
+  return resfuse::cpu::bfloat16_products() == resfuse::BFloat16Products::pairs ? "pairs" : "widened";
+}
+
 std::string instruction_set() { return resfuse::cpu::instruction_set(); }
 
 }  // namespace
@@ -268,5 +287,6 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {
+  m.impl("bfloat16_products", TORCH_BOX(&bfloat16_products));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
 }

@@ -122,6 +122,9 @@ struct WeightStrides {
   int64_t group, filter, channel, row, column;
 };
 
+// How bfloat16 is multiplied: widened to float32, or in pairs by vdpbf16ps.
+enum class BFloat16Products : int32_t { widened, pairs };
+
 // output = act(BN(conv(input, weight) + conv_bias) + residual) on the CPU, or without BN where running_var is null.
 struct ConvForward {
   Convolution conv;
@@ -135,7 +138,7 @@ struct ConvForward {
   ConvVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
   double eps;
   bool relu;
-  bool pairs;  // bfloat16 only: multiply by vdpbf16ps
+  BFloat16Products products;
   // Statistics of the output: mean and M2 for each chunk and group, statistics_stride each, or null.
   double* statistics;
   int64_t statistics_stride;
@@ -151,7 +154,10 @@ void bn_train_forward(const BnTrainForward& args);
 void bn_backward_reduce(const BnBackwardReduce& args);
 void bn_backward_apply(const BnBackwardApply& args);
 void conv_forward(const ConvForward& args);
+void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();
+// The faster of those that the processor has, measured once, or the one that RESFUSE_CPU_BF16 names.
+BFloat16Products bfloat16_products();
 }  // namespace cpu
 
 // Batch norm on a GPU: values per channel in either dtype, so that no launch converts them.  The workspace is float32

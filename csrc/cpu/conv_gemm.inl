@@ -249,7 +249,7 @@ void conv_gemm(const ConvForward& args) {
   const ConvPlan plan = plan_conv(args, Mul::channels, words_in_place, wanted);
   const int64_t threads = std::min(wanted, plan.units(args.conv));
   const int64_t share = (plan.scratch_bytes() + 4095) / 4096 * 4096;
-  char* scratch = conv_scratch(share * threads);
+  char* scratch = scratch_memory(share * threads);
   std::atomic<int64_t> next{0};
   run_threads(threads, [&](int64_t thread) {
     ConvWorker<T, Mul>(args, plan, threads, scratch + thread * share).run(next);

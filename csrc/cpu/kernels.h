@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,7 +15,7 @@
 #endif
 
 #include "../resfuse.h"
-#include "conv_scratch.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace resfuse::cpu {
@@ -29,6 +30,7 @@ struct Kernels {
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);
   void (*conv_forward)(const ConvForward&);
+  double (*multiply_seconds)(BFloat16Products);
 };
 
 }  // namespace resfuse::cpu

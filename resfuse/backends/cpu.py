@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resfuse import _extension
-from resfuse.backends import buffer_pool, cpu_kernels, reference
+from resfuse.backends import cpu_kernels, reference
 from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward
 from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
 from resfuse.types import BatchNorm, Convolution, Problem
@@ -48,16 +48,21 @@ def instruction_set() -> str:
     return cpu_kernels.instruction_set()
 
 
+def bfloat16_products() -> str:
+    """How convolutions multiply bfloat16 on this processor: "pairs" (vdpbf16ps), or "widened" to float32."""
+    return cpu_kernels.bfloat16_products()
+
+
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
     input = gapless(input)
-    output = buffer_pool.empty_like(input)
+    output = torch.empty_like(input)
     cpu_kernels.add_relu_forward(input, ordered_like(residual, input), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     output = gapless(output)
-    grad_input = buffer_pool.empty_like(output)
+    grad_input = torch.empty_like(output)
     cpu_kernels.add_relu_backward(ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
@@ -66,7 +71,7 @@ def bn_act_forward(
     input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    output = buffer_pool.empty_like(input)
+    output = torch.empty_like(input)
     if residual is not None:
         residual = residual_for(output, residual)
     means, variances, weight, bias = map(_float, bn[:4])
@@ -94,14 +99,14 @@ def bn_act_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = buffer_pool.empty_like(input) if needs_residual_grad else None
+    masked = torch.empty_like(input) if needs_residual_grad else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
     grad_input = None
     if needs_input_grad:
         if masked is not None:
             grad_output, output = masked, None
-        grad_input = buffer_pool.empty_like(input)
+        grad_input = torch.empty_like(input)
         count = input.numel() // input.shape[1] if training else 0
         cpu_kernels.bn_backward_apply(
             grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
@@ -145,7 +150,7 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     input = dense(input)
-    output = buffer_pool.empty_like(input)
+    output = torch.empty_like(input)
     cpu_kernels.bn_apply(input, ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
     return output
 
@@ -155,7 +160,7 @@ def bn_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = grad_output if output is None else buffer_pool.empty_like(input)
+    masked = grad_output if output is None else torch.empty_like(input)
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(
         grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
@@ -176,7 +181,7 @@ def bn_backward_apply(
 ) -> Tensor:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    grad_input = buffer_pool.empty_like(input)
+    grad_input = torch.empty_like(input)
     cpu_kernels.bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
     )

@@ -26,6 +26,7 @@ for _schema in (
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, "
     "int padding_w, int dilation_h, int dilation_w, int groups, float eps, bool relu, bool overwrite_residual) -> Tensor",
+    "bfloat16_products() -> str",
     "instruction_set() -> str",
 ):
     _LIBRARY.define(_schema)
@@ -34,6 +35,7 @@ _kernels = torch.ops.resfuse_cpu
 # Looked up once: `torch.ops.a.b.default` takes half a microsecond.
 add_relu_backward = _kernels.add_relu_backward.default
 add_relu_forward = _kernels.add_relu_forward.default
+bfloat16_products = _kernels.bfloat16_products.default
 bn_apply = _kernels.bn_apply.default
 bn_backward_apply = _kernels.bn_backward_apply.default
 bn_backward_reduce = _kernels.bn_backward_reduce.default

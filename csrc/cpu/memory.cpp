@@ -1,4 +1,4 @@
-#include "conv_scratch.h"
+#include "memory.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 
+int64_t rounded_up(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
 struct Scratch {
   char* memory = nullptr;
   int64_t size = 0;
@@ -24,20 +26,27 @@ thread_local Scratch scratch;
 
 }  // namespace
 
-char* conv_scratch(int64_t bytes) {
+char* scratch_memory(int64_t bytes) {
   if (bytes <= scratch.size) return scratch.memory;
   std::free(scratch.memory);
-  scratch.size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  scratch.size = rounded_up(bytes);
   scratch.memory = static_cast<char*>(std::aligned_alloc(kHugePage, scratch.size));
   if (scratch.memory == nullptr) {
     const std::string size = std::to_string(scratch.size);
     scratch.size = 0;
-    throw std::runtime_error("conv_bn_act: out of memory: could not allocate " + size + " bytes of scratch on the CPU");
+    throw std::runtime_error("conv_bn_act: out of memory: could not allocate " + size + " bytes of scratch");
   }
-#if defined(__linux__)
-  madvise(scratch.memory, scratch.size, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(scratch.memory, scratch.size);
   return scratch.memory;
+}
+
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kHugePage) return;
+  const int64_t address = reinterpret_cast<int64_t>(data);
+  const int64_t first = rounded_up(address), last = (address + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 int64_t l2_cache_bytes() {
@@ -46,7 +55,7 @@ int64_t l2_cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     found = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    return found >= (256 << 10) ? std::min<int64_t>(found, 4 << 20) : 1 << 20;
+    return found >= 256 << 10 ? std::min<int64_t>(found, 4 << 20) : 1 << 20;
   }();
   return bytes;
 }
