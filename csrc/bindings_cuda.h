@@ -50,7 +50,7 @@ inline void* current_stream(int32_t device) {
 
 #endif
 
-// Where a kernel runs: the device of `tensor`, made the current one, and torch's current stream there.
+// Makes the device of `tensor` current for its lifetime, and holds torch's current stream there.
 struct Place {
   DeviceGuard guard;
   void* stream;

@@ -299,7 +299,7 @@ def build_environment(settings: Settings) -> Iterator[None]:
 
 
 def main() -> None:
-    """Print what a build would do here; the Makefile asks before it installs a toolkit."""
+    """Print the decision for this machine; the Makefile runs this before it installs a toolkit."""
     try:
         import torch
     except ImportError:

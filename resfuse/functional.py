@@ -86,9 +86,9 @@ def bn_act(
             (unbiased variance), instead of normalising by the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
-        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C, as if zeros followed: what is
-            added is `F.pad(residual, (0, 0, 0, 0, 0, C - C'))`, but that tensor is never made (the parameter-free
-            shortcut of He et al. 2016, arXiv:1512.03385, option A).
+        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C: adds
+            `F.pad(residual, (0, 0, 0, 0, 0, C - C'))` without making that tensor (the parameter-free shortcut of He et
+            al. 2016, arXiv:1512.03385, option A).
 
     Returns:
         (N, C, H, W), dtype and layout of `input`.
@@ -115,7 +115,7 @@ def bn_act(
         arguments.check_values_per_channel(input.shape)
     if residual is not None:
         if _promotes(input, input.dtype, residual):
-            # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
+            # Eager promotes the sum; the dtypes differ, so the addition stays outside the fused operator.
             output = bn_act(input, *bn[:4], activation="identity", training=training, momentum=momentum, eps=eps)
             return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, input.shape, input, pad_residual)

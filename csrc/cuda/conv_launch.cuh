@@ -162,7 +162,7 @@ void with_tile(const ConvConfig& config, Copies copies, const Run& run) {
   const auto is = [&](int m, int n) { return config.block_m == m && config.block_n == n; };
   constexpr std::integral_constant<Copies, Copies::vectors> vectors;
   if (!is(128, 128) && !is(128, 64) && !is(64, 64) && !is(32, 64))
-    throw std::runtime_error("convolution: there is no tile of " + std::to_string(config.block_m) + " x " +
+    throw std::runtime_error("convolution: unsupported tile " + std::to_string(config.block_m) + " x " +
                              std::to_string(config.block_n));
   if (copies == Copies::halves)
     return run(typename Tiles<Math>::OfHalves{}, std::integral_constant<Copies, Copies::halves>{});

@@ -59,10 +59,10 @@ class Stage(nn.Sequential):
 
 def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Contexts of the forward and of its recomputation."""
-    return nullcontext(), _BuffersAside(blocks)
+    return nullcontext(), _TemporaryBuffers(blocks)
 
 
-class _BuffersAside:
+class _TemporaryBuffers:
     """Replaces the buffers of some modules by copies, so that updates to them are discarded."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
