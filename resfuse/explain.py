@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from resfuse.backends import dispatch
 from resfuse.explanation import PYTORCH, Explanation, Layer, Totals
+from resfuse.roofline import DEVICES, Device, Kernel, kernels, measure_device, named_arguments, processor_name
 from resfuse.surgery import FuseReport, fuse_
+from resfuse.tracing import Call, Input, Run, Tracer, expanded
 from resfuse.types import AbsentDevice, Convolution, Problem
-
-if TYPE_CHECKING:  # roofline and tracing take a third of a second to import, which only `explain` itself needs
-    from resfuse.roofline import Cost, Device
-    from resfuse.tracing import Call, Input, Run
 
 _FUSIBLE = ("convolution", "batch_norm", "relu", "add")
 _SETS = 8  # of tensors that a measured operator takes in turn, at most
@@ -70,165 +69,145 @@ def explain(
         >>> found.total.launches, found.unfused.launches > 2, found.total.flops == 2 * 8 * 32 * 56 * 56 * 16 * 9
         (1, True, True)
     """
-    from resfuse.tracing import Tracer
-
     tracer = Tracer(model, inputs)
     described, place = _find(device, model)
-    if measure and (isinstance(place, AbsentDevice) or not _is_here(described)):
+    if measure and described.name != _name(place):
         raise ValueError(f"measure: {described.name} is not in this machine; only a device that is can be measured on")
     request = dispatch.requested_backend() if backend is None else dispatch.validated(backend)
     backward = model.training if backward is None else backward
-    report = fuse_(tracer.model)
-    pricing = _Pricing(described, place, request, measure, report)
-    fused = pricing.layers(tracer.calls(backward=backward), backward)
-    unfused = pricing.layers(tracer.calls(backward=backward, as_pytorch=True), backward)
+    machine = _Machine(described, place, request, fuse_(tracer.model), measure)
+    fused = machine.layers(tracer.calls(backward=backward))
+    unfused = machine.layers(tracer.calls(backward=backward, as_pytorch=True))
     shapes = tuple((tuple(input.shape), input.dtype) for input in tracer.inputs)
     return Explanation(
         fused, Totals.of(fused), Totals.of(unfused), described, tracer.name, shapes, model.training, backward
     )
 
 
-class _Pricing:
-    """From recorded operator calls to layers, on one machine."""
+class _Machine:
+    """Turns recorded operator calls into layers: who runs them, what they cost, and how long they take."""
 
     def __init__(
         self,
         device: Device,
         place: torch.device | AbsentDevice,
         request: str | None,
-        measure: bool,
         report: FuseReport,
+        measures: bool,
     ) -> None:
-        self._device, self._place, self._request, self._measure = device, place, request, measure
+        self._device, self._place, self._request, self._measures = device, place, request, measures
         self._left = {left.name: left.reason for left in report.left if left.reason != "already fused"}
         self._known: dict[Any, float] = {}  # measured seconds
 
-    def layers(self, calls: Sequence[Call], backward: bool) -> tuple[Layer, ...]:
+    def layers(self, calls: Iterable[Call]) -> tuple[Layer, ...]:
         """The calls that move data."""
-        found = (self._layer(call, backward) for call in calls)
-        return tuple(layer for layer in found if layer is not None)
+        return tuple(layer for call in calls if (layer := self._layer(call)) is not None)
 
-    def _layer(self, call: Call, backward: bool) -> Layer | None:
-        from resfuse.roofline import FREE, roofline
-
-        times = {"memory": 0.0, "compute": 0.0}
-        totals = []
-        for runs in (call.forward, call.backward):
-            total = FREE
-            for run in runs:
-                dtype = _main_input(run).dtype
-                for kernel in self._kernels(run):
-                    compute_bound = kernel.flops / self._device.rate(dtype) > kernel.bytes / self._device.bandwidth
-                    times["compute" if compute_bound else "memory"] += roofline(kernel, dtype, self._device)
-                    total += kernel
-            totals.append(total)
-        whole = totals[0] + totals[1]
-        if whole == FREE:
+    def _layer(self, call: Call) -> Layer | None:
+        runs = (*call.forward, *call.backward)
+        found = [kernel for run in runs for kernel in self._kernels(run)]
+        if not found:
             return None
-        first = (call.forward or call.backward)[0]
-        name, reason = self._choice(first, call.path)
-        gradients = [self._choice(run, call.path)[0] for run in call.backward if run.func.namespace == "resfuse"]
-        input, output = _main_input(first), _first_tensor(first.output)
+        limited = {"memory": 0.0, "compute": 0.0}
+        for kernel in found:
+            limited["compute" if kernel.is_compute_bound(self._device) else "memory"] += kernel.seconds(self._device)
+        name, reason = self._choice(runs[0], call.path)
+        gradients = [self._choice(run, call.path)[0] for run in call.backward]
+        input, output = _main_tensor(runs[0].args, runs[0].output), _main_tensor(runs[0].output)
         return Layer(
             path=call.path,
-            op=_op(first),
-            detail=_detail(first),
+            op=_op(runs[0]),
+            detail=_detail(runs[0]),
             shape=tuple(input.shape),
             output_shape=tuple(output.shape),
             dtype=input.dtype,
             backend=name,
-            backward_backend=(gradients or [PYTORCH])[-1] if call.backward else None,
+            backward_backend=next((name for name in reversed(gradients) if name != PYTORCH), PYTORCH)
+            if gradients
+            else None,
             reason=reason,
-            launches=whole.launches,
-            flops=whole.flops,
-            bytes=whole.bytes,
-            seconds=sum(times.values()),
-            bound=max(times, key=lambda bound: times[bound]),
-            forward=totals[0],
-            backward=totals[1] if backward else None,
-            measured=sum(map(self._seconds, (*call.forward, *call.backward))) if self._measure else None,
+            launches=len(found),
+            flops=sum(kernel.flops for kernel in found),
+            bytes=sum(kernel.bytes for kernel in found),
+            seconds=sum(limited.values()),
+            bound=max(limited, key=lambda bound: limited[bound]),
+            measured=sum(map(self._seconds, runs)) if self._measures else None,
         )
 
-    def _kernels(self, run: Run) -> list[Cost]:
-        from resfuse.roofline import kernels
-        from resfuse.tracing import expanded
-
-        runs = [run]
-        if run.func.namespace == "resfuse" and self._choice(run, "")[0] == "reference":
-            runs = expanded(run)
+    def _kernels(self, run: Run) -> list[Kernel]:
+        on_reference = run.func.namespace == "resfuse" and self._choice(run)[0] == "reference"
+        runs = expanded(run) if on_reference else [run]
         return [kernel for run in runs for kernel in kernels(*run, self._device)]
 
-    def _choice(self, run: Run, path: str) -> tuple[str, str]:
+    def _choice(self, run: Run, path: str = "") -> tuple[str, str]:
         """The backend, and why."""
         if run.func.namespace != "resfuse":
             around = [name for name in self._left if f"{path}.".startswith(f"{name}." if name else "")]
             if around and _op(run).endswith(_FUSIBLE):
                 return PYTORCH, f"not fused: {self._left[max(around, key=len)]}"
             return PYTORCH, "PyTorch's own operator"
-        given = _named(run)
-        kernel = run.func._overloadpacket.__name__
-        kernel = f"{kernel.rpartition('_')[0]}_forward" if kernel.endswith(("_train", "_eval")) else kernel
-        weight = given.get("conv_weight")
-        convolution = None
-        if weight is not None:
-            stride, padding, dilation = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
-            convolution = Convolution(stride, padding, dilation, given["groups"])
-        input = given.get("input", run.args[0])
-        problem = Problem(
-            kernel, self._place, input.dtype, input.shape, None if weight is None else weight.shape, convolution
-        )
-        name, rejected = dispatch.explain_choice(problem, self._request)
+        name, rejected = dispatch.explain_choice(_problem(run, self._place), self._request)
         if self._request is not None:
             return name, "asked for by name"
-        reasons = "; ".join(f"not {other}: {', '.join(why)}" for other, why in rejected.items())
-        return name, reasons or "first in the order of preference"
+        reasons = (f"not {other}: {', '.join(why)}" for other, why in rejected.items())
+        return name, "; ".join(reasons) or "first in the order of preference"
 
     def _seconds(self, run: Run) -> float:
         """The median time of the operator, alone, on random tensors of such shapes and strides."""
-        given = _named(run)
+        given = named_arguments(run.func, run.args, run.kwargs)
         key = (run.func, repr([(name, _signature(value)) for name, value in given.items()]))
         if key not in self._known:
             self._known[key] = 0.0
             if self._kernels(run):
-                with dispatch.use_backend(self._request), torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+                with (
+                    dispatch.use_backend(self._request),
+                    torch.no_grad(),
+                    torch.autocast(self._device.type, enabled=False),
+                ):
                     self._known[key] = self._timed(run.func, given)
         return self._known[key]
 
     def _timed(self, func: Any, given: dict[str, Any]) -> float:
-        from torch.utils.benchmark import Timer
-
-        assert isinstance(self._place, torch.device)
-        if self._place.type == "cuda":
-            from triton.testing import do_bench  # which clears the L2 cache between calls
+        if self._device.type == "cuda":
+            from triton.testing import do_bench  # clears the L2 cache between calls
 
             values = _random(given, self._place)
             return float(do_bench(lambda: func(**values), return_mode="median")) / 1e3
+        from torch.utils.benchmark import Timer
+
         size = sum(value.nbytes for value in given.values() if isinstance(value, Tensor))
         count = min(_SETS, 2 + 2 * self._device.cache // max(size, 1))
-        sets = itertools.cycle([_random(given, self._place) for _ in range(count)])
-        timer = Timer("func(**next(sets))", globals={"func": func, "sets": sets}, num_threads=torch.get_num_threads())
+        names = {"func": func, "sets": itertools.cycle([_random(given, self._place) for _ in range(count)])}
+        timer = Timer("func(**next(sets))", globals=names, num_threads=torch.get_num_threads())
         return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
 
-def _named(run: Run) -> dict[str, Any]:
-    from resfuse.roofline import named_arguments
-
-    return named_arguments(run.func, run.args, run.kwargs)
+def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
+    """The question that the registered operator asks of the dispatcher."""
+    given = named_arguments(run.func, run.args, run.kwargs)
+    kernel: str = run.func._overloadpacket.__name__
+    if kernel.endswith(("_train", "_eval")):
+        kernel = f"{kernel.rpartition('_')[0]}_forward"
+    input: Tensor = given.get("input", run.args[0])
+    if "conv_weight" not in given:
+        return Problem(kernel, place, input.dtype, input.shape)
+    stride, padding, dilation = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
+    convolution = Convolution(stride, padding, dilation, given["groups"])
+    return Problem(kernel, place, input.dtype, input.shape, given["conv_weight"].shape, convolution)
 
 
 def _op(run: Run) -> str:
     name: str = run.func._overloadpacket.__name__
-    if run.func.namespace == "resfuse":
-        return name.removesuffix("_train").removesuffix("_eval").removesuffix("_forward")
-    name = name.removesuffix("_legit").removesuffix("_legit_no_training") if "batch_norm" in name else name
-    return name.strip("_").removeprefix("native_")
+    for suffix in ("_train", "_eval", "_forward", "_legit", "_"):
+        name = name.removesuffix(suffix)
+    return name.removeprefix("_").removeprefix("native_")
 
 
 def _detail(run: Run) -> str:
     """Kernel, stride, groups and residual."""
-    given, words = _named(run), []
-    weight = given.get("conv_weight", given.get("weight") if "stride" in given else None)
-    kernel = given.get("kernel_size") or (weight is not None and weight.shape[2:])
+    given, words = named_arguments(run.func, run.args, run.kwargs), []
+    weight: Any = given.get("conv_weight", given.get("weight"))
+    kernel = given.get("kernel_size") or ("groups" in given and weight.shape[2:])
     if kernel:
         stride = given.get("stride") or kernel
         words.append("x".join(map(str, kernel)))
@@ -236,53 +215,41 @@ def _detail(run: Run) -> str:
             words[0] += f"/{stride[0]}" if len(set(stride)) == 1 else f"/{','.join(map(str, stride))}"
     if given.get("groups", 1) != 1:
         words.append(f"g{given['groups']}")
-    if run.func.namespace == "resfuse" and "bias" in given and given["residual"] is not None:
+    if "bias" in given and given.get("residual") is not None:
         words.append("+res")
-    output = _first_tensor(run.output)
+    output = _main_tensor(run.output)
     if not output.dtype.is_floating_point:  # such as a batch norm's num_batches_tracked
         words.append(str(output.dtype).removeprefix("torch."))
     return " ".join(words)
 
 
-def _first_tensor(value: Any) -> Tensor:
-    return next(leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def _main_input(run: Run) -> Tensor:
-    """The activation: the largest input, the first of several; what an operator without one creates."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((run.args, run.kwargs)) if isinstance(leaf, Tensor)]
-    return max(tensors, key=lambda tensor: tensor.dim()) if tensors else _first_tensor(run.output)
+def _main_tensor(*values: Any) -> Tensor:
+    """The activation among arguments or results: the first of the tensors with most dimensions."""
+    return max((leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)), key=lambda tensor: tensor.dim())
 
 
 def _signature(value: Any) -> Any:
     return (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
-def _random(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Arguments with data of the strides of the fake ones; variances and the like are positive."""
-
-    def filled(name: str, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [filled(name, item) for item in value]
-        if not isinstance(value, Tensor):
-            return value
-        sizes = [size if stride else 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
-        tensor = torch.empty_strided(sizes, value.stride(), dtype=value.dtype, device=device)
-        if not value.is_floating_point():
-            tensor.zero_()
-        elif "var" in name or "invstd" in name:
-            tensor.uniform_(0.5, 1.5)
-        else:
-            tensor.normal_()
-        return tensor.expand(value.shape)
-
-    return {name: filled(name, value) for name, value in given.items()}
+def _random(value: Any, device: Any, name: str = "") -> Any:
+    """Data in the shapes and strides of fake tensors; variances and the like are positive."""
+    if isinstance(value, dict):
+        return {name: _random(item, device, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_random(item, device, name) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [size if stride else 1 for size, stride in zip(value.shape, value.stride(), strict=True)]
+    tensor = torch.empty_strided(sizes, value.stride(), dtype=value.dtype, device=device)
+    if not value.is_floating_point():
+        return tensor.zero_().expand(value.shape)
+    positive = "var" in name or "invstd" in name
+    return (tensor.uniform_(0.5, 1.5) if positive else tensor.normal_()).expand(value.shape)
 
 
 def _find(device: Any, model: nn.Module) -> tuple[Device, torch.device | AbsentDevice]:
     """The machine's description, and the device of torch, or its stand-in if it is not in this machine."""
-    from resfuse.roofline import DEVICES, Device
-
     if device is None:
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         device = torch.device("cpu") if device.type == "meta" else device
@@ -290,52 +257,28 @@ def _find(device: Any, model: nn.Module) -> tuple[Device, torch.device | AbsentD
         try:
             device = DEVICES.get(device.lower()) or torch.device(device)
         except RuntimeError:
-            raise ValueError(
-                f"device: expected one of {', '.join(DEVICES)}, or one of torch such as cpu or cuda, got {device!r}"
-            ) from None
-    if isinstance(device, Device):
-        return device, _place(device)
-    if not isinstance(device, torch.device):
+            known = ", ".join(DEVICES)
+            raise ValueError(f"device: expected one of {known}, or one of torch such as cpu, got {device!r}") from None
+    if isinstance(device, torch.device):
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device: {device} is not in this machine ({torch.cuda.device_count()} GPUs)")
+        return _measured(device), device
+    if not isinstance(device, Device):
         found = type(device).__name__
         raise TypeError(f"device: expected a name, a resfuse.roofline.Device or a torch.device, got {found}")
-    present = _present(device)
-    return _measured(present), present
-
-
-def _present(device: torch.device) -> torch.device:
-    """The device with its index, if it is in this machine."""
     if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"device: expected cpu or cuda, got {device}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index if device.index is not None else torch.cuda.current_device() if count else 0
-    if index >= count:
-        raise ValueError(f"device: {device} is not in this machine ({count} GPUs)")
-    return torch.device("cuda", index)
-
-
-def _place(device: Device) -> torch.device | AbsentDevice:
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if torch.cuda.get_device_name(index) == device.name:
-                return torch.device("cuda", index)
+        return device, torch.device("cpu")
     if device.capability is None:
         raise ValueError(f"device: {device.name} has no compute capability, which decides what can run on it")
-    return AbsentDevice(device.capability)
+    gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return device, next((gpu for gpu in gpus if _name(gpu) == device.name), AbsentDevice(device.capability))
 
 
-def _is_here(device: Device) -> bool:
-    """Whether a time measured on this machine's CPU is one of the described device; a GPU was found by its name."""
-    from resfuse.roofline import processor_name
+def _name(place: torch.device | AbsentDevice) -> str | None:
+    """The name of a device of this machine; None for one that is not there."""
+    if isinstance(place, AbsentDevice):
+        return None
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else processor_name()
 
-    return device.type == "cuda" or device.name == processor_name()
 
-
-@functools.cache
-def _measured(device: torch.device) -> Device:
-    from resfuse.roofline import measure_device
-
-    return measure_device(device)
+_measured = functools.cache(measure_device)

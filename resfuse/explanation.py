@@ -6,12 +6,11 @@ import dataclasses
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from resfuse.roofline import Cost, Device
+from resfuse.roofline import Device
 
 PYTORCH = "pytorch"
 _SHOWN = 20
@@ -48,9 +47,6 @@ class Layer:
     """Roofline time: the sum over its kernels of the time that each needs at least.  Launches are not in it."""
     bound: str
     """The limit for most of that time: "memory" or "compute"."""
-    forward: Cost
-    backward: Cost | None
-    """None where backward is not explained."""
     measured: float | None = None
     """Seconds of its operators alone on random tensors; None if they were not measured."""
 

@@ -28,27 +28,23 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-import resfuse.ops  # noqa: F401  (registers the operators)
-
-_OPS: Any = torch.ops.resfuse
 _LAUNCH_SECONDS = 2e-6  # an estimate: what one more small kernel adds to a stream that is never empty
 _ASSUMED_CACHE = 32 << 20
 _MOVES_NOTHING = ("empty", "new_empty", "_unsafe_view", "scalar_tensor")
 _OVERWRITES = ("copy_", "fill_", "zero_")
+_ATEN_NAMES, _RESFUSE_NAMES = ("weight", "output_mask"), ("conv_weight", "needs_grad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +69,11 @@ class Device:
     """s that one more kernel launch costs in a stream that is never empty; 0 on a CPU."""
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s in `dtype`.
-
-        Raises:
-            ValueError: the device has a rate neither of `dtype` nor of float32.
-        """
-        found = self.rates.get(dtype, self.rates.get(torch.float32))
-        if found is None:
-            raise ValueError(f"{self.name} has no rate of {dtype}, nor of torch.float32, only of {list(self.rates)}")
-        return found
+        """FLOP/s in `dtype`."""
+        return self.rates.get(dtype, self.rates[torch.float32])
 
 
-def _gpu(
-    name: str, capability: tuple[int, int], *, bandwidth: float, half: float, cache: int, source: str
-) -> Device:  # fmt: skip
+def _gpu(name: str, capability: tuple[int, int], *, bandwidth: float, half: float, cache: int, source: str) -> Device:
     """float32 multiplies as TF32, PyTorch's default for convolutions: half the rate of bfloat16."""
     rates = {torch.bfloat16: half, torch.float16: half, torch.float32: half / 2}
     return Device(name, "cuda", bandwidth, rates, source, capability, cache << 20, _LAUNCH_SECONDS)
@@ -114,58 +101,29 @@ DEVICES: dict[str, Device] = {
 """By short name.  The machines need not be there."""
 
 
-class Cost(NamedTuple):
-    """Work of one or more kernels; `+` adds it up."""
+class Kernel(NamedTuple):
+    """One launch on a GPU, one call of a primitive on a CPU."""
 
     flops: int
     bytes: int
     """Bytes of device memory read plus bytes written."""
-    launches: int = 1
-    """Kernel launches on a GPU, calls of primitives on a CPU."""
+    dtype: torch.dtype = torch.float32
+    """Of the operands of the matrix product."""
 
-    def __add__(self, other: object) -> Cost:  # not the concatenation of tuples
-        if not isinstance(other, Cost):
-            return NotImplemented
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches)
+    def is_compute_bound(self, device: Device) -> bool:
+        """Whether its arithmetic takes longer than its traffic."""
+        return self.flops / device.rate(self.dtype) > self.bytes / device.bandwidth
 
+    def seconds(self, device: Device) -> float:
+        """Roofline time: the longer of its arithmetic and its traffic, without its launch.
 
-FREE = Cost(0, 0, 0)
-
-
-def roofline(kernel: Cost, dtype: torch.dtype, device: Device) -> float:
-    """Seconds that one kernel takes at least: the longer of its arithmetic and its traffic, without its launch.
-
-    Args:
-        kernel: of several kernels, add up the single times: one may be limited by memory, the next by arithmetic.
-        dtype: of the operands of the matrix products.
-        device: the ceilings.
-
-    Source: Williams, Waterman & Patterson 2009, Roofline (doi:10.1145/1498765.1498785).
-    """
-    return max(kernel.flops / device.rate(dtype), kernel.bytes / device.bandwidth)
+        Source: Williams, Waterman & Patterson 2009, Roofline (doi:10.1145/1498765.1498785).
+        """
+        return max(self.flops / device.rate(self.dtype), self.bytes / device.bandwidth)
 
 
-# FLOPs
-
-
-@register_flop_formula([_OPS.conv_bn_act_train, _OPS.conv_bn_act_eval, _OPS.conv_forward])
-def _conv_forward_flops(input: Any, conv_weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    output = out_shape[0] if isinstance(out_shape[0], tuple | torch.Size) else out_shape
-    return conv_flop_count(input, conv_weight, output)
-
-
-@register_flop_formula(_OPS.conv_backward)
-def _conv_backward_flops(
-    grad_output: Any, input: Any, conv_weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return conv_flop_count(input, conv_weight, grad_output) * sum(args[-1][:2])
-
-
-# Kernels
-
-
-def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, device: Device) -> list[Cost]:
-    """The kernels that one operator call launches, each with its cost.
+def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, device: Device) -> list[Kernel]:
+    """The kernels that one operator call launches.
 
     Args:
         func: an overload of ATen's or of resfuse's.
@@ -173,7 +131,7 @@ def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         output: what it returned.
         device: the machine.
     """
-    packet, name = func._overloadpacket, func._overloadpacket.__name__
+    name = func._overloadpacket.__name__
     outputs = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
     if not outputs or is_view(func) or name.startswith(_MOVES_NOTHING):
         return []
@@ -181,108 +139,105 @@ def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
     if name in ("convolution_backward", "conv_backward"):
         return _conv_gradients(given)
     if "batch_norm" in name:
-        return (_batch_norm_gradients if "backward" in name else _batch_norm)(given, device)
-    written = {id(tensor): tensor for tensor in outputs}
-    written |= {id(tensor): tensor for tensor in _mutated(func, given)}
-    if name in _OVERWRITES:
-        given.pop("self")
-    if "pool" in name and name.endswith("_backward"):  # takes the input for its shape
-        given.pop("self")
+        return [Kernel(0, moved) for moved in _batch_norm("backward" in name, given, device)]
+    written = {id(tensor): tensor for tensor in (*outputs, *_mutated(func, given))}
+    if name in _OVERWRITES or ("pool" in name and name.endswith("_backward")):  # which takes the input for its shape
+        del given["self"]
     read = {id(tensor): tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
-    formula = flop_registry.get(packet)
-    flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
     moved = sum(map(nbytes, read.values())) + sum(map(nbytes, written.values()))
-    found = [Cost(flops, moved + _read_again(name, given, outputs, device))]
+    moved += _read_again(name, given, outputs, device)
+    formula = _flop_formulas().get(func._overloadpacket)
+    flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
+    found = [Kernel(flops, moved, outputs[0].dtype)]
     if device.type == "cuda" and name == "convolution" and given["bias"] is not None:
-        found.append(Cost(0, 2 * nbytes(outputs[0])))
+        found.append(Kernel(0, 2 * nbytes(outputs[0])))
     if device.type == "cuda" and name == "max_pool2d_with_indices_backward":
-        found.insert(0, Cost(0, nbytes(outputs[0])))
+        found.insert(0, Kernel(0, nbytes(outputs[0])))
     return found
 
 
-def nbytes(tensor: Tensor | None) -> int:
+def nbytes(tensor: Tensor) -> int:
     """Bytes of memory behind a tensor; dimensions that are only expanded have none."""
-    if tensor is None:
-        return 0
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0)
     return math.prod(sizes) * tensor.element_size()
 
 
 def is_view(func: Any) -> bool:
     """Whether the operator's result shares the memory of an argument, and nothing is written."""
-    if torch.Tag.inplace_view in func.tags:
-        return True
     aliases = (found.alias_info for found in func._schema.returns)
-    return any(alias is not None and not alias.is_write for alias in aliases)
+    return torch.Tag.inplace_view in func.tags or any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments by their names in the schema, defaults filled in."""
     schema = func._schema.arguments
     found = {argument.name: kwargs.get(argument.name, argument.default_value) for argument in schema}
-    return found | dict(zip((argument.name for argument in schema), args, strict=False))
+    return found | dict(zip(found, args, strict=False))
+
+
+@functools.cache
+def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
+    """torch's registry, with resfuse's convolutions (not at import: it imports Triton)."""
+    from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
+
+    ops: Any = torch.ops.resfuse
+
+    @register_flop_formula([ops.conv_bn_act_train, ops.conv_bn_act_eval, ops.conv_forward])
+    def forward(input: Any, conv_weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        output: Any = out_shape[0] if isinstance(out_shape[0], torch.Size) else out_shape
+        return conv_flop_count(input, conv_weight, output)
+
+    @register_flop_formula(ops.conv_backward)
+    def backward(dz: Any, input: Any, conv_weight: Any, *options: Any, **_: Any) -> int:
+        return conv_flop_count(input, conv_weight, dz) * sum(options[-1][:2])
+
+    return flop_registry
 
 
 def _mutated(func: Any, given: Mapping[str, Any]) -> list[Tensor]:
-    names = [argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    names = (
+        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
+    )
     return [given[name] for name in names if isinstance(given[name], Tensor)]
 
 
 def _read_again(name: str, given: Mapping[str, Any], outputs: list[Tensor], device: Device) -> int:
     """Bytes that the second phase of a cooperative launch reads again, because they exceed the cache."""
+    again = 0
     if name == "conv_bn_act_train":
         again = nbytes(outputs[1])
     elif name == "bn_act_train":
         again = nbytes(given["input"])
     elif name == "bn_act_backward" and given["training"] and given["needs_input_grad"]:
-        masked = given["output"] is not None and not given["needs_residual_grad"]  # dy and y, else g
-        again = (3 if masked else 2) * nbytes(given["input"])
-    else:
-        return 0
+        masks = given["output"] is not None and not given["needs_residual_grad"]  # dy and y, else g
+        again = (3 if masks else 2) * nbytes(given["input"])
     return max(0, again - device.cache)
 
 
-def _conv_gradients(given: Mapping[str, Any]) -> list[Cost]:
+def _conv_gradients(given: Mapping[str, Any]) -> list[Kernel]:
     """Each gradient has as many products as the forward."""
     dz, x = given["grad_output"], given["input"]
-    weight = given.get("weight", given.get("conv_weight"))
-    needs = given["output_mask"] if "output_mask" in given else given["needs_grad"]
-    flops = conv_flop_count(x.shape, weight.shape, dz.shape, transposed=given.get("transposed", False))
-    both = Cost(flops, nbytes(dz) + nbytes(x) + nbytes(weight))  # reads dz and one of them, writes the other
-    bias = Cost(0, nbytes(dz) + dz.shape[1] * dz.element_size())
+    weight, needs = (given[name] for name in (_RESFUSE_NAMES if "conv_weight" in given else _ATEN_NAMES))
+    spatial = x if given.get("transposed") else dz
+    flops = 2 * spatial.shape[0] * math.prod(spatial.shape[2:]) * weight.numel()
+    both = Kernel(flops, nbytes(dz) + nbytes(x) + nbytes(weight), x.dtype)  # reads dz and one of them, writes the other
+    bias = Kernel(0, nbytes(dz) + dz.shape[1] * dz.element_size())
     return [kernel for kernel, needed in zip((both, both, bias), needs, strict=True) if needed]
 
 
-def _batch_norm(given: Mapping[str, Any], device: Device) -> list[Cost]:
-    x, training = given["input"], given.get("training", given.get("train", False))
-    size, vectors = nbytes(x), _vectors(given)
-    if device.type != "cuda":
-        return [Cost(0, (4 if training else 2) * size + vectors)]
-    if x.dtype != torch.bfloat16:
-        return [Cost(0, (3 if training else 2) * size + vectors)]
-    statistics, apply = Cost(0, 2 * 4 * x.shape[1]), Cost(0, 2 * size + vectors)
-    if not training:
-        return [statistics, apply]
-    return [Cost(0, 0), Cost(0, size + statistics.bytes), Cost(0, statistics.bytes + vectors), apply]
-
-
-def _batch_norm_gradients(given: Mapping[str, Any], device: Device) -> list[Cost]:
-    x, training = given["input"], given.get("training", given.get("train", True))
-    size, vectors = nbytes(x), _vectors(given)
-    needs = given.get("output_mask", (True, True, True))
-    if not training and not (needs[1] or needs[2]):  # dx = dy * scale
-        return [Cost(0, 2 * size + vectors)]
-    reduce = Cost(0, 2 * size + vectors)
-    if not needs[0]:
-        return [reduce]
-    apply = Cost(0, (3 if training else 2) * size + vectors)
-    if device.type != "cuda" or not training or x.dtype != torch.bfloat16:
-        return [Cost(0, reduce.bytes + apply.bytes)]
-    return [Cost(0, 0), reduce, apply]
-
-
-def _vectors(given: Mapping[str, Any]) -> int:
-    return sum(nbytes(given.get(name)) for name in ("weight", "bias", "running_mean", "running_var"))
+def _batch_norm(backward: bool, given: Mapping[str, Any], device: Device) -> tuple[int, ...]:
+    """Bytes of each launch; what is per channel does not count."""
+    size, training = nbytes(given["input"]), given.get("training", given.get("train", backward))
+    on_gpu, own = device.type == "cuda", given["input"].dtype == torch.bfloat16
+    if not backward:
+        if on_gpu and own:
+            return (0, size, 0, 2 * size) if training else (0, 2 * size)
+        return ((3 if on_gpu else 4) * size if training else 2 * size,)
+    needs_input, *needs_vectors = given.get("output_mask", (True, True, True))
+    if not training and not any(needs_vectors):  # dx = dy * scale
+        return (2 * size,)
+    sums, apply = 2 * size, (3 if training else 2) * size if needs_input else 0
+    return (0, sums, apply) if on_gpu and own and training and needs_input else (sums + apply,)
 
 
 # This machine
@@ -331,17 +286,21 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
 
 def _rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     side, images, extent = (8192, 256, 28) if device.type == "cuda" else (1024, 4, 21)
-    first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    options: Any = {"device": device, "dtype": dtype}
-    x = torch.randn(images, 256, extent, extent, **options).to(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3, **options).to(memory_format=torch.channels_last)
+
+    def random(*shape: int) -> Tensor:
+        found = torch.randn(shape, device=device, dtype=dtype)
+        return found.to(memory_format=torch.channels_last) if found.dim() == 4 else found
+
     with torch.inference_mode():
-        product = 2 * side**3 / _seconds("torch.mm(first, second)", seconds, first=first, second=second)
-        flops = conv_flop_count(list(x.shape), list(weight.shape), list(x.shape))
-        return max(product, flops / _seconds("F.conv2d(x, weight, padding=1)", seconds, F=F, x=x, weight=weight))
+        product = _seconds("torch.mm(a, b)", seconds, a=random(side, side), b=random(side, side))
+        x, weight = random(images, 256, extent, extent), random(256, 256, 3, 3)
+        convolution = _seconds("torch.conv2d(x, weight, padding=1)", seconds, x=x, weight=weight)
+    return max(2 * side**3 / product, 2 * images * extent**2 * weight.numel() / convolution)
 
 
 def _seconds(statement: str, at_least: float, **names: Any) -> float:
+    from torch.utils.benchmark import Timer
+
     timer = Timer(statement, globals={"torch": torch, **names}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=at_least).median)
 

@@ -138,7 +138,8 @@ class Tracer:
         """Fake tensors on the devices of the original, in place of those on the meta device."""
         fakes: dict[int, Tensor] = {}
         for module in self.model.modules():
-            for owner in (module._parameters, module._buffers, vars(module)):
+            owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            for owner in owners:
                 for name, tensor in owner.items():
                     if isinstance(tensor, Tensor) and not hasattr(tensor, "fake_mode"):
                         if id(tensor) not in fakes:
@@ -199,11 +200,11 @@ class _Recorder(TorchDispatchMode):
             finally:
                 self._stack.pop()
 
-        nn.Module.__call__ = followed  # type: ignore[method-assign, assignment]
+        nn.Module.__call__ = followed  # type: ignore[method-assign]
         try:
             yield
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            nn.Module.__call__ = call
 
     def _record(self, run: Run) -> None:
         node: Any = torch._C._current_autograd_node()  # type: ignore[attr-defined]
@@ -253,13 +254,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and their gradients, and tensors that are plain attributes."""
+    """Parameters, buffers, and tensors that are plain attributes."""
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor):
-                yield tensor
-                if tensor.is_leaf and isinstance(tensor.grad, Tensor):
-                    yield tensor.grad
+        values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        yield from (value for value in values if isinstance(value, Tensor))
 
 
 def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:
