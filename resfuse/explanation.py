@@ -167,7 +167,7 @@ class Explanation:
     def _summary(self) -> list[str]:
         fused, unfused = self.total, self.unfused
         saved = [
-            f"{100 * (1 - after / before) if before else 0:.0f} % of the {name}"
+            f"{round(100 * (1 - after / before)) if before else 0} % of the {name}"
             for name, before, after in (
                 ("launches", unfused.launches, fused.launches),
                 ("bytes", unfused.bytes, fused.bytes),

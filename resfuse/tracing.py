@@ -92,7 +92,7 @@ class Tracer:
                     outputs = self.model(*self.inputs)
                 roots = [found for found in tree_leaves(outputs) if isinstance(found, Tensor) and found.requires_grad]
                 gradients = [torch.ones_like(root) for root in roots]
-                if roots and leaves:
+                if backward and roots and leaves:
                     with recorder:
                         torch.autograd.grad(roots, leaves, gradients, allow_unused=True)
         except Exception as error:
@@ -191,7 +191,8 @@ class _Recorder(TorchDispatchMode):
     def module_names(self) -> Iterator[None]:
         """Follow the calls of modules: not by hooks, which would keep them from being fused."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        call: Callable[..., Any] = nn.Module.__call__
+        module_class: Any = nn.Module
+        call: Callable[..., Any] = module_class.__call__
 
         def followed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._stack.append(names.get(id(module), self._stack[-1]))
@@ -200,14 +201,14 @@ class _Recorder(TorchDispatchMode):
             finally:
                 self._stack.pop()
 
-        nn.Module.__call__ = followed  # type: ignore[method-assign]
+        module_class.__call__ = followed
         try:
             yield
         finally:
-            nn.Module.__call__ = call
+            module_class.__call__ = call
 
     def _record(self, run: Run) -> None:
-        node: Any = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node: Any = torch._C._current_autograd_node()
         if node is not None:
             call = self._by_node.get(node._sequence_nr())
             if call is None:
