@@ -201,7 +201,7 @@ def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
 
 def _op(run: Run) -> str:
     name: str = run.func._overloadpacket.__name__
-    for suffix in ("_train", "_eval", "_forward", "_legit", "_"):
+    for suffix in ("_train", "_eval", "_forward", "_legit", "_with_indices", "_"):
         name = name.removesuffix(suffix)
     return name.removeprefix("_").removeprefix("native_")
 

@@ -25,7 +25,7 @@ class Layer:
     path: str
     """The module it belongs to, as in `model.named_modules()`: "layer1.0.conv2"."""
     op: str
-    """ "conv_bn_act", "bn_act", "add_relu", or ATen's name: "max_pool2d_with_indices", "addmm"."""
+    """ "conv_bn_act", "bn_act", "add_relu", or ATen's name: "max_pool2d", "addmm"."""
     detail: str
     """Kernel, stride, groups and residual: "3x3/2", "3x3 g32", "1x1 +res"."""
     shape: tuple[int, ...]

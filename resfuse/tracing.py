@@ -82,7 +82,8 @@ class Tracer:
         Raises:
             ValueError: the model cannot be traced, for example because its program depends on values.
         """
-        self._make_fake()
+        with torch.inference_mode(False):
+            self._make_fake()
         recorder = _Recorder(self.model)
         leaves = [tensor for tensor in (*self.model.parameters(), *self.inputs) if tensor.requires_grad]
         unfused = traced_as_pytorch() if as_pytorch else nullcontext()

@@ -256,6 +256,7 @@ def api_calls(training: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
 @pytest.mark.parametrize("training", [False, True])
 def test_launches_of_triton(training: bool) -> None:
     from resfuse.backends.triton.config import H100
+
     from resfuse.backends.triton.launch import collected
 
     for name, args in api_calls(training):
