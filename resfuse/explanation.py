@@ -81,11 +81,6 @@ class Totals:
             sum(times) if times and len(times) == len(layers) else None,
         )
 
-    @property
-    def lost(self) -> float | None:
-        """Seconds above the roofline; None if it was not measured."""
-        return None if self.measured is None else self.measured - self.seconds
-
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -216,8 +211,8 @@ def _row(group: list[Layer], factor: float) -> list[str]:
         _number(factor * total.seconds),
         "mem" if layer.bound == "memory" else "math",
     ]
-    if total.measured is not None and total.lost is not None:
-        cells += [_number(factor * total.measured), _number(factor * total.lost)]
+    if total.measured is not None:
+        cells += [_number(factor * total.measured), _number(factor * (total.measured - total.seconds))]
     return cells
 
 

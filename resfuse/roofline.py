@@ -140,12 +140,10 @@ def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _conv_gradients(given)
     if "batch_norm" in name:
         return [Kernel(0, moved) for moved in _batch_norm("backward" in name, given, device)]
-    written = {id(tensor): tensor for tensor in (*outputs, *_mutated(func, given))}
     if name in _OVERWRITES or ("pool" in name and name.endswith("_backward")):  # which takes the input for its shape
         del given["self"]
     read = {id(tensor): tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
-    moved = sum(map(nbytes, read.values())) + sum(map(nbytes, written.values()))
-    moved += _read_again(name, given, outputs, device)
+    moved = sum(map(nbytes, (*read.values(), *outputs))) + _read_again(name, given, outputs, device)
     formula = _flop_formulas().get(func._overloadpacket)
     flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
     found = [Kernel(flops, moved, outputs[0].dtype)]
@@ -192,13 +190,6 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
         return conv_flop_count(input, conv_weight, dz) * sum(options[-1][:2])
 
     return flop_registry
-
-
-def _mutated(func: Any, given: Mapping[str, Any]) -> list[Tensor]:
-    names = (
-        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
-    )
-    return [given[name] for name in names if isinstance(given[name], Tensor)]
 
 
 def _read_again(name: str, given: Mapping[str, Any], outputs: list[Tensor], device: Device) -> int:
