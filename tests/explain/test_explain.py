@@ -38,14 +38,11 @@ def small() -> nn.Module:
 # Figures
 
 
-@pytest.mark.parametrize(
-    ("training", "eager", "fused"),
-    [(False, 24e3, 59e3), (True, 8.0e3, 10.8e3)],
-)
+@pytest.mark.parametrize(("training", "eager", "fused"), [(False, 24e3, 59e3), (True, 8.0e3, 10.8e3)])
 def test_resnet50_on_an_h200_as_in_the_design(training: bool, eager: float, fused: float) -> None:
     """DESIGN.md, section 6: images per second if every operator ran at the limit of an H200, batch 256, bfloat16."""
     model = on_meta(torchvision.models.resnet50).bfloat16().train(training)
-    found = resfuse.explain(model, (256, 3, 224, 224), device="h200", backend=None if not training else "cuda")
+    found = resfuse.explain(model, (256, 3, 224, 224), device="h200")
     assert 256 / found.unfused.seconds == pytest.approx(eager, rel=0.04)
     assert 256 / found.total.seconds == pytest.approx(fused, rel=0.04)
 
@@ -73,15 +70,6 @@ def test_flops_of_resnet50_are_those_that_torch_counts(training: bool) -> None:
     assert found.total.flops == found.unfused.flops == counter.get_total_flops()
     if not training:  # v1.5, whose stride is on the 3x3: the multiply-adds that torchvision names
         assert found.total.flops == 2 * 2 * 4_089_184_256
-
-
-def test_flops_are_those_of_the_paper() -> None:
-    """He et al. 2016 (arXiv:1512.03385), table 1: 1.8 and 3.8 billion multiply-adds."""
-    for build, paper in ((models.resnet18, 1.8), (lambda: models.resnet50(version="v1"), 3.8)):
-        model = on_meta(build).eval()
-        found = resfuse.explain(model, (16, 3, 224, 224), device="h200")
-        assert found.total.flops == 16 * 2 * models.complexity(model).multiply_adds
-        assert found.total.flops / 32e9 == pytest.approx(paper, abs=0.1)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -240,14 +228,14 @@ def test_a_described_gpu_that_is_there_is_that_gpu(module: Any, monkeypatch: pyt
 def test_measured_times(training: bool, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every recorded operator runs alone, forward and backward, once for equal ones."""
     monkeypatch.setattr(module, "_SECONDS", 0.0)
-    model = nn.Sequential(small(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-    model.train(training)
-    found = resfuse.explain(model, (2, 3, 64, 64), measure=True)
+    head = (nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), resfuse.nn.BasicBlock(8, 8), *head)
+    found = resfuse.explain(model.train(training), IMAGES, measure=True)
     assert all(layer.measured is not None and layer.measured > 0 for layer in found.layers)
     assert found.total.measured == pytest.approx(sum(layer.measured or 0 for layer in found.layers))
     assert found.unfused.measured is not None
     assert [layer.lost for layer in found.slowest] == sorted((layer.lost for layer in found.layers), reverse=True)
-    assert "measured time" in str(found) and model[0][1].num_batches_tracked == 0
+    assert "measured time" in str(found) and model[1].num_batches_tracked == 0
 
 
 def test_a_measured_operator_gets_tensors_of_the_models_strides(module: Any) -> None:
