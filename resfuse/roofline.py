@@ -175,7 +175,7 @@ def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 @functools.cache
 def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    """torch's registry, with resfuse's convolutions (not at import: it imports Triton)."""
+    """torch's registry with resfuse's convolutions in it.  Not made at import, because it imports Triton."""
     from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
     ops: Any = torch.ops.resfuse
@@ -184,10 +184,6 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
     def forward(input: Any, conv_weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         output: Any = out_shape[0] if isinstance(out_shape[0], torch.Size) else out_shape
         return conv_flop_count(input, conv_weight, output)
-
-    @register_flop_formula(ops.conv_backward)
-    def backward(dz: Any, input: Any, conv_weight: Any, *options: Any, **_: Any) -> int:
-        return conv_flop_count(input, conv_weight, dz) * sum(options[-1][:2])
 
     return flop_registry
 

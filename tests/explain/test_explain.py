@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,18 +280,27 @@ def test_json_round_trip(explanations: tuple[Explanation, Explanation]) -> None:
 
 def test_the_table(explanations: tuple[Explanation, Explanation]) -> None:
     plain, measured = map(str, explanations)
-    assert max(len(line) for text in (plain, measured) for line in text.splitlines()) <= 110
     assert plain.startswith("ResNet, eval(), forward, 128x3x224x224 bfloat16, on NVIDIA H200\n")
-    for line in (
-        "fused    56 launches, 1047 GFLOP, ",
-        "unfused  227 launches, 1047 GFLOP, ",
-        "saved    75 % of the launches",
-    ):
+    for line in ("fused    56 launches, 1047 GFLOP, ", "unfused  227 launches, ", "saved    75 % of the launches"):
         assert line in plain and line in measured
     assert " lost" in measured.splitlines()[2] and " lost" not in plain.splitlines()[2]
-    assert "50 % of the measured time" not in plain and "% of the measured time" in measured
+    expected = 1 - 2 * explanations[0].total.seconds / (3 * explanations[0].unfused.seconds)
+    assert f", {100 * expected:.0f} % of the measured time" in measured and "% of the measured" not in plain
     assert "triton: conv_bn_act x53: not cuda: triton should be faster" in plain
     assert "conv_bn_act 3x3/2 " in plain and "conv_bn_act 1x1 +res " in plain
+
+
+@pytest.mark.parametrize("width", [70, 80, 110])
+def test_the_table_fits(explanations: tuple[Explanation, Explanation], width: int) -> None:
+    for found in explanations:
+        lines = found.table(width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        head = lines[2].split()
+        assert (
+            head[0] == "layer"
+            and ("GFLOP" in head) == (width == 110)
+            and ("lost" in head) == (found.slowest[0].lost is not None)
+        )
 
 
 def test_equal_layers_stand_together_the_worst_first(explanations: tuple[Explanation, Explanation]) -> None:
@@ -314,12 +324,22 @@ def test_the_command(training: bool, capsys: pytest.CaptureFixture[str], tmp_pat
     assert "1x3x16x16 float32, on NVIDIA A100" in capsys.readouterr().out
 
 
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
+    page = (Path(__file__).parents[2] / "docs" / "explain.md").read_text()
+    command = next(line for line in page.splitlines() if line.startswith("python -m resfuse explain"))
+    assert cli.main(command.split()[3:]) == 0
+    assert f"```text\n{capsys.readouterr().out}```" in page, f"`{command}` prints something else now"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["resnet5000"], "model: torchvision has no 'resnet5000'"),
         (["cifar_resnet8", "--batch", "0"], "--batch: expected at least 1, got 0"),
         (["cifar_resnet8", "--device", "h300"], "device: expected one of h200"),
+        (["cifar_resnet8", "--device", "b200", "--measure"], "measure: NVIDIA B200 is not in this machine"),
+        (["cifar_resnet8", "--device", "a100", "--backend", "cpu"], "no backend can run"),
     ],
 )
 def test_the_command_says_what_it_cannot_do(
