@@ -1,4 +1,4 @@
-"""`explain`: per layer of a model, where it runs, what it costs at least, and how far from that it is."""
+"""`explain`: backend, cost and, where measured, lost time of each operator of a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def explain(
     measure: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Where each operator of a model runs and what it costs, per call and in total, fused and unfused.
+    """List a model's operators with backend, launches, FLOPs, bytes and roofline time, fused and unfused.
 
     For every call of the fused model: shape, backend and why that one, kernel launches, floating-point operations,
     bytes, and the roofline time, which these take at least on a machine with given ceilings.  With `measure` also the
@@ -85,7 +85,7 @@ def explain(
 
 
 class _Machine:
-    """Turns recorded operator calls into layers: who runs them, what they cost, and how long they take."""
+    """Makes layers of recorded operator calls: backend, cost, and measured time."""
 
     def __init__(
         self,

@@ -30,12 +30,12 @@ class Layer:
     detail: str
     """Kernel, stride, groups and residual: "3x3/2", "3x3 g32", "1x1 +res"."""
     shape: tuple[int, ...]
-    """Of its input."""
+    """The shape of the input."""
     output_shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of its input."""
+    """The dtype of the input."""
     backend: str
-    """Of resfuse; "pytorch" for an operator that is not resfuse's."""
+    """The backend that runs the forward; "pytorch" for an operator that is not resfuse's."""
     backward_backend: str | None
     """The backend that computes most of the gradients, those of a convolution; None where there are none."""
     reason: str
@@ -65,9 +65,9 @@ class Totals:
     flops: int
     bytes: int
     seconds: float
-    """Of the roofline times."""
+    """The sum of the roofline times."""
     measured: float | None = None
-    """Of the measured times; None if they were not measured."""
+    """The sum of the measured times; None if they were not measured."""
 
     @classmethod
     def of(cls, layers: Iterable[Layer]) -> Totals:
@@ -90,18 +90,18 @@ class Explanation:
     layers: tuple[Layer, ...]
     """The operator calls of the fused model that move data, in the order in which they run."""
     total: Totals
-    """Of `layers`."""
+    """The sums over `layers`."""
     unfused: Totals
-    """Of the same model when PyTorch's operators run one by one, with weights in channels_last."""
+    """The same model in eager PyTorch, operator by operator, with weights in channels_last."""
     device: Device
     model: str
     """Its class."""
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     """Shape and dtype of each."""
     training: bool
-    """Whether the model was in training mode."""
+    """The model was in training mode."""
     backward: bool
-    """Whether backward is in the figures."""
+    """Gradients are in the figures."""
 
     @property
     def slowest(self) -> tuple[Layer, ...]:
@@ -195,7 +195,7 @@ class Explanation:
         return line if total.measured is None else f"{line}, measured {_number(1e3 * total.measured)} ms"
 
     def _reasons(self) -> list[str]:
-        """Which backend runs what, and why."""
+        """A line for each backend and reason."""
         counts = Counter((layer.backend, layer.reason, layer.op) for layer in self.layers)
         grouped: dict[tuple[str, str], list[str]] = {}
         for (backend, reason, op), count in counts.items():

@@ -52,7 +52,7 @@ class Device:
     """The ceilings of a machine, measured or from its datasheet (`source` says which)."""
 
     name: str
-    """As its driver reports it: "NVIDIA H200"."""
+    """The name that its driver reports: "NVIDIA H200"."""
     type: str
     """ "cuda" or "cpu"."""
     bandwidth: float
@@ -108,10 +108,10 @@ class Kernel(NamedTuple):
     bytes: int
     """Bytes of device memory read plus bytes written."""
     dtype: torch.dtype = torch.float32
-    """Of the operands of the matrix product."""
+    """The dtype of the matrix product's operands."""
 
     def is_compute_bound(self, device: Device) -> bool:
-        """Whether its arithmetic takes longer than its traffic."""
+        """Its arithmetic takes longer than its traffic."""
         return self.flops / device.rate(self.dtype) > self.bytes / device.bandwidth
 
     def seconds(self, device: Device) -> float:
@@ -161,7 +161,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def is_view(func: Any) -> bool:
-    """Whether the operator's result shares the memory of an argument, and nothing is written."""
+    """The operator's result shares the memory of an argument, and nothing is written."""
     aliases = (found.alias_info for found in func._schema.returns)
     return torch.Tag.inplace_view in func.tags or any(alias is not None and not alias.is_write for alias in aliases)
 

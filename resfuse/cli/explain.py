@@ -1,4 +1,4 @@
-"""Explain where each operator of a network runs, what it costs at least and, with --measure, where time is lost."""
+"""Explain which backend runs each operator of a network, its roofline cost and, with --measure, where time is lost."""
 
 from __future__ import annotations
 
