@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import resfuse
 from resfuse import contract
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
+from resfuse.backends import dispatch
 from resfuse.processor import processor_name
+from resfuse.types import Convolution, Problem
 
 EAGER, CHANNELS_LAST, FUSED = "eager", "eager, channels_last", "fused"
 COLORS = {EAGER: "#9aa0a6", CHANNELS_LAST: "#5b8db8", FUSED: "#d9622b"}
@@ -92,9 +92,11 @@ def show_conditions(console: Console) -> tuple[torch.device, dict[str, str]]:
         table.add_row(key, escape(value))
     by_choice: dict[str, list[str]] = {}
     for kernel in KERNELS:  # for a 3x3 convolution of ResNet-50's first stage
-        conv = (torch.Size((64, 64, 3, 3)), (1, 1), (1, 1), (1, 1), 1) if "conv" in kernel else None
-        problem = Problem(kernel, device, torch.float32, torch.Size((16, 64, 56, 56)), conv)
-        chosen, rejected = registry.explain_choice(problem, registry.requested_backend())
+        problem = Problem(kernel, device, torch.float32, torch.Size((16, 64, 56, 56)))
+        if "conv" in kernel:
+            weight_shape, convolution = torch.Size((64, 64, 3, 3)), Convolution((1, 1), (1, 1), (1, 1), 1)
+            problem = problem._replace(weight_shape=weight_shape, convolution=convolution)
+        chosen, rejected = dispatch.explain_choice(problem, dispatch.requested_backend())
         why = "".join(f"; not {other}: {'; '.join(reasons)}" for other, reasons in rejected.items())
         by_choice.setdefault(f"{chosen} backend{why}", []).append(kernel)
     for choice, kernels in by_choice.items():

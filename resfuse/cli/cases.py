@@ -14,9 +14,8 @@ from torch import Tensor
 
 import resfuse
 from resfuse import contract
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
-from resfuse.types import Convolution
+from resfuse.backends import dispatch
+from resfuse.types import Convolution, Problem
 
 KERNELS = {
     "add_relu": ("add_relu_forward", "add_relu_backward"),
@@ -98,13 +97,18 @@ class Run(NamedTuple):
 
     def unsupported_reasons(self) -> list[str]:
         """Why the backend cannot run this; empty if it can."""
-        case, module, reasons = self.case, registry.backend(self.backend), []
+        case, backend, reasons = self.case, dispatch.backend(self.backend), []
         for kernel in KERNELS[case.op]:
-            conv: Any = (torch.Size(case.weight_shape or ()), *(case.convolution or ()))
-            on_input = "conv" in kernel or case.op != "conv_bn_act"
-            shape = torch.Size(case.shape) if on_input else case.output_shape
-            problem = Problem(kernel, self.device, self.dtype, shape, conv if "conv" in kernel else None)
-            reasons += module.unsupported_reasons(problem)
+            if kernel not in backend.KERNELS:
+                continue  # dispatch leaves it to `reference`
+            if "conv" in kernel:
+                weight_shape = torch.Size(case.weight_shape or ())
+                problem = Problem(
+                    kernel, self.device, self.dtype, torch.Size(case.shape), weight_shape, case.convolution
+                )
+            else:
+                problem = Problem(kernel, self.device, self.dtype, case.output_shape)
+            reasons += backend.unsupported_reasons(problem)
         return reasons
 
     def deviations(self) -> list[contract.Deviation]:

@@ -16,7 +16,7 @@ import torch
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import ranking, registry
+from resfuse.backends import dispatch
 from resfuse.processor import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
@@ -43,8 +43,8 @@ def collect() -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         "gpus": _gpus(),
-        "backends": {name: reason or "available" for name, reason in registry.unavailable_reasons().items()},
-        "exceptions": [_exception(entry) for entry in ranking.TABLE],
+        "backends": {name: reason or "available" for name, reason in dispatch.unavailable_reasons().items()},
+        "exceptions": [_exception(entry) for entry in dispatch.RANKING],
         "libraries": {name: _extension.load(name) or "loaded" for name in _build.LIBRARIES},
         "build": _extension.build_info(),
         "environment": {
@@ -79,10 +79,10 @@ def _text(facts: dict[str, Any], width: int = 80) -> str:
     return "\n".join(lines)
 
 
-def _exception(entry: ranking.Entry) -> str:
+def _exception(entry: dispatch.Ranking) -> str:
     majors = ", ".join(f"{major}.x" for major in entry.majors)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
-    kernels = f"{' and '.join(entry.verbs)} on compute capability {majors} in {dtypes}"
+    kernels = f"{' and '.join(entry.kernels)} on compute capability {majors} in {dtypes}"
     return f"{entry.preferred} before {entry.passed_over} for {kernels}: {entry}"
 
 

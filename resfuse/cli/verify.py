@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import resfuse
 from resfuse import contract
-from resfuse.backends import registry
+from resfuse.backends import dispatch
 from resfuse.cli import cases, networks
 from resfuse.contract import Deviation
 
@@ -29,7 +29,7 @@ Finding = tuple[str, Deviation]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", action="append", choices=registry.PREFERENCE, help="only this (repeatable)")
+    parser.add_argument("--backend", action="append", choices=dispatch.PREFERENCE, help="only this (repeatable)")
     parser.add_argument("--op", action="append", choices=tuple(cases.KERNELS), help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this (repeatable)")
     parser.add_argument(
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1
-    unavailable = registry.unavailable_reasons()
-    wanted = args.backend or list(registry.PREFERENCE)
+    unavailable = dispatch.unavailable_reasons()
+    wanted = args.backend or list(dispatch.PREFERENCE)
     for name in wanted:
         if unavailable[name] is not None:
             print(f"{name} is skipped: {unavailable[name]}")
