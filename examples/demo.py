@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.writer(file)
         writer.writerow(("experiment", "version", "batch", "quantity", "value", "threads", *conditions))
         writer.writerows((*row, *conditions.values()) for row in rows + more_rows)
-    facts = ", ".join(f"{key} {value}" for key, value in conditions.items())
+    threads = {"threads for the digits": rows[0][-1], f"threads for {MODEL}": more_rows[0][-1]}
+    facts = ", ".join(f"{key} {value}" for key, value in (conditions | threads).items())
     plot(options.output / "demo.png", trainings, timings, facts)
     written = f"{options.output / 'demo.png'} and {options.output / 'demo.csv'}"
     console.print(f"Wrote {written} in {time.perf_counter() - started:.0f} s.")
@@ -81,15 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show_conditions(console: Console) -> tuple[torch.device, dict[str, str]]:
     """Print which backend runs each kernel, and why; return the device and what belongs to every figure."""
-    on_gpu = {"cuda", "triton"}.intersection(resfuse.available_backends()) and torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and {"cuda", "triton"}.intersection(resfuse.available_backends())
     device = torch.device("cuda" if on_gpu else "cpu")
     name = torch.cuda.get_device_name(device) if on_gpu else processor_name()
     conditions = {"device": f"{device.type} ({name})", "torch": torch.__version__, "resfuse": resfuse.__version__}
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
+    reason = "" if on_gpu else "; torch sees no GPU"
+    if torch.cuda.is_available() and not on_gpu:
+        reason = "; there is a GPU, but no backend for it"
     for key, value in conditions.items():
-        table.add_row(key, escape(value))
+        table.add_row(key, escape(value + reason * (key == "device")))
     by_choice: dict[str, list[str]] = {}
     for kernel in KERNELS:  # for a 3x3 convolution of ResNet-50's first stage
         problem = Problem(kernel, device, torch.float32, torch.Size((16, 64, 56, 56)))
@@ -413,7 +417,9 @@ def plot(path: Path, trainings: Sequence[Training], timings: Timings, conditions
     for training in trainings:
         times = [training.seconds * (index + 1) / len(training.losses) for index in range(len(training.losses))]
         left.plot(times, training.losses, label=training.name, color=COLORS[training.name], marker="o", markersize=3)
-    left.set(title="Digits: a small ResNet", xlabel="training time in seconds", ylabel="mean loss of the epoch")
+    left.set(
+        title="Digits: a small ResNet, trained", xlabel="training time in seconds", ylabel="mean loss of the epoch"
+    )
     left.set_yscale("log")
     left.set_xlim(left=0)
     for index, (batch, group) in enumerate(timings.items()):
