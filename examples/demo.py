@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import resfuse
 from resfuse import contract
 from resfuse.backends import dispatch
-from resfuse.processor import processor_name
+from resfuse.roofline import processor_name
 from resfuse.types import Convolution, Problem
 
 EAGER, CHANNELS_LAST, FUSED = "eager", "eager, channels_last", "fused"

@@ -17,7 +17,7 @@ import torch
 import resfuse
 from resfuse import _build, _extension
 from resfuse.backends import dispatch
-from resfuse.processor import processor_name
+from resfuse.roofline import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
 VARIABLES = (
