@@ -392,7 +392,7 @@ def infer(device: torch.device, options: argparse.Namespace, console: Console) -
 
 
 def comparison_table(outputs: Mapping[str, Tensor], exact: Tensor) -> Table:
-    """How far every version's output is from float64, and from eager's."""
+    """The error of every version against float64, and its difference from eager."""
     table = table_of(
         "version", "error against\nfloat64", "largest diff.\nfrom eager", "relative to\nlargest out", "same\nclass",
         title=f"{MODEL}: outputs for {len(exact)} photographs",

@@ -11,15 +11,15 @@ arXiv:1706.02677) and a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.039
 2016, arXiv:1512.00567), no weight decay for biases and batch norms (He et al. 2019, arXiv:1812.01187), an exponential
 moving average of the weights, channels_last, and automatic mixed precision.
 
-A run that was killed goes on where its last checkpoint is when the same command is given again, and ends with the same
-weights, bit for bit, as one that was not: checkpoints hold model, average, optimizer, schedule, loss scale, position in
-the epoch, and every process's random state; and what is random about a sample depends on nothing but the seed, the
-epoch and the sample.  (With three processes or more, and with kernels that are not deterministic, sums may be taken in
-another order.)  So torchrun can survive the loss of a process:
+A killed run resumes from its last checkpoint when the same command is given again, and ends with the same weights, bit
+for bit, as an undisturbed one: checkpoints hold model, average, optimizer, schedule, loss scale, position in the epoch,
+and the random state of every process, and random transformations depend only on the seed, the epoch and the sample.
+(With three or more processes, or nondeterministic kernels, the order of sums may differ.)  So torchrun can survive the
+loss of a process:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=3 --nproc-per-node=8 examples/train_imagenet.py DATA
 
-(Without that variable torch 2.11 may give the processes that it starts again the addresses of those that are gone.)
+(Without that variable torch 2.11 may give restarted processes the addresses of those that are gone.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ import resfuse
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Options that a run cannot change on its way.
+# Options that a resumed run cannot change.
 FIXED = ("model", "batch_size", "epochs", "warmup_epochs", "seed", "amp", "sync_bn", "image_size")
 
 
@@ -89,7 +89,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Processes:
-    """This process among those that train together: those of torchrun, or itself alone."""
+    """This process and those that train with it: the processes of torchrun, or this one alone."""
 
     def __init__(self) -> None:
         self.distributed = "RANK" in os.environ
@@ -129,7 +129,7 @@ class Processes:
 
 
 class SampleSeeded(Dataset[tuple[Tensor, int]]):
-    """A dataset whose random transformations depend on the seed, the epoch and the sample, and on nothing else.
+    """A dataset whose random transformations depend only on the seed, the epoch and the sample.
 
     Its keys are (epoch, index).
     """
@@ -202,7 +202,7 @@ def _loader(dataset: Any, options: argparse.Namespace, processes: Processes, **e
     )
 
 
-# What is trained, and how
+# Training
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -214,14 +214,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate(step: int, warmup: int, total: int) -> float:
-    """The part of the highest learning rate at a step: linear up, a cosine down to zero."""
+    """The learning rate at a step relative to the highest: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
 
 
 class Training:
-    """Everything that a checkpoint holds, and one step of it."""
+    """The state of a run, which checkpoints hold, and one step of it."""
 
     def __init__(self, options: argparse.Namespace, processes: Processes, classes: int, steps_per_epoch: int) -> None:
         self.options, self.processes = options, processes
@@ -280,7 +280,7 @@ class Training:
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds.  All processes have to call it."""
+        """The contents of a checkpoint.  All processes have to call it."""
         return {
             "options": {name: getattr(self.options, name) for name in FIXED},
             "processes": self.processes.count,
@@ -296,10 +296,10 @@ class Training:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            SystemExit: it is of a run with other options, or with another number of processes.
+            SystemExit: the checkpoint is that of a run with other options or another number of processes.
         """
         state = torch.load(path, map_location=self.processes.device, weights_only=True)
         mine = {name: getattr(self.options, name) for name in FIXED} | {"processes": self.processes.count}
@@ -343,7 +343,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def write(value: Any, path: Path) -> None:
-    """Save; whoever is killed here leaves the file that was there before."""
+    """Save atomically: a process that is killed here leaves the old file."""
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
     os.replace(partial, path)
@@ -381,7 +381,7 @@ def progress_bar(console: Console, visible: bool) -> Progress:
 
 
 def train_epoch(training: Training, loader: DataLoader[Any], sampler: ResumableSampler, console: Console) -> None:
-    """The rest of an epoch, with a checkpoint every so many steps."""
+    """Train for the rest of an epoch, with a checkpoint every `save_every` steps."""
     options, processes = training.options, training.processes
     sampler.set_epoch(training.epoch)
     sampler.start = training.step_in_epoch * options.batch_size

@@ -28,7 +28,7 @@ from resfuse.contract import Deviation
 Evaluate = Callable[[Any, Tensor], Tensor]
 """Runs a model: its differentiable outputs for images, all in one tensor (N, values)."""
 Signs = list[Tensor]
-"""Where the output of each ReLU was positive, in the order of the calls."""
+"""The elements of each ReLU's output that were positive, in the order of the calls."""
 Results = dict[str, dict[str, Tensor]]
 """Tensors by name, in groups: the output, gradients, statistics."""
 

@@ -25,7 +25,7 @@ RULE = (
     "both against float64"
 )
 Finding = tuple[str, Deviation]
-"""What was run, and one of its deviations."""
+"""A description of a run, and one of its deviations."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
