@@ -89,11 +89,10 @@ def show_conditions(console: Console) -> tuple[torch.device, dict[str, str]]:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    reason = "" if on_gpu else "; torch sees no GPU"
-    if torch.cuda.is_available() and not on_gpu:
-        reason = "; there is a GPU, but no backend for it"
-    for key, value in conditions.items():
-        table.add_row(key, escape(value + reason * (key == "device")))
+    found = "a GPU, but no backend for it" if torch.cuda.is_available() else "no GPU"
+    table.add_row("device", escape(conditions["device"] + ("" if on_gpu else f"; torch sees {found}")))
+    table.add_row("torch", torch.__version__)
+    table.add_row("resfuse", resfuse.__version__)
     by_choice: dict[str, list[str]] = {}
     for kernel in KERNELS:  # for a 3x3 convolution of ResNet-50's first stage
         problem = Problem(kernel, device, torch.float32, torch.Size((16, 64, 56, 56)))
@@ -335,15 +334,13 @@ def calibrated(images: Tensor) -> nn.Module:
     from torchvision.models import get_model
 
     torch.manual_seed(0)
-    model = get_model(MODEL, weights=None).to(images.device)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the statistics of this batch alone
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias, std=0.1)
+    norm_layer = functools.partial(nn.BatchNorm2d, momentum=None)  # the mean over all batches seen, here one
+    model = get_model(MODEL, weights=None, norm_layer=norm_layer).to(images.device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
     model.train()(images)
-    for norm in norms:
-        norm.momentum = 0.1
     return model.eval()
 
 
