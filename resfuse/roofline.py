@@ -52,7 +52,7 @@ class Device:
     """The ceilings of a machine, measured or from its datasheet (`source` says which)."""
 
     name: str
-    """As its driver reports it: "NVIDIA H200"."""
+    """The name that its driver reports: "NVIDIA H200"."""
     type: str
     """ "cuda" or "cpu"."""
     bandwidth: float
@@ -108,10 +108,10 @@ class Kernel(NamedTuple):
     bytes: int
     """Bytes of device memory read plus bytes written."""
     dtype: torch.dtype = torch.float32
-    """Of the operands of the matrix product."""
+    """The dtype of the matrix product's operands."""
 
     def is_compute_bound(self, device: Device) -> bool:
-        """Whether its arithmetic takes longer than its traffic."""
+        """Its arithmetic takes longer than its traffic."""
         return self.flops / device.rate(self.dtype) > self.bytes / device.bandwidth
 
     def seconds(self, device: Device) -> float:
@@ -161,7 +161,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def is_view(func: Any) -> bool:
-    """Whether the operator's result shares the memory of an argument, and nothing is written."""
+    """The operator's result shares the memory of an argument, and nothing is written."""
     aliases = (found.alias_info for found in func._schema.returns)
     return torch.Tag.inplace_view in func.tags or any(alias is not None and not alias.is_write for alias in aliases)
 
@@ -175,7 +175,7 @@ def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 @functools.cache
 def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    """torch's registry, with resfuse's convolutions (not at import: it imports Triton)."""
+    """torch's registry with resfuse's convolutions in it.  Not made at import, because it imports Triton."""
     from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
     ops: Any = torch.ops.resfuse
@@ -184,10 +184,6 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
     def forward(input: Any, conv_weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         output: Any = out_shape[0] if isinstance(out_shape[0], torch.Size) else out_shape
         return conv_flop_count(input, conv_weight, output)
-
-    @register_flop_formula(ops.conv_backward)
-    def backward(dz: Any, input: Any, conv_weight: Any, *options: Any, **_: Any) -> int:
-        return conv_flop_count(input, conv_weight, dz) * sum(options[-1][:2])
 
     return flop_registry
 

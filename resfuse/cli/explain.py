@@ -1,10 +1,11 @@
-"""Explain where each operator of a network runs, what it costs at least and, with --measure, where time is lost."""
+"""Explain which backend runs each operator of a network, its roofline cost and, with --measure, where time is lost."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import resfuse
 from resfuse.backends.dispatch import PREFERENCE
 from resfuse.cli import networks
-from resfuse.explanation import Explanation
+from resfuse.explanation import WIDTH, Explanation
 from resfuse.roofline import DEVICES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     except (ModuleNotFoundError, OSError, RuntimeError, ValueError) as error:
         print(f"explain: {error}", file=sys.stderr)
         return 1
-    print(data if args.json else found.table(every_layer=args.layers == "all"))
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    print(data if args.json else found.table(every_layer=args.layers == "all", width=width))
     return 0
 
 

@@ -19,17 +19,11 @@ from resfuse.backends import dispatch, triton
 from resfuse.roofline import DEVICES, Device, Kernel
 from resfuse.tracing import Tracer
 from resfuse.types import BatchNorm, Convolution
-from tests.emulator import backend as emulator
 
 GPU = Device("a GPU", "cuda", 1e12, {torch.float32: 1e12, torch.bfloat16: 4e12}, "made up", (8, 0))
 SHAPE = (8, 64, 56, 56)
 SIZE = 2 * 8 * 64 * 56 * 56  # B of an activation in bfloat16
 SMALL = 16 * 64 * 4  # B that vectors may add
-
-dispatch.register("cuda_emulator", emulator)
-emulated = pytest.mark.skipif(
-    emulator.unavailable_reason() is not None, reason=f"emulator: {emulator.unavailable_reason()}"
-)
 
 
 class Apply(nn.Module):
@@ -220,10 +214,14 @@ def fused_launches(model: nn.Module, shape: tuple[int, ...], backward: bool) -> 
     return sum(len(roofline.kernels(*run, GPU)) for run in own)
 
 
-@emulated
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 4)])
 def test_launches_of_cuda(stride: int, groups: int, training: bool) -> None:
+    from tests.emulator import backend as emulator
+
+    if (reason := emulator.unavailable_reason()) is not None:
+        pytest.skip(f"emulator: {reason}")
+    dispatch.register("cuda_emulator", emulator)
     model = block(stride, groups).train(training).to(memory_format=torch.channels_last)
     x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
     emulated_gpu = emulator.device(resident_blocks=64)

@@ -66,27 +66,14 @@ def test_gradients_follow_what_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_casts_of_autocast(fused: bool) -> None:
+def test_autocast_casts_the_images_and_each_parameter_once(fused: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     with torch.autocast("cpu", torch.bfloat16):
-        found = calls_of(model.train(), (2, 3, 8, 8), fused=fused, backward=True)
-    casts = [call.path for call in found if call.forward and "_to_copy" in str(call.forward[0].func)]
-    assert sorted(path for path in casts if path) == ["0", "0", "4", "4"] or sorted(casts) == ["0", "0", "0", "4", "4"]
-    assert len(casts) == 5, "the images, and each weight and bias once"
+        found = calls_of(model.train(), (2, 3, 8, 8), fused=fused)
+    casts = [call.path for call in found if "_to_copy" in str(call.forward[0].func)]
+    assert sorted(casts) == ["" if fused else "0", "0", "0", "4", "4"]
     (product,) = by_path(found, "conv_bn_act" if fused else "convolution").values()
     assert {tensor.dtype for tensor in product.forward[0].args[:2]} == {torch.bfloat16}
-
-
-def test_unfused_calls_are_those_of_the_eager_model() -> None:
-    model = small().eval()
-    tracer = Tracer(model, (SMALL,))
-    resfuse.fuse_(tracer.model)
-    found = tracer.calls(backward=False, as_pytorch=True)
-    assert not by_path(found, "resfuse")
-    for name in ("convolution", "batch_norm", "relu", "add"):
-        eager = by_path(calls_of(model, SMALL), name)
-        assert len(by_path(found, name)) >= len(eager) - 4 > 0  # a block adds and activates in its own name
-    assert by_path(tracer.calls(backward=False), "conv_bn_act"), "and it lasts no longer"
 
 
 def test_the_model_is_left_alone() -> None:
