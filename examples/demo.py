@@ -266,8 +266,8 @@ def train(device: torch.device, options: argparse.Namespace, console: Console) -
     """Part 1: train the same network in all versions, from the same weights on the same batches, in turns."""
     epochs, blocks = (3, 1) if options.quick else (8, 2)
     console.rule(f"[bold]1. Training[/]: ResNet-{6 * blocks + 2} on scikit-learn's handwritten digits", align="left")
-    trial, images = network(blocks).to(device), torch.rand(BATCH, 1, 16, 16, device=device)
-    threads = set_threads(options.threads, lambda: trial(images).square().mean().backward(), device, console)
+    trial, noise = network(blocks).to(device), torch.rand(BATCH, 1, 16, 16, device=device)
+    threads = set_threads(options.threads, lambda: trial(noise).square().mean().backward(), device, console)
     images, labels, test_images, test_labels = load_digits(device)
     torch.manual_seed(0)
     models = versions(network(blocks).to(device), console)
