@@ -118,7 +118,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
         room -= steps;
         int64_t pixel3 = pixel * 3, pixel5 = pixel * 5;
         asm("" : "+r"(pixel3), "+r"(pixel5));  // kept in registers: every address is then base + register * {1, 2, 4}
-        const auto pixel_offset = [&](auto i) __attribute__((always_inline)) {
+        const auto pixel_offset = [=](auto i) __attribute__((always_inline)) {
           constexpr int64_t at = i;
           return at == 3 ? pixel3 : at == 5 ? pixel5 : at == 6 ? pixel3 * 2 : pixel * at;
         };
@@ -132,11 +132,11 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_step;
           unrolled<ROWS>([&](auto i) {
-            unrolled<NV>([&](auto v) { Mul::add_product(sums[i][v], first + pixel_offset(i), filters[v]); });
+            unrolled<NV>([&](auto v) { sums[i][v] = Mul::multiply_add(sums[i][v], first + pixel_offset(i), filters[v]); });
           });
           if constexpr (GROUPS == 2) {
             unrolled<ROWS>([&](auto i) {
-              unrolled<NV>([&](auto v) { Mul::add_product(sums[ROWS + i][v], second + pixel_offset(i), filters[v]); });
+              unrolled<NV>([&](auto v) { sums[ROWS + i][v] = Mul::multiply_add(sums[ROWS + i][v], second + pixel_offset(i), filters[v]); });
             });
             second += 4;
           }

@@ -20,7 +20,7 @@ RESFUSE_INLINE void unrolled(F f) {
   unrolled_over(f, std::make_integer_sequence<int64_t, N>{});
 }
 
-RESFUSE_INLINE vec splat(float value) { return vec{} + value; }
+RESFUSE_INLINE vec splat(float value) { return value - vec{}; }  // + would turn -0 to 0, at the cost of an addition
 RESFUSE_INLINE vec vload(const float* from) {
   vec value;
   __builtin_memcpy(&value, from, sizeof value);
@@ -58,21 +58,23 @@ RESFUSE_INLINE float value_of(const ConvVector& vector, int64_t i) {
                                         : scalar(static_cast<const bf16*>(vector.data)[i * vector.stride]);
 }
 
-// How two words are multiplied.  A word is four bytes: a float, or with Pairs two bfloat16 of neighbouring channels.
+// How words are multiplied: `sum` + the word at an address, for all filters, times theirs.  A word is four bytes: a float,
+// or with Pairs two bfloat16 of neighbouring channels.
 struct Floats {
   static constexpr int64_t channels = 1;  // of a word
-  RESFUSE_INLINE static void add_product(vec& sum, const char* word, vec other) {
+  RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
     float value;
     __builtin_memcpy(&value, word, sizeof value);
-    sum += splat(value) * other;
+    return sum + splat(value) * filters;
   }
 };
 #ifdef RESFUSE_ISA_PAIRS
 struct Pairs {
   static constexpr int64_t channels = 2;
   // Written out, as the rest of this file must not be compiled for processors that have the instruction.
-  RESFUSE_INLINE static void add_product(vec& sum, const char* word, vec other) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(other), "m"(*reinterpret_cast<const uint32_t*>(word)));
+  RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(filters), "m"(*reinterpret_cast<const uint32_t*>(word)));
+    return sum;
   }
 };
 #endif
