@@ -7,6 +7,7 @@ void conv_typed(const ConvForward& args) {
     if (args.products == BFloat16Products::pairs && args.weight_dtype == DType::bfloat16)
       return conv_gemm<T, Pairs>(args);
 #endif
+  if (takes_winograd(args)) return conv_winograd<T>(args);
   conv_gemm<T, Floats>(args);
 }
 

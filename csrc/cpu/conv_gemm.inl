@@ -234,24 +234,35 @@ struct ConvWorker {
   }
 };
 
-template <class T, class Mul>
-void conv_gemm(const ConvForward& args) {
-  const int64_t element = sizeof(T);
-  // Pairs are read in place where they lie in whole words.
-  const bool whole_words = args.input_strides[0] % Mul::channels == 0 && args.input_strides[2] % Mul::channels == 0 &&
-                           args.input_strides[3] % Mul::channels == 0 &&
-                           args.conv.channels / args.conv.groups % Mul::channels == 0 &&
-                           reinterpret_cast<uintptr_t>(args.input) % 4 == 0;
-  const bool words_in_place = args.input_strides[1] == 1 && element * Mul::channels == 4 && whole_words;
-  const int64_t work = args.conv.batch * args.conv.out_height * args.conv.out_width * args.conv.kernel_h *
-                       args.conv.kernel_w * args.conv.channels / args.conv.groups * args.conv.filters;
-  const int64_t wanted = std::clamp<int64_t>(work / kSmallestShare, 1, get_num_threads());
-  const ConvPlan plan = plan_conv(args, Mul::channels, words_in_place, wanted);
-  const int64_t threads = std::min(wanted, plan.units(args.conv));
-  const int64_t share = (plan.scratch_bytes() + 4095) / 4096 * 4096;
+// Threads that a convolution is worth.
+inline int64_t conv_threads(const Convolution& conv) {
+  const int64_t work = conv.batch * conv.out_height * conv.out_width * conv.kernel_h * conv.kernel_w * conv.channels /
+                       conv.groups * conv.filters;
+  return work < 2 * kSmallestShare ? 1 : std::min<int64_t>(work / kSmallestShare, get_num_threads());
+}
+
+// f(scratch, counter of the units that have been taken) for each of so many threads.
+template <class F>
+void share_units(int64_t threads, int64_t scratch_bytes, const F& f) {
+  const int64_t share = ceil_div(scratch_bytes, 4096) * 4096;
   char* scratch = scratch_memory(share * threads);
   std::atomic<int64_t> next{0};
-  run_threads(threads, [&](int64_t thread) {
-    ConvWorker<T, Mul>(args, plan, threads, scratch + thread * share).run(next);
+  run_threads(threads, [&](int64_t thread) { f(scratch + thread * share, next); });
+}
+
+template <class T, class Mul>
+void conv_gemm(const ConvForward& args) {
+  const int64_t* strides = args.input_strides;
+  // Pairs are read in place where they lie in whole words.
+  const bool whole_words = strides[0] % Mul::channels == 0 && strides[2] % Mul::channels == 0 &&
+                           strides[3] % Mul::channels == 0 &&
+                           args.conv.channels / args.conv.groups % Mul::channels == 0 &&
+                           reinterpret_cast<uintptr_t>(args.input) % 4 == 0;
+  const bool words_in_place = strides[1] == 1 && sizeof(T) * Mul::channels == 4 && whole_words;
+  const int64_t wanted = conv_threads(args.conv);
+  const ConvPlan plan = plan_conv(args, Mul::channels, words_in_place, wanted);
+  const int64_t threads = std::min(wanted, plan.units(args.conv));
+  share_units(threads, plan.scratch_bytes(), [&](char* scratch, std::atomic<int64_t>& next) {
+    ConvWorker<T, Mul>(args, plan, threads, scratch).run(next);
   });
 }
