@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "resfuse.h"
 
@@ -128,11 +129,18 @@ void bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean,
 }
 
 void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-                      OptionalTensor running_mean, OptionalTensor running_var, double momentum, double eps, bool relu,
+                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor statistics, double momentum, double eps, bool relu,
                       Tensor output, Tensor mean, Tensor invstd) {
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
   const int64_t channels = apply.shape.channels;
-  resfuse::cpu::bn_train_forward({apply, vector(mean, channels, "mean"), vector(invstd, channels, "invstd"),
+  const double* known = nullptr;
+  if (statistics) {
+    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Double && statistics->is_contiguous() &&
+                        statistics->numel() == 2 * channels,
+                    "statistics: expected the mean and M2 of each channel in float64");
+    known = static_cast<const double*>(statistics->data_ptr());
+  }
+  resfuse::cpu::bn_train_forward({apply, known, vector(mean, channels, "mean"), vector(invstd, channels, "invstd"),
                                   vector(running_mean, channels, "running_mean"),
                                   vector(running_var, channels, "running_var"), momentum, eps});
 }
@@ -177,14 +185,19 @@ bool is_channels_last(const Tensor& tensor) {
   return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
+Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty_nhwc(const resfuse::Convolution& conv) {
   const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
   const int64_t size[] = {conv.batch, channels, height, width};
   const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
-  const int32_t dtype = conv.dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor tensor(handle);
+  const bool wide = conv.dtype == DType::float32;
+  const Tensor tensor = empty(4, size, stride, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
   written(tensor);
   return tensor;
 }
@@ -206,14 +219,14 @@ Tensor readable(const Tensor& input, const Tensor& weight) {
 
 // What convolutions share: shapes and strides.  The output and the vectors are not in it.
 resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_bias,
-                               int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                               int64_t dilation_h, int64_t dilation_w, int64_t groups) {
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
+                               int64_t filters, int64_t group_channels, int64_t stride_h, int64_t stride_w,
+                               int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+                               int64_t groups) {
   const auto size = input.sizes(), kernel = weight.sizes(), in = input.strides(), of = weight.strides();
-  STD_TORCH_CHECK(groups > 0 && kernel[0] % groups == 0 && size[1] == kernel[1] * groups,
+  STD_TORCH_CHECK(groups > 0 && filters % groups == 0 && size[1] == group_channels * groups,
                   "conv_weight: its channels and groups do not fit the input");
   resfuse::ConvForward args{};
-  args.conv = {size[0], size[2],  size[3],  size[1],  kernel[0], kernel[2],  kernel[3],  0,      0,
+  args.conv = {size[0], size[2],  size[3],  size[1],  filters, kernel[2],  kernel[3],  0,      0,
                stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, dtype_of(input, "input"), false};
   args.conv.out_height = (size[2] + 2 * padding_h - dilation_h * (kernel[2] - 1) - 1) / stride_h + 1;
   args.conv.out_width = (size[3] + 2 * padding_w - dilation_w * (kernel[3] - 1) - 1) / stride_w + 1;
@@ -228,8 +241,8 @@ resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const 
   args.input_strides[3] = size[3] == 1 ? size[1] * args.input_strides[1] : in[3];
   args.input_strides[2] = size[2] == 1 ? size[3] * args.input_strides[3] : in[2];
   args.input_strides[0] = size[0] == 1 ? size[2] * args.input_strides[2] : in[0];
-  args.weight_strides = {kernel[0] / groups * of[0], of[0], of[1], of[2], of[3]};
-  args.conv_bias = conv_vector(conv_bias, kernel[0], "conv_bias");
+  args.weight_strides = {filters / groups * of[0], of[0], of[1], of[2], of[3]};
+  args.conv_bias = conv_vector(conv_bias, filters, "conv_bias");
   if (args.conv.dtype == DType::bfloat16) args.products = resfuse::cpu::bfloat16_products();
   return args;
 }
@@ -239,9 +252,10 @@ Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_b
                               OptionalTensor residual, int64_t stride_h, int64_t stride_w, int64_t padding_h,
                               int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double eps,
                               bool relu, bool overwrite_residual) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
   const Tensor read = readable(input, weight);
-  resfuse::ConvForward args = conv_args(read, weight, conv_bias, stride_h, stride_w, padding_h, padding_w, dilation_h,
-                                        dilation_w, groups);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), stride_h, stride_w,
+                                        padding_h, padding_w, dilation_h, dilation_w, groups);
   const resfuse::Convolution& conv = args.conv;
   args.running_mean = conv_vector(running_mean, conv.filters, "running_mean");
   args.running_var = conv_vector(running_var, conv.filters, "running_var");
@@ -266,6 +280,47 @@ Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_b
   return in_result_format(output, input, weight);
 }
 
+// z = conv(input) + conv_bias, and its mean and M2 per channel, in float64.
+std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, OptionalTensor conv_bias,
+                                                   int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                                                   int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+                                                   int64_t groups) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
+  const Tensor read = readable(input, weight);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), stride_h, stride_w,
+                                        padding_h, padding_w, dilation_h, dilation_w, groups);
+  const Tensor output = empty_nhwc(args.conv);
+  const int64_t size[] = {2, args.conv.filters}, stride[] = {args.conv.filters, 1};
+  const Tensor statistics = empty(2, size, stride, aoti_torch_dtype_float64());
+  args.output = output.data_ptr();
+  args.statistics = static_cast<double*>(statistics.data_ptr());
+  resfuse::cpu::conv_forward(args);
+  return {in_result_format(output, input, weight), statistics};
+}
+
+// The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.
+Tensor conv_input_grad(Tensor grad_output, Tensor weight, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+                       int64_t dilation_w, int64_t groups) {
+  STD_TORCH_CHECK(grad_output.dim() == 4 && weight.dim() == 4 && grad_output.size(1) == weight.size(0),
+                  "grad_output, conv_weight: shapes do not fit each other");
+  const auto size = weight.sizes(), stride = weight.strides();
+  const int64_t filters = size[0] / groups;
+  const int64_t turned_padding_h = dilation_h * (size[2] - 1) - padding_h;
+  const int64_t turned_padding_w = dilation_w * (size[3] - 1) - padding_w;
+  STD_TORCH_CHECK(turned_padding_h >= 0 && turned_padding_w >= 0, "padding: wider than the kernel");
+  const Tensor read = readable(grad_output, weight);
+  resfuse::ConvForward args = conv_args(read, weight, {}, size[1] * groups, filters, 1, 1,
+                                        turned_padding_h, turned_padding_w, dilation_h, dilation_w, groups);
+  const int64_t element = args.weight_dtype == DType::float32 ? 4 : 2;
+  args.weight = static_cast<const char*>(weight.data_ptr()) +
+                ((size[2] - 1) * stride[2] + (size[3] - 1) * stride[3]) * element;
+  args.weight_strides = {filters * stride[0], stride[1], stride[0], -stride[2], -stride[3]};
+  const Tensor output = empty_nhwc(args.conv);
+  args.output = output.data_ptr();
+  resfuse::cpu::conv_forward(args);
+  return output;
+}
+
 std::string bfloat16_products() {
   return resfuse::cpu::bfloat16_products() == resfuse::BFloat16Products::pairs ? "pairs" : "widened";
 }
@@ -284,6 +339,8 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
   m.impl("conv_inference_forward", TORCH_BOX(&conv_inference_forward));
+  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
+  m.impl("conv_statistics_forward", TORCH_BOX(&conv_statistics_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {

@@ -69,6 +69,7 @@ struct BnEvalForward {
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, then BnApply.
 struct BnTrainForward {
   BnApply apply;
+  const double* statistics;  // mean and M2 of each channel where they are known, or null
   float *mean, *invstd;               // the same memory as apply.mean and apply.invstd
   float *running_mean, *running_var;  // or null
   double momentum, eps;
@@ -139,9 +140,7 @@ struct ConvForward {
   double eps;
   bool relu;
   BFloat16Products products;
-  // Statistics of the output: mean and M2 for each chunk and group, statistics_stride each, or null.
-  double* statistics;
-  int64_t statistics_stride;
+  double* statistics;  // receives the mean and M2 of each filter of the output: 2 x filters, or null
 };
 
 namespace cpu {

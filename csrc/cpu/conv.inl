@@ -2,6 +2,7 @@
 
 template <class T>
 void conv_typed(const ConvForward& args) {
+  if (takes_lanes(args)) return conv_lanes<T>(args);
 #ifdef RESFUSE_ISA_PAIRS
   if constexpr (sizeof(T) == 2)
     if (args.products == BFloat16Products::pairs && args.weight_dtype == DType::bfloat16)
@@ -12,7 +13,18 @@ void conv_typed(const ConvForward& args) {
 }
 
 void conv_forward(const ConvForward& args) {
-  with_type(args.conv.dtype, [&](auto* type) { conv_typed<std::remove_pointer_t<decltype(type)>>(args); });
+  const Convolution& conv = args.conv;
+  const auto run = [&](const ConvForward& some) {
+    with_type(conv.dtype, [&](auto* type) { conv_typed<std::remove_pointer_t<decltype(type)>>(some); });
+  };
+  const bool pairs = conv.dtype == DType::bfloat16 && args.products == BFloat16Products::pairs;
+  if (args.statistics == nullptr || !(takes_lanes(args) || (takes_winograd(args) && !pairs))) return run(args);
+  // These paths are faster by more than another look at their output costs.
+  ConvForward alone = args;
+  alone.statistics = nullptr;
+  run(alone);
+  const Activation shape = {conv.batch, conv.filters, conv.out_height * conv.out_width, true, conv.dtype};
+  statistics(shape, args.output, args.statistics, args.statistics + conv.filters);
 }
 
 // The best time of a tile of bfloat16 by either way of multiplying, for the same number of products.

@@ -21,6 +21,33 @@ struct EpilogueVectors {
   }
 };
 
+// Statistics of each chunk, which are merged in their order: the bits are the same whoever computed them.
+struct ConvStatistics {
+  const ConvPlan& plan;
+  const Convolution& conv;
+  const int64_t padded = plan.blocks * plan.block_filters;  // panels reach beyond the filters of a group
+  std::vector<double> partial = std::vector<double>(plan.chunks * 2 * conv.groups * padded);
+
+  ChunkStatistics of(int64_t chunk, int64_t group, int64_t filter, int64_t seen) {
+    double* mean = partial.data() + (chunk * 2 * conv.groups + group) * padded + filter;
+    return {mean, mean + conv.groups * padded, seen};
+  }
+
+  void merge_into(double* mean, double* m2) {
+    std::fill(mean, mean + conv.filters, 0.0);
+    std::fill(m2, m2 + conv.filters, 0.0);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const int64_t begin = plan.pixels_before(conv, plan.chunk_begin(chunk));
+      const int64_t end = plan.pixels_before(conv, plan.chunk_begin(chunk + 1));
+      const Merge merge(static_cast<double>(begin), static_cast<double>(end - begin));
+      for (int64_t k = 0; k < conv.filters; ++k) {
+        const ChunkStatistics other = of(chunk, k / plan.group_filters, k % plan.group_filters, 0);
+        merge(mean[k], m2[k], *other.mean, *other.m2);
+      }
+    }
+  }
+};
+
 // The units that one thread takes.
 template <class T, class Mul>
 struct ConvWorker {
@@ -28,6 +55,7 @@ struct ConvWorker {
   const ConvPlan& plan;
   const Convolution& conv = args.conv;
   const int64_t threads;
+  ConvStatistics* const partial_statistics;  // or null
   float *panels, *pixels;
   EpilogueVectors vectors;
 
@@ -35,7 +63,6 @@ struct ConvWorker {
   int64_t packed = -1;                                  // the group and block whose panels are there
   int64_t prepared = -1;                                // the group whose pixels are there, where plan.whole
   int64_t chunk = 0, chunk_pixels = 0, chunk_pixel = 0;  // the pixels of the chunk, and the next of them
-  ChunkStatistics statistics{};
   const T* input = nullptr;  // at the group's first channel
   struct {
     const char* at;
@@ -44,8 +71,9 @@ struct ConvWorker {
   int64_t aheads = 0;
   bool fetch_filters = false;
 
-  ConvWorker(const ConvForward& args, const ConvPlan& plan, int64_t threads, char* scratch)
-      : args(args), plan(plan), threads(threads) {
+  ConvWorker(const ConvForward& args, const ConvPlan& plan, int64_t threads, char* scratch,
+             ConvStatistics* partial_statistics)
+      : args(args), plan(plan), threads(threads), partial_statistics(partial_statistics) {
     panels = reinterpret_cast<float*>(scratch);
     pixels = panels + plan.panel_bytes / 4 + 64;
     vectors.centre = pixels + plan.input_bytes / 4 + 64;
@@ -146,9 +174,8 @@ struct ConvWorker {
                           : nullptr;
       ChunkStatistics here;
       tile.statistics = nullptr;
-      if (args.statistics != nullptr) {
-        double* mean = args.statistics + ((chunk * 2) * conv.groups + group) * args.statistics_stride + k;
-        here = {mean, mean + conv.groups * args.statistics_stride, chunk_pixel};
+      if (partial_statistics != nullptr) {
+        here = partial_statistics->of(chunk, group, k, chunk_pixel);
         tile.statistics = &here;
       }
       const bool fetch = next < aheads;
@@ -180,19 +207,17 @@ struct ConvWorker {
   void run_chunk(int64_t first, int64_t last) {
     chunk_pixel = 0;
     if (plan.reading == Reading::banded || plan.reading == Reading::direct_rows) {
-      int64_t rows_end = 0;
+      chunk_pixels = plan.pixels_before(conv, last) - plan.pixels_before(conv, first);
       for (int64_t item = first; item < last;) {
         const int64_t image = item / plan.items_per_image, in_image = item % plan.items_per_image;
         const int64_t items = std::min(last - item, plan.items_per_image - in_image);
         const int64_t row = in_image * plan.item_rows;
-        rows_end = std::min(row + items * plan.item_rows, conv.out_height);
-        chunk_pixels = chunk_pixel + (item + items < last ? kTilePixels : 0) + (rows_end - row) * conv.out_width;
-        run_rows(image, row, rows_end - row);
+        run_rows(image, row, std::min(items * plan.item_rows, conv.out_height - row));
         item += items;
       }
       return;
     }
-    const int64_t begin = first * kTilePixels, end = std::min(last * kTilePixels, plan.pixels);
+    const int64_t begin = plan.pixels_before(conv, first), end = plan.pixels_before(conv, last);
     chunk_pixels = end - begin;
     if (plan.reading == Reading::direct)
       return tiles(input + begin * args.input_strides[3], args.input_strides[3] * sizeof(T), begin, end - begin);
@@ -262,7 +287,10 @@ void conv_gemm(const ConvForward& args) {
   const int64_t wanted = conv_threads(args.conv);
   const ConvPlan plan = plan_conv(args, Mul::channels, words_in_place, wanted);
   const int64_t threads = std::min(wanted, plan.units(args.conv));
+  std::optional<ConvStatistics> statistics;
+  if (args.statistics != nullptr) statistics.emplace(ConvStatistics{plan, args.conv});
   share_units(threads, plan.scratch_bytes(), [&](char* scratch, std::atomic<int64_t>& next) {
-    ConvWorker<T, Mul>(args, plan, threads, scratch).run(next);
+    ConvWorker<T, Mul>(args, plan, threads, scratch, statistics ? &*statistics : nullptr).run(next);
   });
+  if (statistics) statistics->merge_into(args.statistics, args.statistics + args.conv.filters);
 }

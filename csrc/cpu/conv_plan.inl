@@ -29,6 +29,12 @@ struct ConvPlan {
 
   int64_t units(const Convolution& conv) const { return conv.groups * blocks * chunks; }
   int64_t chunk_begin(int64_t chunk) const { return items * chunk / chunks; }
+  // Pixels of the output before an item.
+  int64_t pixels_before(const Convolution& conv, int64_t item) const {
+    if (items_per_image == 0) return std::min(item * item_pixels, pixels);
+    const int64_t row = std::min(item % items_per_image * item_rows, conv.out_height);
+    return (item / items_per_image * conv.out_height + row) * conv.out_width;
+  }
   int64_t scratch_bytes() const { return panel_bytes + input_bytes + 3 * 4 * (block_filters + kPanel) + 4096; }
 };
 

@@ -75,6 +75,29 @@ __attribute__((noinline)) void finish_partial(const Tile& tile, const vec (&valu
     }
 }
 
+// Adds the residual, applies the ReLU, and writes the tile.
+template <class T, int64_t M, int64_t NV>
+RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
+  T* output = static_cast<T*>(tile.output);
+  const T* residual = static_cast<const T*>(tile.residual);
+  const bool partial =
+      tile.filters < NV * kWidth || (residual != nullptr && tile.residual_filters < NV * kWidth);
+  if (__builtin_expect(partial, 0)) {
+    vec copies[M][NV];  // their address is taken: `values` stay in registers
+    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { copies[i][v] = values[i][v]; }); });
+    return finish_partial<T, M, NV>(tile, copies);
+  }
+  if (residual != nullptr)
+    unrolled<M>([&](auto i) {
+      unrolled<NV>([&](auto v) { values[i][v] += vload(residual + i * tile.residual_stride + v * kWidth); });
+    });
+  if (tile.relu)
+    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = vrelu(values[i][v]); }); });
+  unrolled<M>([&](auto i) {
+    unrolled<NV>([&](auto v) { vstore(output + i * tile.output_stride + v * kWidth, values[i][v]); });
+  });
+}
+
 // GROUPS x ROWS pixels, NV x kWidth filters.
 template <class T, class Mul, int64_t NV, int64_t GROUPS, int64_t ROWS>
 __attribute__((noinline)) void multiply_tile(const Tile& tile) {
@@ -161,20 +184,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
       unrolled<M>([&](auto i) { values[i] = as_stored(output, sums[i][v]); });
       merge_tile<M>(*tile.statistics, v * kWidth, values);
     });
-  if (__builtin_expect(tile.filters < width || (residual != nullptr && tile.residual_filters < width), 0)) {
-    vec values[M][NV];
-    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = sums[i][v]; }); });
-    return finish_partial<T, M, NV>(tile, values);
-  }
-  if (residual != nullptr)
-    unrolled<M>([&](auto i) {
-      unrolled<NV>([&](auto v) { sums[i][v] += vload(residual + i * tile.residual_stride + v * kWidth); });
-    });
-  if (tile.relu)
-    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { sums[i][v] = vrelu(sums[i][v]); }); });
-  unrolled<M>([&](auto i) {
-    unrolled<NV>([&](auto v) { vstore(output + i * tile.output_stride + v * kWidth, sums[i][v]); });
-  });
+  finish_tile<T, M, NV>(tile, sums);
 }
 
 // How many of the next `left` evenly spaced pixels make a tile: 14 while there are many, then even shares.

@@ -16,6 +16,7 @@ namespace {
 #include "conv_tile.inl"
 
 #include "conv_gemm.inl"
+#include "conv_lanes.inl"
 #include "conv_winograd.inl"
 
 #include "conv.inl"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cpu_kernels, reference
-from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward
+from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, conv_statistics_forward
 from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
 from resfuse.types import BatchNorm, Convolution, Problem
 
@@ -71,16 +71,26 @@ def bn_act_forward(
     input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
+    if bn.training:
+        return _bn_act_train(input, bn, residual, relu, None)
+    output = torch.empty_like(input)
+    if residual is not None:
+        residual = residual_for(output, residual)
+    cpu_kernels.bn_eval_forward(input, residual, *map(_float, bn[:4]), bn.eps, relu, output)
+    return output, None, None
+
+
+def _bn_act_train(
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool, statistics: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mean, invstd) of a dense input; `statistics` are its mean and M2 per channel, where they are known."""
     output = torch.empty_like(input)
     if residual is not None:
         residual = residual_for(output, residual)
     means, variances, weight, bias = map(_float, bn[:4])
-    if not bn.training:
-        cpu_kernels.bn_eval_forward(input, residual, means, variances, weight, bias, bn.eps, relu, output)
-        return output, None, None
     mean, invstd = _two_vectors(input)
     cpu_kernels.bn_train_forward(
-        input, residual, weight, bias, means, variances, bn.momentum, bn.eps, relu, output, mean, invstd
+        input, residual, weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu, output, mean, invstd
     )
     copy_back(bn, means, variances)
     return output, mean, invstd
@@ -129,8 +139,8 @@ def conv_bn_act_forward(
             input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
         )
         return output, None, None, None
-    z = conv_forward(input, conv_weight, conv_bias, convolution)
-    output, mean, invstd = bn_act_forward(z, bn, residual, relu)
+    z, statistics = conv_statistics_forward(input, conv_weight, conv_bias, convolution)
+    output, mean, invstd = _bn_act_train(z, bn, residual, relu, statistics)
     return output, z, mean, invstd
 
 

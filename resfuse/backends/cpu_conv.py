@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import cpu_kernels, reference
+from resfuse.layout import is_channels_last
 from resfuse.types import BatchNorm, Convolution
 
+# Looked up once: every call counts.
 _inference_forward = cpu_kernels.conv_inference_forward
+_statistics_forward = cpu_kernels.conv_statistics_forward
+_input_grad = cpu_kernels.conv_input_grad
 
 
 def conv_bn_act_inference(
@@ -41,7 +45,38 @@ def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, c
     )  # fmt: skip
 
 
-conv_backward = reference.conv_backward
+def conv_statistics_forward(
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution
+) -> tuple[Tensor, Tensor]:
+    """z = conv(input) + conv_bias, and its mean and M2 per channel as (2, K) in float64, taken as z is written."""
+    (sh, sw), (ph, pw), (dh, dw), groups = convolution
+    return _statistics_forward(input, conv_weight, conv_bias, sh, sw, ph, pw, dh, dw, groups)
+
+
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
+    convolution: Convolution,
+    needs_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias): the first by the forward kernels where it can be, the others by PyTorch."""
+    stride, (ph, pw), (dh, dw), groups = convolution
+    own = (
+        needs_grad[0]
+        and stride == (1, 1)
+        and ph <= dh * (conv_weight.shape[2] - 1)
+        and pw <= dw * (conv_weight.shape[3] - 1)
+        and is_channels_last(input)
+    )
+    if not own:
+        return reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
+    grad_input = _input_grad(grad_output, conv_weight, ph, pw, dh, dw, groups)
+    grad_weight = grad_bias = None
+    if needs_grad[1] or needs_grad[2]:
+        others = (False, needs_grad[1], needs_grad[2])
+        _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, convolution, others)
+    return grad_input, grad_weight, grad_bias
 
 
 def _readable(conv_weight: Tensor, input: Tensor) -> Tensor:

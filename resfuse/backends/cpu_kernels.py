@@ -17,7 +17,7 @@ for _schema in (
     "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
     "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
+    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
     "Tensor(e!) invstd) -> ()",
     "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
     "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
@@ -26,6 +26,10 @@ for _schema in (
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, "
     "int padding_w, int dilation_h, int dilation_w, int groups, float eps, bool relu, bool overwrite_residual) -> Tensor",
+    "conv_input_grad(Tensor grad_output, Tensor conv_weight, int padding_h, int padding_w, int dilation_h, "
+    "int dilation_w, int groups) -> Tensor",
+    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, int stride_h, int stride_w, "
+    "int padding_h, int padding_w, int dilation_h, int dilation_w, int groups) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",
     "instruction_set() -> str",
 ):
@@ -43,4 +47,6 @@ bn_eval_forward = _kernels.bn_eval_forward.default
 bn_statistics = _kernels.bn_statistics.default
 bn_train_forward = _kernels.bn_train_forward.default
 conv_inference_forward = _kernels.conv_inference_forward.default
+conv_input_grad = _kernels.conv_input_grad.default
+conv_statistics_forward = _kernels.conv_statistics_forward.default
 instruction_set = _kernels.instruction_set.default
