@@ -1,8 +1,12 @@
-"""Random convolutions of the cpu backend against float64: `python -m tests.backends.cpu.random_convolutions SEED COUNT
-DTYPE`, for runs in processes of their own (another instruction set, a sanitizer)."""
+"""Random convolutions of the cpu backend, held against float64.
+
+`python -m tests.backends.cpu.random_convolutions SEED COUNT DTYPE` runs them in a process of its own: with another
+instruction set, or a sanitizer.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import random
 import sys
 from dataclasses import dataclass
@@ -14,8 +18,6 @@ from torch import Tensor
 
 import resfuse
 from resfuse import contract
-
-LAYOUTS = ("nhwc", "nchw", "sliced", "transposed")
 
 
 @dataclass
@@ -135,6 +137,9 @@ def check(call: Call, dtype: torch.dtype) -> None:
 
 
 def main(seed: int, count: int, dtype: torch.dtype) -> None:
+    """Hold `count` random calls against the contract, with fresh memory that is not zero: all of it must be written."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-6, 0x80)  # M_PERTURB: what malloc returns is filled with 0x7f, which is 3.4e38
     rng = random.Random(seed)
     for _ in range(count):
         check(random_call(rng, dtype), dtype)
