@@ -1,4 +1,4 @@
-"""The experiments in examples/papers: each runs, small, from its command line, and writes what it says."""
+"""examples/papers: each experiment runs from its command line and writes its files; data and measurements are right."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+pytest.importorskip("rich")
 from examples.papers import data, training
 from examples.papers.gradient_norms import gradient_norms
 from examples.papers.layer_responses import responses
@@ -57,8 +58,8 @@ def test_experiment(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert sum(row["quantity"] == "initial_gradient_norm" for row in rows) == 7 * 4
 
 
-def test_responses_are_those_of_the_batch_norms() -> None:
-    """Before the addition and the ReLU, which follow in place."""
+def test_responses() -> None:
+    """The outputs of the batch norms, before the addition and the ReLU, which are in place."""
     model = models.seeded(lambda: zoo.cifar_resnet(8, width=4)).eval()
     input = models.random_input((2, 3, 16, 16))
     found = responses(model, input)
@@ -72,7 +73,7 @@ def test_responses_are_those_of_the_batch_norms() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_gradient_norms_are_those_of_the_weights() -> None:
+def test_gradient_norms() -> None:
     model = models.seeded(lambda: zoo.cifar_plain(8, width=4))
     input, labels = models.random_input((4, 3, 16, 16)), torch.arange(4)
     found = gradient_norms(model, input, labels)
