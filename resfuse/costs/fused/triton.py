@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from resfuse.backends import triton as backend
-from resfuse.backends.triton.devices import DeviceProperties
+from resfuse.backends.triton.config import DeviceProperties
 from resfuse.costs.convolution import convolution_flops
 from resfuse.costs.cost import Cost, Kernels
 from resfuse.costs.device import Device
