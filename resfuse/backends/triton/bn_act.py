@@ -133,14 +133,15 @@ def bn_backward_kernel(
     y, dx and dresidual may be None.  Reads dy, x and y, and once more (or dresidual for dy and y) where dx needs the
     sums; writes dx and dresidual.
     """
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
     part, channel, first, tile_count = part_of(images, positions, channels, tiles_per_part, TILE)
-    column = channel + tl.arange(0, TILE.block_n)
+    column = channel + tl.arange(0, BLOCK_N)
     inside = column < channels
     mean, invstd = per_channel(mean_ptr, column, inside, 0.0), per_channel(invstd_ptr, column, inside, 0.0)
     scale = invstd * per_channel(weight_ptr, column, inside, 1.0)
     if PHASE != 2:
-        tile_g = tl.zeros((TILE.block_m, TILE.block_n), tl.float32)
-        tile_g_centred = tl.zeros((TILE.block_m, TILE.block_n), tl.float32)
+        tile_g, tile_g_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in range(tile_count):
             offset, offsets, mask = tile_at(first + i, images, positions, channels, channel, TILE)
             g = masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)

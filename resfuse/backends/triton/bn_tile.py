@@ -116,8 +116,9 @@ def part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, ti
     and d = u - old mean.  The n-th tile is everyone's n-th value: rows that do not exist come last.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
     part, channel, first, count = part_of(images, positions, channels, tiles_per_part, TILE)
-    mean, m2 = tl.zeros((BLOCK_M, TILE.block_n), tl.float32), tl.zeros((BLOCK_M, TILE.block_n), tl.float32)
+    mean, m2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
         offset, offsets, mask = tile_at(first + i, images, positions, channels, channel, TILE)
         u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
@@ -128,7 +129,7 @@ def part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, ti
     row = tl.arange(0, BLOCK_M)[:, None]
     counts = (full + tl.where(row < positions % BLOCK_M, count - full, 0)).to(tl.float32)
     _, part_mean, part_m2 = merge_rows(mean, m2, counts)
-    column = channel + tl.arange(0, TILE.block_n)
+    column = channel + tl.arange(0, BLOCK_N)
     store_part(workspace_ptr, part, channels, column, column < channels, part_mean, part_m2)
 
 

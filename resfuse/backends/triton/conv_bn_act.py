@@ -51,6 +51,8 @@ def conv_bn_act_kernel(
     Reads x, w and the residual, writes out: itemsize (N H W C + K R S C / GROUPS + 2 M K) bytes at best.
     """
     K: tl.constexpr = CONV.k
+    BLOCK_M: tl.constexpr = CONV.block_m
+    BLOCK_N: tl.constexpr = CONV.block_n
     tiles = tiles_m * TILES_N * SPLIT_K
     rounds = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
     for i in range(rounds):
@@ -73,7 +75,7 @@ def conv_bn_act_kernel(
             last = arrived == SPLIT_K - 1
             if last:
                 tl.debug_barrier()  # told before any thread reads
-                acc = tl.zeros((CONV.block_m, CONV.block_n), dtype=tl.float32)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 for other in range(SPLIT_K):
                     acc += tl.load(part + other * stride, mask=inside, other=0.0, cache_modifier=".cg")
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)

@@ -36,10 +36,11 @@ def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 @triton.jit
 def output_channels(tile_n, CONV: tl.constexpr):
     """(pack of groups, its channels' numbers, which of them exist) of a tile of N; no tile spans two packs."""
+    BLOCK_N: tl.constexpr = CONV.block_n
     WIDTH: tl.constexpr = CONV.k // CONV.groups * CONV.pack_groups
-    PER_PACK: tl.constexpr = (WIDTH + CONV.block_n - 1) // CONV.block_n
+    PER_PACK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     pack = tile_n // PER_PACK
-    local = (tile_n - pack * PER_PACK) * CONV.block_n + tl.arange(0, CONV.block_n)
+    local = (tile_n - pack * PER_PACK) * BLOCK_N + tl.arange(0, BLOCK_N)
     channels = pack * WIDTH + local
     return pack, channels, (local < WIDTH) & (channels < CONV.k)
 
@@ -60,6 +61,8 @@ def tap_sums(
     """The sums [BLOCK_M, BLOCK_N], of what `group` of the pack contributes or (not ISOLATE) all of them."""
     C: tl.constexpr = CONV.c
     S: tl.constexpr = CONV.s
+    BLOCK_M: tl.constexpr = CONV.block_m
+    BLOCK_N: tl.constexpr = CONV.block_n
     BLOCK_K: tl.constexpr = CONV.block_k
     PACK_GROUPS: tl.constexpr = CONV.pack_groups
     PACK_ROW: tl.constexpr = CONV.pack_row
@@ -70,7 +73,7 @@ def tap_sums(
     STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
     STEPS_OF_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
     EVEN_RUN: tl.constexpr = RUN % (BLOCK_K * SPLIT_K) == 0 and CONV.groups % PACK_GROUPS == 0
-    EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % CONV.block_n == 0 and CONV.groups % PACK_GROUPS == 0
+    EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % BLOCK_N == 0 and CONV.groups % PACK_GROUPS == 0
     PADDED: tl.constexpr = CONV.pad_h > 0 or CONV.pad_w > 0
     STRIDED: tl.constexpr = CONV.stride_h > 1 or CONV.stride_w > 1
     STAGES: tl.constexpr = 1 if ISOLATE else None  # seldom run: no registers for it
@@ -88,7 +91,7 @@ def tap_sums(
     w_row = channels.to(pixels.dtype) * (CONV.r * S * CG)
     group_of_channel = (channels - pack * (PACK_GROUPS * KG)) // KG
 
-    acc = tl.zeros((CONV.block_m, CONV.block_n), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for r in tl.range(CONV.r, num_stages=STAGES):
         for s in tl.range(TAPS_W, num_stages=STAGES):
             row_mask = in_range
