@@ -64,7 +64,11 @@ class Instructions(NamedTuple):
 def tool(name: str = "cuobjdump") -> Path | None:
     """A tool of the CUDA toolkit: from Triton's wheel, which is as new as torch, from a toolkit, or on PATH."""
     triton = importlib.util.find_spec("triton")
-    folders = [Path(wheel, "backends", "nvidia", "bin") for wheel in (triton.submodule_search_locations or [])] if triton else []
+    folders = (
+        [Path(wheel, "backends", "nvidia", "bin") for wheel in (triton.submodule_search_locations or [])]
+        if triton
+        else []
+    )
     folders += [home / "bin" for home in _build.candidate_homes(os.environ, sys.path)]
     on_path = shutil.which(name)
     found = [folder / name for folder in folders if (folder / name).is_file()]

@@ -52,7 +52,9 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.kernel_resources", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.kernel_resources", description=(__doc__ or "").split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     triton = commands.add_parser("triton", help="compile the Triton kernels")
     add = triton.add_argument
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for row in rows if "error" not in row]
     console.print(_table(rows))
     for row in errors:
-        console.print(f"[red]sm_{row['arch']} {row['kernel']}, {row['layer']}:[/] {escape(row['error'])}", soft_wrap=True)
+        console.print(
+            f"[red]sm_{row['arch']} {row['kernel']}, {row['layer']}:[/] {escape(row['error'])}", soft_wrap=True
+        )
     path = args.output or RESULTS / args.command / "resources.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -105,7 +109,13 @@ def _table(rows: Sequence[Row]) -> Table:
     for (kernel, name, arch), found in itertools.groupby(sorted(rows, key=variant), key=variant):
         group = list(found)
         most = [max(row[column] for row in group) for column in ("registers", "spill", "shared")]
-        cells = (arch, len(group), *most, min(row["blocks"] for row in group), max(row["instructions"] for row in group))
+        cells = (
+            arch,
+            len(group),
+            *most,
+            min(row["blocks"] for row in group),
+            max(row["instructions"] for row in group),
+        )
         table.add_row(kernel.removesuffix("_kernel"), escape(name), *map(str, cells))
     return table
 

@@ -26,7 +26,7 @@ from resfuse.backends.triton.bn_tile import (
     tile_channels,
     whole_statistics,
 )
-from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided, write_back
+from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
 from resfuse.backends.triton.plan import COOPERATIVE, ELEMENTWISE, REDUCTION, batch_norm_plan
 from resfuse.backends.triton.reduce import (
     grid_barrier,
@@ -36,7 +36,7 @@ from resfuse.backends.triton.reduce import (
     sum_parts,
     update_running,
 )
-from resfuse.layout import dense, ordered_like, residual_for
+from resfuse.layout import copy_back, dense, ordered_like, residual_for
 from resfuse.types import BatchNorm
 
 
@@ -211,7 +211,7 @@ def bn_act_forward(
     mean, invstd = _vector_like(input), _vector_like(input)
     pointers = (input, residual, output, weight, bias, running_mean, running_var, mean, invstd)
     _reduce(bn_train_forward_kernel, input, pointers, (float(bn.momentum), float(bn.eps)), RELU=relu)
-    write_back(bn, running_mean, running_var)
+    copy_back(bn, running_mean, running_var)
     return output, mean, invstd
 
 

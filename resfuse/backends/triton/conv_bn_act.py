@@ -19,7 +19,7 @@ from resfuse.backends.triton.conv_tile import (
     output_pixels,
     tile_of,
 )
-from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided, write_back
+from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
 from resfuse.backends.triton.plan import COOPERATIVE, conv_plan
 from resfuse.backends.triton.reduce import (
     grid_barrier,
@@ -31,7 +31,7 @@ from resfuse.backends.triton.reduce import (
     tile_statistics,
     update_running,
 )
-from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, residual_for
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
 
 
@@ -240,12 +240,12 @@ def _train(
             IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
             num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
         )  # fmt: skip
-    write_back(bn, running_mean, running_var)
+    copy_back(bn, running_mean, running_var)
 
 
 def _output(input: Tensor, conv_weight: Tensor, convolution: Convolution) -> Tensor:
     """Memory that a convolution kernel writes to."""
-    shape = conv_output_shape(input.shape, conv_weight.shape, *convolution[:3])
+    shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
 
 

@@ -19,7 +19,6 @@ from triton.runtime import driver
 
 from resfuse.backends.triton import INTERPRETED
 from resfuse.backends.triton.config import INTERPRETER, DeviceProperties, cuda_properties
-from resfuse.types import BatchNorm
 
 if INTERPRETED:
     from resfuse.backends.triton import interpreter
@@ -226,10 +225,3 @@ def shared_words(purpose: str, device: torch.device, size: int) -> Tensor:
 def unstrided(*vectors: Tensor | None) -> list[Tensor | None]:
     """Per-channel vectors with the stride of one that kernels read them by."""
     return [vector if vector is None else vector.contiguous() for vector in vectors]
-
-
-def write_back(bn: BatchNorm, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Copy running statistics that were updated in a contiguous copy to where they came from."""
-    for statistic, updated in ((bn.running_mean, running_mean), (bn.running_var, running_var)):
-        if statistic is not None and updated is not None and updated is not statistic:
-            statistic.copy_(updated)

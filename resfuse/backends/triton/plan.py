@@ -159,21 +159,18 @@ def chosen_config(problem: ConvProblem, device: DeviceProperties) -> ConvConfig:
     return tables.lookup(problem, device) or heuristic_config(problem, device)
 
 
-_forced: dict[Kind, ConvConfig] = {}
+_forced: dict[Kind, ConvConfig | None] = {}
 
 
 @contextmanager
-def forced(kind: Kind, config: ConvConfig) -> Iterator[None]:
-    """Inside, in every thread of the process, all problems of a kind run with this configuration (to measure it)."""
+def forced(kind: Kind, config: ConvConfig | None) -> Iterator[None]:
+    """Inside, in every thread of the process, all problems of a kind run with this configuration (None: as chosen)."""
     before = _forced.get(kind)
     _forced[kind] = config
     try:
         yield
     finally:
-        if before is None:
-            del _forced[kind]
-        else:
-            _forced[kind] = before
+        _forced[kind] = before
 
 
 def forget() -> None:
