@@ -2,7 +2,7 @@
 
 All kernels cut a tensor into tiles of BLOCK_M positions x BLOCK_N channels.  `images` and `positions` describe the
 memory: NHWC is one image of N*H*W positions, each with its channels side by side; NCHW is N images, each channel with
-its H*W positions side by side.  Tiles (TILE: `plan.BatchNormTile`) are counted blocks of positions first, images second:
+its H*W positions side by side.  Tiles (TILE: `plan.BatchNormTile`) are counted by positions first, images second:
 
                  channels                             positions
               +----+----+----+                     +----+----+--
