@@ -9,8 +9,8 @@ Problem and config hold the fields of `ConvProblem` and `ConvConfig`.  `python -
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import importlib.metadata
 import json
 import logging
 import math
@@ -53,13 +53,7 @@ class Entry(NamedTuple):
     microseconds: float
 
 
-@dataclasses.dataclass
-class Table:
-    """The measurements of one kind of device."""
-
-    device: str
-    triton: str
-    entries: dict[ConvProblem, Entry] = dataclasses.field(default_factory=dict)
+Entries = dict[ConvProblem, Entry]
 
 
 def user_folder() -> Path:
@@ -89,7 +83,7 @@ def lookup(problem: ConvProblem, device: DeviceProperties) -> ConvConfig | None:
         if (entry := table.get(problem)) is not None and entry.config in allowed:
             return entry.config
     near = [
-        (_distance(candidate, problem), entry.config)
+        (sum(abs(math.log(a / b)) for a, b in zip(candidate.gemm, problem.gemm, strict=True)), entry.config)
         for table in tables
         for candidate, entry in table.items()
         if _family(candidate) == _family(problem) and entry.config in allowed
@@ -103,11 +97,25 @@ def forget() -> None:
     _tables.cache_clear()
 
 
-def read(path: Path) -> Table:
-    """The table in a file.
+@functools.lru_cache
+def _tables(device: str) -> tuple[Entries, ...]:
+    """The tables found for a device.  A bad one costs a warning, never a training step."""
+    found = []
+    for path in (user_folder() / file_name(device), SHIPPED / file_name(device)):
+        try:
+            found.append(read(path, device))
+        except FileNotFoundError:
+            continue
+        except (TableError, OSError) as error:
+            logger.warning("%s is not used: %s", path, error)
+    return tuple(found)
+
+
+def read(path: Path, device: str) -> Entries:
+    """The entries of a device's table.
 
     Raises:
-        TableError: not JSON, not a table, or one of another version; the message says which entry is wrong.
+        TableError: not a table of this version and device; the message says what is wrong.
         OSError: it cannot be read.
     """
     try:
@@ -116,29 +124,29 @@ def read(path: Path) -> Table:
         raise TableError(f"not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise TableError(f"not a table of version {VERSION}")
-    if not isinstance(content.get("device"), str) or not isinstance(content.get("entries"), list):
-        raise TableError("device or entries are missing")
-    table = Table(content["device"], str(content.get("triton")))
+    if content.get("device") != device or not isinstance(content.get("entries"), list):
+        raise TableError(f"a table for {content.get('device')}, not for {device}, or without entries")
+    entries = {}
     for index, entry in enumerate(content["entries"]):
         try:
-            table.entries[_problem(entry["problem"])] = Entry(_config(entry["config"]), float(entry["microseconds"]))
+            problem, config = canonical(_problem(entry["problem"])), _config(entry["config"])
+            entries[problem] = Entry(config, float(entry["microseconds"]))
         except (KeyError, TypeError, ValueError) as error:
             raise TableError(f"entry {index}: {type(error).__name__}: {error}") from None
-    return table
+    return entries
 
 
-def write(path: Path, table: Table) -> None:
+def write(path: Path, device: str, entries: Entries) -> None:
     """Write a table; whoever reads the file meanwhile finds the old or the new one, whole."""
-    entries = [
-        {
+    lines = ",\n".join(
+        "  " + json.dumps({
             "problem": {**problem._asdict(), "dtype": str(problem.dtype).removeprefix("torch.")},
             "config": entry.config._asdict(),
             "microseconds": entry.microseconds,
-        }
-        for problem, entry in table.entries.items()
-    ]
-    lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
-    head = json.dumps({"version": VERSION, "device": table.device, "triton": table.triton})
+        })
+        for problem, entry in entries.items()
+    )  # fmt: skip
+    head = json.dumps({"version": VERSION, "device": device, "triton": importlib.metadata.version("triton")})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -148,33 +156,10 @@ def write(path: Path, table: Table) -> None:
         temporary.unlink(missing_ok=True)
 
 
-@functools.lru_cache
-def _tables(device: str) -> tuple[dict[ConvProblem, Entry], ...]:
-    """The tables found for a device.  A bad one costs a warning, never a training step."""
-    found = []
-    for path in (user_folder() / file_name(device), SHIPPED / file_name(device)):
-        try:
-            table = read(path)
-        except FileNotFoundError:
-            continue
-        except (TableError, OSError) as error:
-            logger.warning("%s is not used: %s", path, error)
-            continue
-        if table.device != device:
-            logger.warning("%s is not used: it is for %s, not for %s", path, table.device, device)
-            continue
-        found.append({canonical(problem): entry for problem, entry in table.entries.items()})
-    return tuple(found)
-
-
 def _family(problem: ConvProblem) -> tuple[Any, ...]:
     """The fields that the nearest shape must have in common."""
     p = problem
     return p.kind, p.dtype, p.precision, p.r, p.s, p.stride, p.dilation, p.groups > 1
-
-
-def _distance(one: ConvProblem, other: ConvProblem) -> float:
-    return sum(abs(math.log(a / b)) for a, b in zip(one.gemm, other.gemm, strict=True))
 
 
 def _problem(fields: dict[str, Any]) -> ConvProblem:
