@@ -131,10 +131,9 @@ class _Convolutions(TorchDispatchMode):
         self.found: dict[tuple[torch.Size, torch.Size, Convolution], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution.default:
-            x, w, _, stride, padding, dilation, _, _, groups = args
-            convolution = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-            self.found[x.shape, w.shape, convolution] = None
+        if func is torch.ops.resfuse.conv_bn_act_eval.default:
+            *pairs, groups = args[9:13]
+            self.found[args[0].shape, args[1].shape, Convolution(*map(tuple, pairs), groups)] = None
         return func(*args, **(kwargs or {}))
 
 

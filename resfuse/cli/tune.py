@@ -187,17 +187,14 @@ class _Convolutions(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[tuple[Any, ...], None] = {}
+        self.found: dict[tuple[torch.Size, torch.Size, Convolution], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        settings: Any = None
-        if func is torch.ops.aten.convolution.default:
-            settings = (*args[3:6], args[8])
-        elif func is torch.ops.resfuse.conv_bn_act_eval.default:
-            settings = args[9:13]
-        if settings is not None:
-            *pairs, groups = settings
-            self.found[args[0].shape, args[1].shape, (*map(tuple, pairs), groups)] = None
+        first = {torch.ops.aten.convolution.default: 3, torch.ops.resfuse.conv_bn_act_eval.default: 9}.get(func)
+        if first is not None:
+            stride, padding, dilation = map(tuple, args[first : first + 3])
+            groups = args[8] if first == 3 else args[12]
+            self.found[args[0].shape, args[1].shape, Convolution(stride, padding, dilation, groups)] = None
         return func(*args, **(kwargs or {}))
 
 
@@ -210,7 +207,8 @@ def layer_problems(
         ModuleNotFoundError: torchvision is not installed.
         ValueError: torchvision has no such model.
     """
-    with torch.device("meta"), torch.no_grad(), _Convolutions() as mode:
+    mode = _Convolutions()
+    with torch.device("meta"), torch.no_grad(), mode:
         if model == CIFAR:
             from resfuse.models import cifar_resnet
 
@@ -222,10 +220,10 @@ def layer_problems(
     switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     precision: Precision = "tf32" if switch == "tf32" else "ieee"
     return [
-        ConvProblem(kind, dtype, batch, x[2], x[3], x[1], w[0], w[2], w[3], *settings, precision)
+        ConvProblem(kind, dtype, batch, x[2], x[3], x[1], w[0], w[2], w[3], *convolution, precision)
         for batch in batches
         for kind in kinds
-        for x, w, settings in mode.found
+        for x, w, convolution in mode.found
     ]
 
 
