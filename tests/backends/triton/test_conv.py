@@ -40,8 +40,8 @@ TILES = {
     "bands_of_three": ConvConfig(16, 16, 32, 4, 3, group_m=3),
 }
 SPLIT = ConvConfig(32, 16, 16, 4, 3, split_k=4)
-# Tails in M (2*5*7 pixels), N (40 channels) and K (72), at every tap.
-TAILS = Convolution((2, 72, 5, 7), 40, (3, 3), padding=(1, 1))
+# Tails in M (5*7 pixels), N (24 channels) and K (72), at every tap.
+TAILS = Convolution((1, 72, 5, 7), 24, (3, 1), padding=(1, 0))
 
 
 def check(
@@ -197,11 +197,15 @@ def test_forms_of_training(device: DeviceProperties) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32_follows_the_switch_of_torch(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+def test_float32_follows_the_switch_of_torch(precision: str) -> None:
     x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
-    with launch.collected(H100) as specs:
-        triton.conv_forward(x, w, None, UNIT)
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, precision
+    try:
+        with launch.collected(H100) as specs:
+            triton.conv_forward(x, w, None, UNIT)
+    finally:
+        switch.fp32_precision = before
     assert specs[0].constants["CONV"].precision == precision
 
 
