@@ -195,25 +195,11 @@ def compile_for(spec: Any, capability: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    return triton.compile(_source(spec), target=GPUTarget("cuda", capability, 32), options=spec.options)
+    return triton.compile(source(spec), target=GPUTarget("cuda", capability, 32), options=spec.options)
 
 
-def front_end(spec: Any, capability: int) -> Any:
-    """The kernel in Triton's first intermediate form: whatever Triton rejects in the source, it rejects here."""
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import make_backend
-
-    source, target = _source(spec), GPUTarget("cuda", capability, 32)
-    backend, context = make_backend(target), ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    options = backend.parse_options(spec.options)
-    codegen = backend.get_codegen_implementation(options), backend.get_module_map()
-    return source.make_ir(target, options, *codegen, context)
-
-
-def _source(spec: Any) -> Any:
+def source(spec: Any) -> Any:
+    """The kernel and its specialisation, as Triton's compiler takes them."""
     from triton.compiler import ASTSource
 
     index = {name: (i,) for i, name in enumerate(spec.signature)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -16,15 +15,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor
 
-from resfuse.backends.triton import configs, heuristics, tuning
-from resfuse.backends.triton.problems import DTYPES, KINDS, PRECISIONS, ConvConfig, ConvProblem
-from resfuse.cli import main, tune, tune_layers
-from resfuse.cli.tune_trials import Measure, Trial
-
-pytest.importorskip("triton")
-from resfuse.backends.triton import launch
-from resfuse.backends.triton.launch import A100, H100, DeviceProperties
+from resfuse.backends import dispatch
+from resfuse.backends.triton import config, plan, tables
+from resfuse.backends.triton.config import (
+    A100,
+    DTYPES,
+    H100,
+    KINDS,
+    PRECISIONS,
+    ConvConfig,
+    ConvProblem,
+    DeviceProperties,
+    every_config,
+    heuristic_config,
+    ranked,
+)
+from resfuse.backends.triton.plan import chosen_config
+from resfuse.cli import main, tune
+from resfuse.cli.tune import Trial
 
 SMALL = DeviceProperties("NVIDIA GeForce RTX 3060", (8, 6), 28, 101376)
 LAYER = ConvProblem("forward", torch.bfloat16, 32, 28, 28, 128, 128, 3, 3, padding=(1, 1))
@@ -34,26 +44,24 @@ LAYER = ConvProblem("forward", torch.bfloat16, 32, 28, 28, 128, 128, 3, 3, paddi
 def _own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No table but those that a test writes."""
     monkeypatch.setenv("RESFUSE_TRITON_TABLES", str(tmp_path / "user"))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    configs.forget()
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    plan.forget()
     yield
-    configs.forget()
-
-
-def other_config(problem: ConvProblem, device: DeviceProperties = H100) -> ConvConfig:
-    """A configuration that is allowed, and not the one that heuristics choose."""
-    return configs.ranked(problem, device)[-1]
+    plan.forget()
 
 
 def install(
-    entries: dict[ConvProblem, ConvConfig], device: DeviceProperties = H100, folder: Path | None = None
+    configs: dict[ConvProblem, ConvConfig], device: DeviceProperties = H100, folder: Path | None = None
 ) -> Path:
     """Write a table to where it is looked for."""
-    path = (folder or tuning.user_folder()) / tuning.file_name(device.name)
-    table = tuning.Table(device.name, "3.6.0", {key: tuning.Entry(value, 12.5) for key, value in entries.items()})
-    tuning.write(path, table)
-    configs.forget()
+    path = (folder or tables.user_folder()) / tables.file_name(device.name)
+    tables.write(path, device.name, {problem: tables.Entry(config, 12.5) for problem, config in configs.items()})
+    plan.forget()
     return path
+
+
+OTHER = ranked(LAYER, H100)[-1]
+"""A configuration that is allowed, and that the heuristics do not choose."""
 
 
 # --- heuristics ------------------------------------------------------------------------------------------------------
@@ -78,137 +86,123 @@ def problems(draw: st.DrawFn) -> ConvProblem:
 
 @given(problem=problems(), device=st.sampled_from([A100, H100, SMALL]))
 def test_heuristics_keep_within_limits(problem: ConvProblem, device: DeviceProperties) -> None:
-    config = configs.conv_config(problem, device)
-    blocks = (config.block_m, config.block_n, config.block_k)
-    assert all(is_power_of_two(block) and block >= 16 for block in blocks)
-    assert is_power_of_two(config.num_warps) and is_power_of_two(config.split_k)
-    assert heuristics.shared_memory(problem, config) <= device.shared_memory
-    channels = problem.group_out if problem.kind in ("forward", "train") else problem.group_in
-    assert config.block_n < 2 * max(16, channels), "wider than the channels, padded to a power of two"
-    steps = heuristics.split_steps(problem, config)
-    assert (config.split_k - 1) * math.ceil(steps / config.split_k) < steps, "a part of split_k has nothing to do"
-    assert not (problem.kind == "train" and config.split_k > 1), "batch statistics need whole sums"
+    chosen = chosen_config(problem, device)
+    assert all(is_power_of_two(block) and block >= 16 for block in chosen[:3])
+    assert is_power_of_two(chosen.num_warps) and is_power_of_two(chosen.split_k)
+    assert chosen.shared_memory(problem) <= device.shared_memory
+    assert chosen.block_n < 2 * max(16, problem.group_out), "wider than the channels, padded to a power of two"
+    steps = chosen.steps(problem)
+    assert (chosen.split_k - 1) * math.ceil(steps / chosen.split_k) < steps, "a part of split_k has nothing to do"
+    assert not (problem.kind == "train" and chosen.split_k > 1), "batch statistics need whole sums"
     if problem.uses_tensor_cores:
-        assert config.block_m >= 64, "wgmma has 64 rows"
-    every = configs.every_config(problem, device)
-    assert config in every
-    assert len(set(every)) == len(every)
-    assert configs.ranked(problem, device)[0] == config
-    assert set(configs.ranked(problem, device)) == set(every)
+        assert chosen.block_m >= 64, "wgmma has 64 rows"
+    every = every_config(problem, device)
+    assert chosen in every and len(set(every)) == len(every)
+    assert ranked(problem, device)[0] == chosen
+    assert set(ranked(problem, device)) == set(every)
 
 
 def test_large_problems_get_large_tiles_and_small_ones_fill_the_gpu() -> None:
     def choice(n: int, size: int, c: int, k: int, kernel: int) -> tuple[ConvProblem, ConvConfig]:
         padding = (kernel // 2, kernel // 2)
         problem = ConvProblem("forward", torch.bfloat16, n, size, size, c, k, kernel, kernel, padding=padding)
-        return problem, configs.conv_config(problem, H100)
+        return problem, chosen_config(problem, H100)
 
     assert choice(256, 14, 256, 256, 3)[1].block_n == 128
     for arguments in ((1, 7, 512, 512, 3), (1, 7, 2048, 512, 1), (1, 14, 1024, 256, 1)):
-        problem, config = choice(*arguments)
-        assert heuristics.tiles(problem, config) * config.split_k >= H100.num_sms / 2
+        problem, chosen = choice(*arguments)
+        assert math.prod(chosen.tiles(problem)) * chosen.split_k >= H100.num_sms / 2
     assert choice(1, 7, 2048, 512, 1)[1].split_k > 1
 
 
 def test_gemm_sizes() -> None:
-    problem = dataclasses.replace(LAYER, n=2, h=9, w=7, c=6, k=10, stride=(2, 2), groups=2)
-    sizes = {
-        kind: (p.gemm_m, p.gemm_n, p.gemm_k)
-        for kind in KINDS
-        for p in [dataclasses.replace(problem, kind=kind)]
-    }  # fmt: skip
-    assert sizes == {
-        "forward": (40, 5, 27), "train": (40, 5, 27), "dgrad": (126, 3, 45), "wgrad": (5, 27, 40),
-    }  # fmt: skip
+    assert LAYER._replace(n=2, h=9, w=7, c=6, k=10, stride=(2, 2), groups=2).gemm == (40, 5, 27)
 
 
 def test_forced_configurations() -> None:
-    usual, forced = configs.conv_config(LAYER, H100), other_config(LAYER)
-    with configs.forced("forward", forced):
-        assert configs.conv_config(LAYER, H100) == forced
-        with configs.forced("forward", usual):
-            assert configs.conv_config(LAYER, H100) == usual
-        assert configs.conv_config(LAYER, H100) == forced
-        assert configs.conv_config(dataclasses.replace(LAYER, kind="dgrad"), H100) != forced
-    assert configs.conv_config(LAYER, H100) == usual != forced
+    def current(kind: config.Kind = "forward") -> ConvConfig:
+        x, w = (
+            torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((32, 128, 28, 28), (128, 128, 3, 3))
+        )
+        return plan.conv_plan(kind, x, w, plan.Convolution((1, 1), (1, 1), (1, 1), 1), H100).config
+
+    usual, trained = current(), current("train")
+    with plan.forced("forward", OTHER):
+        assert current() == OTHER
+        with plan.forced("forward", usual):
+            assert current() == usual
+        assert (current(), current("train")) == (OTHER, trained)
+    assert current() == usual != OTHER
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_no_table_is_no_trouble(caplog: pytest.LogCaptureFixture) -> None:
-    assert configs.conv_config(LAYER, H100) == heuristics.heuristic_config(LAYER, H100)
+    assert chosen_config(LAYER, H100) == heuristic_config(LAYER, H100)
     assert not caplog.records
 
 
-def test_exact_shape(caplog: pytest.LogCaptureFixture) -> None:
-    near = dataclasses.replace(LAYER, n=33)
-    install({near: configs.ranked(near, H100)[1], LAYER: other_config(LAYER)})
-    assert configs.conv_config(LAYER, H100) == other_config(LAYER)
-    tf32 = dataclasses.replace(LAYER, precision="tf32")
-    assert configs.conv_config(tf32, H100) == other_config(LAYER), "bfloat16 has no precision"
+def test_exact_shape_before_the_nearest(caplog: pytest.LogCaptureFixture) -> None:
+    second = ranked(LAYER, H100)[1]
+    install({LAYER._replace(n=33): second, LAYER: OTHER, LAYER._replace(n=100): second})
+    assert chosen_config(LAYER, H100) == OTHER
+    assert chosen_config(LAYER._replace(precision="tf32"), H100) == OTHER, "bfloat16 has no precision"
+    assert chosen_config(LAYER._replace(n=31), H100) == OTHER
+    assert chosen_config(LAYER._replace(n=90), H100) == second
     assert not caplog.records
-
-
-def test_nearest_shape_of_the_family() -> None:
-    wanted, farther = other_config(LAYER), configs.ranked(LAYER, H100)[1]
-    install({dataclasses.replace(LAYER, n=8): farther, dataclasses.replace(LAYER, n=24): wanted})
-    assert configs.conv_config(LAYER, H100) == wanted
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"n": 512, "h": 112}, {"kind": "dgrad"}, {"dtype": torch.float16}, {"r": 1, "s": 1, "padding": (0, 0)},
+        {"n": 512, "h": 112}, {"kind": "train"}, {"dtype": torch.float16}, {"r": 1, "s": 1, "padding": (0, 0)},
         {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_far_shapes_and_other_families_do_not_count(changes: dict[str, object]) -> None:
-    other = dataclasses.replace(LAYER, **changes)  # type: ignore[arg-type]
-    install({other: other_config(other)})
-    assert configs.conv_config(LAYER, H100) == heuristics.heuristic_config(LAYER, H100)
+    other = LAYER._replace(**changes)  # type: ignore[arg-type]
+    install({other: ranked(other, H100)[-1]})
+    assert chosen_config(LAYER, H100) == heuristic_config(LAYER, H100)
 
 
 def test_precisions_of_float32_are_families() -> None:
-    ieee = dataclasses.replace(LAYER, dtype=torch.float32)
-    install({ieee: other_config(ieee)})
-    assert configs.conv_config(ieee, H100) == other_config(ieee)
-    tf32 = dataclasses.replace(ieee, precision="tf32")
-    assert configs.conv_config(tf32, H100) == heuristics.heuristic_config(tf32, H100)
+    ieee = LAYER._replace(dtype=torch.float32)
+    install({ieee: ranked(ieee, H100)[-1]})
+    assert chosen_config(ieee, H100) == ranked(ieee, H100)[-1]
+    tf32 = ieee._replace(precision="tf32")
+    assert chosen_config(tf32, H100) == heuristic_config(tf32, H100)
 
 
 def test_configurations_that_do_not_fit_the_problem_are_passed_over() -> None:
-    beyond = dataclasses.replace(other_config(LAYER), block_n=512)
-    split = next(config for config in configs.ranked(LAYER, H100) if config.split_k == 2)
-    shallow = dataclasses.replace(LAYER, c=32)
-    install({LAYER: beyond, dataclasses.replace(LAYER, c=64): split})
-    assert configs.conv_config(LAYER, H100) == split
-    assert configs.conv_config(shallow, H100) == heuristics.heuristic_config(shallow, H100)
+    split = next(candidate for candidate in ranked(LAYER, H100) if candidate.split_k == 2)
+    shallow = LAYER._replace(c=32)
+    install({LAYER: OTHER._replace(block_n=512), LAYER._replace(c=64): split})
+    assert chosen_config(LAYER, H100) == split
+    assert chosen_config(shallow, H100) == heuristic_config(shallow, H100)
 
 
 def test_users_table_comes_before_the_shipped_one() -> None:
-    shipped, own = configs.ranked(LAYER, H100)[1:3]
-    path = install({LAYER: shipped}, folder=tuning.SHIPPED)
-    assert configs.conv_config(LAYER, H100) == shipped
+    shipped, own = ranked(LAYER, H100)[1:3]
+    install({LAYER: shipped}, folder=tables.SHIPPED)
+    assert chosen_config(LAYER, H100) == shipped
     install({LAYER: own})
-    assert configs.conv_config(LAYER, H100) == own
-    path.unlink()
+    assert chosen_config(LAYER, H100) == own
 
 
-def test_tables_are_of_one_device(caplog: pytest.LogCaptureFixture) -> None:
-    path = install({LAYER: other_config(LAYER)})
-    assert configs.conv_config(LAYER, A100) == heuristics.heuristic_config(LAYER, A100)
+def test_tables_are_for_one_device(caplog: pytest.LogCaptureFixture) -> None:
+    path = install({LAYER: OTHER})
+    assert chosen_config(LAYER, A100) == heuristic_config(LAYER, A100)
     assert not caplog.records
-    path.rename(path.with_name(tuning.file_name(A100.name)))
-    configs.forget()
-    assert configs.conv_config(LAYER, A100) == heuristics.heuristic_config(LAYER, A100)
-    assert f"it is of {H100.name}, not of {A100.name}" in caplog.text
+    path.rename(path.with_name(tables.file_name(A100.name)))
+    plan.forget()
+    assert chosen_config(LAYER, A100) == heuristic_config(LAYER, A100)
+    assert f"a table for {H100.name}, not for {A100.name}" in caplog.text
 
 
 def _change(path: Path, *keys: str | int, value: object) -> None:
-    content = json.loads(path.read_text())
-    place = content
+    content = place = json.loads(path.read_text())
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
@@ -221,96 +215,99 @@ def _change(path: Path, *keys: str | int, value: object) -> None:
         lambda path: path.write_text(path.read_text()[:-9]),
         lambda path: path.write_bytes(b"\xff\xfe"),
         lambda path: path.write_text("[]"),
+        lambda path: (path.unlink(), path.mkdir()),
         lambda path: _change(path, "version", value=2),
         lambda path: _change(path, "entries", value={}),
         lambda path: _change(path, "entries", 0, value=[]),
         lambda path: _change(path, "entries", 0, "microseconds", value="fast"),
         lambda path: _change(path, "entries", 0, "problem", "kind", value="sideways"),
         lambda path: _change(path, "entries", 0, "problem", "dtype", value="nn"),
-        lambda path: _change(path, "entries", 0, "problem", "dtype", value=3),
         lambda path: _change(path, "entries", 0, "problem", "stride", value=[1]),
         lambda path: _change(path, "entries", 0, "problem", "stride", value=[0, 1]),
         lambda path: _change(path, "entries", 0, "problem", "groups", value=3),
         lambda path: _change(path, "entries", 0, "problem", "h", value=0),
         lambda path: _change(path, "entries", 0, "problem", "n", value=1.5),
         lambda path: _change(path, "entries", 0, "problem", "color", value="red"),
-        lambda path: _change(path, "entries", 0, "config", "block_m", value=True),
         lambda path: _change(path, "entries", 0, "config", "num_stages", value=-1),
         lambda path: _change(path, "entries", 0, "config", value={"block_m": 64}),
     ],
 )
 def test_malformed_tables_are_a_warning(damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
-    path = install({LAYER: other_config(LAYER)})
+    path = install({LAYER: OTHER})
     damage(path)
-    configs.forget()
-    assert configs.conv_config(LAYER, H100) == heuristics.heuristic_config(LAYER, H100)
+    plan.forget()
+    assert chosen_config(LAYER, H100) == heuristic_config(LAYER, H100)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert f"{path} is not used: " in caplog.text
-    configs.conv_config(dataclasses.replace(LAYER, n=1), H100)
+    chosen_config(LAYER._replace(n=1), H100)
     assert len(caplog.records) == 1, "one warning per file"
 
 
-def test_unreadable_table_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    (tuning.user_folder() / tuning.file_name(H100.name)).mkdir(parents=True)
-    assert configs.conv_config(LAYER, H100) == heuristics.heuristic_config(LAYER, H100)
-    assert "is not used" in caplog.text
-
-
 def test_where_tables_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert tuning.user_folder() == tmp_path / "user"
+    assert tables.user_folder() == tmp_path / "user"
     monkeypatch.delenv("RESFUSE_TRITON_TABLES")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert tuning.user_folder() == tmp_path / "cache" / "resfuse" / "triton"
+    assert tables.user_folder() == tmp_path / "cache" / "resfuse" / "triton"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuning.user_folder() == tmp_path / ".cache" / "resfuse" / "triton"
-    assert tuning.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
+    assert tables.user_folder() == tmp_path / ".cache" / "resfuse" / "triton"
+    assert tables.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
 
 
 def test_writing_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = install({LAYER: other_config(LAYER)})
+    path = install({LAYER: OTHER})
     before = path.read_text()
 
     def interrupted(*paths: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning.os, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tuning.write(path, tuning.Table(H100.name, "3.6.0"))
+        tables.write(path, H100.name, {})
     assert path.read_text() == before
     assert list(path.parent.iterdir()) == [path], "nothing is left behind"
 
 
 def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
-    entries = {
-        dataclasses.replace(LAYER, kind=kind, dtype=dtype): tuning.Entry(other_config(LAYER), 1.5)
-        for kind in KINDS
-        for dtype in DTYPES
-    }
-    table = tuning.Table(H100.name, "3.6.0", entries)
-    tuning.write(tmp_path / "new" / "table.json", table)
-    assert tuning.read(tmp_path / "new" / "table.json") == table
+    entries = {LAYER._replace(kind=kind, dtype=dtype): tables.Entry(OTHER, 1.5) for kind in KINDS for dtype in DTYPES}
+    tables.write(tmp_path / "new" / "table.json", H100.name, entries)
+    assert tables.read(tmp_path / "new" / "table.json", H100.name) == entries
 
 
 # --- python -m resfuse tune ------------------------------------------------------------------------------------------
 
 
 def test_layers_of_networks() -> None:
-    found = tune_layers.layer_problems("cifar_resnet", [4], torch.float16, kinds=["forward", "dgrad"])
-    assert len(found) == 8 + 7, "the images need no gradient"
-    assert found[0] == ConvProblem("forward", torch.float16, 4, 32, 32, 3, 16, 3, 3, padding=(1, 1))
+    found = tune.layer_problems("cifar_resnet", [4], torch.float16, ["forward"])
+    assert len(found) == 8
+    assert found[0]._replace(precision="ieee") == ConvProblem(
+        "forward", torch.float16, 4, 32, 32, 3, 16, 3, 3, padding=(1, 1)
+    )
     pytest.importorskip("torchvision")
-    found = tune_layers.layer_problems("resnet18", [1, 2], torch.bfloat16, kinds=["wgrad"], size=64)
+    found = tune.layer_problems("resnet18", [1, 2], torch.bfloat16, ["train"], size=64)
     assert len(found) == 2 * 11
     assert found[0].stride == (2, 2) and found[0].padding == (3, 3) and (found[0].h, found[0].c) == (64, 3)
-    grouped = tune_layers.layer_problems("resnext50_32x4d", [1], torch.bfloat16, kinds=["forward"])
+    grouped = tune.layer_problems("resnext50_32x4d", [1], torch.bfloat16, ["forward"])
     assert {problem.groups for problem in grouped} == {1, 32}
 
 
 def test_tune_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["tune"]) == tune.CANNOT_RUN == 2
     assert "tune needs a GPU: torch sees no CUDA GPU" in capsys.readouterr().out
+    arguments = ["--model", "cifar_resnet", "--batch", "2", "8", "--kind", "forward", "--candidates", "5"]
+    assert main(["tune", "--dry-run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "16 problems, " in printed
+    assert "forward 8x32x32x16 > 32, 3x3 /2 bfloat16" in printed
+    assert not tables.user_folder().exists()
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    assert main(["tune", "--dry-run", "--model", "resnet51"]) == 2
+    assert "resnet51" in capsys.readouterr().out
 
 
 def test_commands_without_triton() -> None:
@@ -328,179 +325,135 @@ print(main(["tune"]), main(["tune", "--dry-run"]))
     assert "tune needs Triton" in done.stdout
 
 
-def test_dry_run_lists_problems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("COLUMNS", "120")
-    arguments = ["--model", "cifar_resnet", "--batch", "2", "8", "--kind", "forward", "wgrad", "--candidates", "5"]
-    assert main(["tune", "--dry-run", *arguments]) == 0
-    printed = capsys.readouterr().out
-    assert "32 problems, " in printed
-    assert "forward 8x32x32x16 > 32, 3x3 /2 bfloat16" in printed
-    assert not tuning.user_folder().exists()
-
-
-def test_unknown_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
-    assert main(["tune", "--dry-run", "--model", "resnet51"]) == 2
-    assert "resnet51" in capsys.readouterr().out
-
-
 class Bench:
     """Stands for a GPU: knows how long each configuration takes, which are wrong, and which do not run."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[tuple[ConvProblem, ConvConfig]] = []
         self.wrong: set[ConvConfig] = set()
         self.broken: set[ConvConfig] = set()
+        self.interrupt_at = math.inf
+        monkeypatch.setattr(tune, "gpu_time", self.gpu_time)
 
-    def prepare(self, problem: ConvProblem) -> Trial:
+    def prepare(self, problem: ConvProblem, device: object = None) -> Trial:
         bench = self
+        self.interrupt_at -= 1
+        if self.interrupt_at == 0:
+            raise KeyboardInterrupt
 
         class Stub(Trial):
             def __init__(self) -> None:
                 self.problem = problem
-                self.result = torch.zeros(1)
-                self.config: ConvConfig | None = None
 
-            def run(self, config: ConvConfig) -> None:
-                if config in bench.broken:
+            def run(self, candidate: ConvConfig) -> Tensor:
+                bench.tried.append((problem, candidate))
+                if candidate in bench.broken:
                     raise RuntimeError("out of resource: shared memory")
-                self.config = config
+                return torch.zeros(1)
 
-            def deviation(self) -> float:
-                bench.tried.append((problem, self.config))  # type: ignore[arg-type]
-                return math.inf if self.config in bench.wrong else 0.0
+            def deviation(self, result: Tensor) -> float:
+                return math.inf if bench.tried[-1][1] in bench.wrong else 0.0
 
         return Stub()
 
-    def measure(self, call: Callable[[], None]) -> float:
-        call()
-        config = self.tried[-1][1]
-        return 1000.0 / config.block_m + config.num_stages + 10 * (config in self.wrong)
+    def gpu_time(self, call: Callable[[], object]) -> float:
+        candidate = self.tried[-1][1]
+        assert candidate not in self.wrong, "a wrong result was timed"
+        return 1000.0 / candidate.block_m + candidate.num_stages
+
+    def tune(self, problems: list[ConvProblem], path: Path) -> list[tune.Outcome]:
+        outcomes: list[tune.Outcome] = []
+        entries = tables.read(path, H100.name) if path.exists() else {}
+        tune.tune(problems, H100, path, entries, self.prepare, 8, Console(quiet=True), outcomes.append)
+        return outcomes
 
 
-def tuned(bench: Bench, problems: list[ConvProblem], path: Path, candidates: int = 8) -> list[tune.Outcome]:
-    outcomes: list[tune.Outcome] = []
-    table = tune.open_table(path, H100)
-    tune.tune(
-        problems, H100, path, table, bench.prepare, bench.measure, candidates, Console(quiet=True), outcomes.append
-    )
-    return outcomes
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
 
 
-def test_the_fastest_correct_candidate_wins_and_is_used() -> None:
-    path = tuning.user_folder() / tuning.file_name(H100.name)
-    candidates = configs.ranked(LAYER, H100)[:8]
-    fastest = sorted(candidates, key=lambda config: 1000.0 / config.block_m + config.num_stages)
-    bench = Bench()
+def test_the_fastest_correct_candidate_wins_and_is_used(bench: Bench) -> None:
+    path = tables.user_folder() / tables.file_name(H100.name)
+    fastest = sorted(ranked(LAYER, H100)[:8], key=lambda candidate: 1000.0 / candidate.block_m + candidate.num_stages)
     bench.wrong, bench.broken = {fastest[0]}, {fastest[1]}
-    (outcome,) = tuned(bench, [LAYER, LAYER], path)
+    (outcome,) = bench.tune([LAYER, LAYER], path)
     assert outcome.best is not None and outcome.best.config == fastest[2]
     assert sorted(str(failure)[:15] for failure in outcome.failures) == ["ConvConfig(bloc", "out of resource"]
-    assert configs.conv_config(LAYER, H100) == fastest[2], "from the table that was written"
+    assert chosen_config(LAYER, H100) == fastest[2], "from the table that was written"
     assert outcome.heuristic is None or outcome.heuristic >= outcome.best.microseconds
 
 
-def test_tuning_goes_on_where_it_stopped() -> None:
-    path = tuning.user_folder() / "table.json"
-    problems = [LAYER, dataclasses.replace(LAYER, kind="wgrad"), dataclasses.replace(LAYER, kind="dgrad")]
-    bench = Bench()
-    real, calls = bench.prepare, 0
-
-    def interrupted(problem: ConvProblem) -> Trial:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(problem)
-
-    bench.prepare = interrupted  # type: ignore[method-assign]
+def test_tuning_continues_where_it_stopped(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    problems = [LAYER, LAYER._replace(kind="train"), LAYER._replace(n=1)]
+    bench.interrupt_at = 3
     with pytest.raises(KeyboardInterrupt):
-        tuned(bench, problems, path)
-    assert list(tuning.read(path).entries) == problems[:2]
-    bench.prepare, bench.tried = real, []  # type: ignore[method-assign]
-    assert [outcome.problem for outcome in tuned(bench, problems, path)] == problems[2:]
+        bench.tune(problems, path)
+    assert list(tables.read(path, H100.name)) == problems[:2]
+    bench.interrupt_at, bench.tried = math.inf, []
+    assert [outcome.problem for outcome in bench.tune(problems, path)] == problems[2:]
     assert {problem for problem, _ in bench.tried} == {problems[2]}
-    assert list(tuning.read(path).entries) == problems
+    assert list(tables.read(path, H100.name)) == problems
 
 
-def test_problems_that_no_candidate_solves_are_not_written() -> None:
-    path = tuning.user_folder() / "table.json"
-    bench = Bench()
-    bench.wrong = set(configs.every_config(LAYER, H100))
-    (outcome,) = tuned(bench, [LAYER], path)
+def test_problems_that_no_candidate_solves_are_not_written(bench: Bench, tmp_path: Path) -> None:
+    bench.wrong = set(every_config(LAYER, H100))
+    (outcome,) = bench.tune([LAYER], tmp_path / "table.json")
     assert outcome.best is None and outcome.heuristic is None
     assert len(outcome.failures) == 8
-    assert not path.exists()
+    assert not (tmp_path / "table.json").exists()
 
 
-def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "notes.json"
-    path.write_text("{}")
-    with pytest.raises(tuning.TableError, match="not a table of version 1"):
-        tune.open_table(path, H100)
-    with pytest.raises(tuning.TableError, match=f"it is the table of {A100.name}"):
-        tune.open_table(install({}, A100), H100)
-
-
-def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_command(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With the GPU, its clock and its kernels stubbed."""
-    bench = Bench()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune, "_device", lambda measured: (torch.device("cuda", 0), H100))
-    monkeypatch.setattr(tune.registry.backend("triton"), "unavailable_reason", lambda: None)
-    monkeypatch.setattr(tune, "Trial", lambda problem, device: bench.prepare(problem))
-    monkeypatch.setattr(tune, "gpu_time", bench.measure)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(config, "cuda_properties", lambda device: H100)
+    monkeypatch.setattr(dispatch.backend("triton"), "unavailable_reason", lambda: None)
+    monkeypatch.setattr(tune, "Trial", bench.prepare)
     monkeypatch.setenv("COLUMNS", "120")
     command = ["tune", "--model", "cifar_resnet", "--batch", "4", "--kind", "forward", "--candidates", "3"]
+    path = tables.user_folder() / tables.file_name(H100.name)
+
+    def printed() -> str:
+        return " ".join(capsys.readouterr().out.split())
+
     assert main(command) == 0
-    path = tuning.user_folder() / tuning.file_name(H100.name)
-    assert len(tuning.read(path).entries) == 8
-    assert "8 of 8 problems measured" in " ".join(capsys.readouterr().out.split())
+    assert len(tables.read(path, H100.name)) == 8
+    assert "8 of 8 problems measured" in printed()
     assert main(command) == 0
-    assert "0 of 8 problems measured" in " ".join(capsys.readouterr().out.split())
-    path.write_text("mine")
-    assert main(command) == 2
-    assert "is not overwritten" in capsys.readouterr().out
-    assert path.read_text() == "mine"
+    assert "0 of 8 problems measured" in printed()
+    for foreign in ("mine", json.dumps({"version": 1, "device": A100.name, "entries": []})):
+        path.write_text(foreign)
+        assert main(command) == 2
+        assert "is not overwritten" in printed()
+        assert path.read_text() == foreign
 
 
 # --- the trials, by the kernels themselves ---------------------------------------------------------------------------
 
-TINY = ConvProblem("forward", torch.float32, 2, 6, 6, 8, 16, 3, 3, (2, 2), (1, 1))
-
-
-def trial_device() -> torch.device:
-    """Where the kernels run here; skips where they do not."""
-    reason = tune.registry.backend("triton").unavailable_reason()
-    if reason is not None:
-        pytest.skip(reason)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_trials_are_held_against_float64(kind: str, dtype: torch.dtype) -> None:
-    problem = dataclasses.replace(TINY, kind=kind, dtype=dtype)  # type: ignore[arg-type]
-    device = trial_device()
-    trial = Trial(problem, device)
-    calls = []
-
-    def measure(call: Callable[[], None]) -> float:
-        calls.append(call)
-        return 3.0
-
-    properties = launch.properties(device)
-    candidates = configs.ranked(tune_layers.tile_problem(problem), properties)
-    for config in (candidates[0], next((c for c in candidates if c.split_k > 1), candidates[-1])):
-        assert trial.attempt(config, measure) == 3.0
-    assert len(calls) == 2
+def test_trials_are_held_against_float64(
+    kind: config.Kind, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = dispatch.backend("triton").unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    problem = ConvProblem(kind, dtype, 2, 6, 6, 8, 16, 3, 3, (2, 2), (1, 1))
+    trial = Trial(problem, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    timed: list[Callable[[], object]] = []
+    monkeypatch.setattr(tune, "gpu_time", lambda call: timed.append(call) or 3.0)
+    candidates = ranked(plan.tile_problem(problem), H100)
+    for candidate in (candidates[0], next((c for c in candidates if c.split_k > 1), candidates[-1])):
+        assert trial.attempt(candidate) == 3.0
+    assert len(timed) == 2
     trial.exact[0, 0, 0, 0] += 1.0
     with pytest.raises(ArithmeticError, match="is wrong by"):
-        trial.attempt(candidates[0], _never)
-    trial.run = lambda config: None  # type: ignore[method-assign]
+        trial.attempt(candidates[0])
+    monkeypatch.setattr(trial, "run", lambda candidate: torch.full_like(trial.exact, math.nan))
     with pytest.raises(ArithmeticError, match="is wrong by inf"):
-        trial.attempt(candidates[0], _never)
-
-
-_never: Measure = lambda call: pytest.fail("a wrong result was timed")  # noqa: E731
+        trial.attempt(candidates[0])
+    assert len(timed) == 2, "a wrong result was timed"
