@@ -34,7 +34,7 @@ class Code(NamedTuple):
     """One kernel for one architecture."""
 
     target: str
-    """sm_80, sm_90a."""
+    """sm_80, sm_90a; empty for a cubin, which has one."""
     name: str
     """Mangled."""
     registers: int
@@ -46,7 +46,7 @@ class Code(NamedTuple):
 
     @property
     def arch(self) -> int:
-        return int(re.sub(r"\D", "", self.target))
+        return int(re.sub(r"\D", "", self.target) or 0)
 
 
 class Instructions(NamedTuple):

@@ -131,9 +131,9 @@ class _Convolutions(TorchDispatchMode):
         self.found: dict[tuple[torch.Size, torch.Size, Convolution], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.resfuse.conv_bn_act_eval.default:
-            *pairs, groups = args[9:13]
-            self.found[args[0].shape, args[1].shape, Convolution(*map(tuple, pairs), groups)] = None
+        if func is torch.ops.aten.convolution.default:
+            pairs = map(tuple, args[3:6])
+            self.found[args[0].shape, args[1].shape, Convolution(*pairs, args[8])] = None
         return func(*args, **(kwargs or {}))
 
 

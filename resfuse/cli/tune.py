@@ -190,11 +190,9 @@ class _Convolutions(TorchDispatchMode):
         self.found: dict[tuple[torch.Size, torch.Size, Convolution], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        first = {torch.ops.aten.convolution.default: 3, torch.ops.resfuse.conv_bn_act_eval.default: 9}.get(func)
-        if first is not None:
-            stride, padding, dilation = map(tuple, args[first : first + 3])
-            groups = args[8] if first == 3 else args[12]
-            self.found[args[0].shape, args[1].shape, Convolution(stride, padding, dilation, groups)] = None
+        if func is torch.ops.aten.convolution.default:
+            stride, padding, dilation = map(tuple, args[3:6])
+            self.found[args[0].shape, args[1].shape, Convolution(stride, padding, dilation, args[8])] = None
         return func(*args, **(kwargs or {}))
 
 

@@ -266,7 +266,8 @@ def _batch_norm_plan(
     while block_n > 1 and not channels_last and block_n * positions >= _INT32_ELEMENTS:
         block_n //= 2
     tiles, channel_blocks = cdiv(positions, block_m) * images, cdiv(channels, block_n)
-    tiles_per_part = cdiv(tiles, max(1, device.num_sms // channel_blocks))
+    most_programs = 1 if work == ELEMENTWISE else device.num_sms
+    tiles_per_part = cdiv(tiles, max(1, most_programs // channel_blocks))
     parts = cdiv(tiles, tiles_per_part)
     block_parts = min(power_of_two_above(parts), threads * work.elements // block_n)
     return BatchNormPlan(
