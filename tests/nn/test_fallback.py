@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from resfuse.nn import fused_call
 from tests import models
-from tests.fused_pairs import Eager, WithResidual, assert_module_matches, pair
+from tests.nn.pairs import Eager, WithResidual, assert_module_matches, pair
 
 
 def _weight_norm_hook(model: Eager) -> None:

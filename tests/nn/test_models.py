@@ -16,7 +16,8 @@ import resfuse
 import resfuse.nn as rnn
 from resfuse import models as zoo
 from resfuse.nn import PlainBlock, ZeroPadShortcut
-from tests import models, twins
+from tests import models
+from tests.nn import twins
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

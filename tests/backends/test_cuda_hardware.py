@@ -25,11 +25,11 @@ from resfuse import _build
 from resfuse.backends import cuda_conv, registry
 from tests import contract, sanitized, shapes
 from tests.contract import Call
+from tests.needs import ROOT
 from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
 
 pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 
-ROOT = Path(__file__).resolve().parent.parent
 UNAVAILABLE = registry.backend("cuda").unavailable_reason()
 gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
 MOST_HOST_MICROSECONDS = 1000
@@ -92,7 +92,7 @@ def fragments(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(toolkit)
     folder = tmp_path_factory.mktemp("fragments")
     arch = "native" if torch.cuda.is_available() else "sm_80"
-    cubin.compile_program(toolkit, ROOT / "tests" / "cuda_fragments.cu", folder / "fragments", arch)
+    cubin.compile_program(toolkit, Path(__file__).with_name("cuda_fragments.cu"), folder / "fragments", arch)
     return folder / "fragments"
 
 

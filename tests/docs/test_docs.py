@@ -20,8 +20,8 @@ import torch
 import resfuse
 from resfuse import cli
 from tests import needs
+from tests.needs import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]

@@ -12,7 +12,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from resfuse.nn import fused_call
 from tests import models
-from tests.fused_pairs import WithResidual, assert_module_matches, own_block, pair
+from tests.nn.pairs import WithResidual, assert_module_matches, own_block, pair
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.BatchNorm2d(8),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resfuse
 import resfuse.nn as rnn
 from tests import models
-from tests.fused_pairs import OWN_BLOCKS, Alone, Called, Eager, OnlyNorm, WithResidual, assert_module_matches, own_block
+from tests.nn.pairs import OWN_BLOCKS, Alone, Called, Eager, OnlyNorm, WithResidual, assert_module_matches, own_block
 
 
 class EagerPreActBasicBlock(rnn.PreActBasicBlock):

@@ -18,8 +18,9 @@ from torchvision.models import resnet
 import resfuse
 from resfuse.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ZeroPadShortcut
 from resfuse.nn.fused_call import bn_act, conv_bn_act
-from tests import contract, models, shapes, twins
+from tests import contract, models, shapes
 from tests.contract import Call
+from tests.nn import twins
 from tests.shapes import implementations
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,8 @@ from torch.utils import cpp_extension
 
 import resfuse
 from resfuse import _build, _extension, jit
+from tests.needs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:

@@ -13,7 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resfuse.nn as rnn
 from tests import models
-from tests.fused_pairs import Called, Eager, assert_module_matches, own_block, pair
+from tests.nn.pairs import Called, Eager, assert_module_matches, own_block, pair
 from tests.models import reloaded
 
 

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from resfuse.functional import sync_bn_act
 from resfuse.ops.sync_bn_act import merge
 from tests import needs
+from tests.needs import ROOT
 from tests.distributed import worker
 
 PROCESSES = 2
-ROOT = Path(__file__).parent.parent
 SCENARIOS = [
     pytest.param(
         name,
