@@ -6,7 +6,8 @@ One list for all: whoever finds a new odd case adds it here, and every operator,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import resfuse
 from resfuse.backends import registry, triton
 from resfuse.backends.problem import Problem
 from resfuse.layout import conv_output_shape
-from tests.contract import Call
+from tests.contract import Call, Oracle, Results
 from tests.emulator import backend as emulator
 
 Shape4 = tuple[int, int, int, int]
@@ -250,6 +251,53 @@ def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
         if registry.backend(backend).unsupported_reasons(problem):
             return False
     return True
+
+
+def running(op: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """(backend, device) of everything on this machine that runs an operator in a dtype, the reference last."""
+    pairs = [(backend, device) for backend in BACKENDS for device in devices_of(backend)]
+    pairs = [(backend, device) for backend, device in pairs if supports(backend, op, dtype, device)]
+    return sorted(pairs, key=lambda pair: pair[0] == "reference")
+
+
+def check_all(call: Call, needs_grad: Collection[str] | None = None, *, large: bool = False) -> dict[str, Results]:
+    """Hold every backend that runs a call against the contract, by one oracle; returns {backend: its results}.
+
+    The reference's forward is eager itself: it takes part where nothing else does (float64), and in test_differential.
+    Of a `large` call Triton's interpreter is spared, which would take seconds.
+    """
+    oracle = Oracle(call, needs_grad)
+    backends = running(call.op, oracle.dtype)
+    if large and triton.INTERPRETED:
+        backends = [pair for pair in backends if pair[0] != "triton"]
+    if len(backends) > 1:
+        backends = [pair for pair in backends if pair[0] != "reference"]
+    found = {}
+    for backend, device in backends:
+        try:
+            found[backend] = oracle.check(backend, device)
+        except AssertionError as error:
+            raise AssertionError(f"{backend} on {device}: {error}") from error
+    return found
+
+
+def one_form_each(
+    names: Iterable[str], dtypes: Iterable[torch.dtype], forms: Sequence[tuple[Any, ...]]
+) -> list[ParameterSet]:
+    """(name, dtype, form) of all; the default tier has one form of each problem, by turns."""
+    problems = []
+    for i, name in enumerate(names):
+        for j, dtype in enumerate(dtypes):
+            for k, form in enumerate(forms):
+                marks = [] if (i + j + k) % len(forms) == 0 else [pytest.mark.slow]
+                problems.append(pytest.param(name, dtype, form, id=f"{name}-{str(dtype)[6:]}-{k}", marks=marks))
+    return problems
+
+
+def partners(layout: str) -> tuple[str, str]:
+    """Layouts for a second operand beside the first one's: another, and the same."""
+    names = list(LAYOUTS)
+    return names[(names.index(layout) + 3) % len(names)], layout
 
 
 def implementations(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[ParameterSet]:

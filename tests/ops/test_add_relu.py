@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 import resfuse
 from tests import contract, shapes
-from tests.shapes import FAST_DTYPES, LAYOUTS, Values, add_relu_call, implementations
+from tests.shapes import DTYPES, FAST_DTYPES, LAYOUTS, Values, add_relu_call, check_all, running
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+FAST = pytest.mark.parametrize("dtype", FAST_DTYPES)
 
 SHAPES: dict[str, tuple[int, ...]] = {
     **shapes.ACTIVATIONS,
@@ -27,75 +30,78 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu"))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(shape: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    call = add_relu_call(SHAPES[shape], dtype, device)
-    with resfuse.use_backend(backend):
-        found = contract.check(call)
+def test_shapes(shape: str, dtype: torch.dtype) -> None:
+    call = add_relu_call(SHAPES[shape], dtype)
+    expected = contract.forward(contract.EAGER, call)
     # One addition and one rounding: there is one right answer.
-    assert torch.equal(found["output"], contract.forward(contract.EAGER, call))
+    for backend, found in check_all(call, large=shape in ("several_threads", "from_the_pool")).items():
+        assert torch.equal(found["output"].cpu(), expected), backend
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu", FAST_DTYPES))
+@FAST
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    for residual_layout in LAYOUTS:
-        call = add_relu_call((3, 10, 4, 5), dtype, device, layout=layout, residual_layout=residual_layout)
-        with resfuse.use_backend(backend):
-            found = contract.check(call)
-        assert found["output"].stride() == torch.empty_like(call.input).stride()
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    for residual_layout in shapes.partners(layout):
+        call = add_relu_call((3, 10, 4, 5), dtype, layout=layout, residual_layout=residual_layout)
+        for found in check_all(call).values():
+            assert found["output"].stride() == torch.empty_like(call.input).stride()
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu"))
-def test_special_values(backend: str, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype: torch.dtype) -> None:
     """NaN passes, -0 and negative numbers give 0, Inf - Inf is NaN: bit for bit what eager gives, backward too."""
     special = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny]
-    values = torch.tensor(special, dtype=dtype, device=device)
+    values = torch.tensor(special, dtype=dtype)
     input, residual = (tensor.contiguous() for tensor in torch.meshgrid(values, values, indexing="ij"))
     call = contract.Call("add_relu", {"input": input, "residual": residual})
-    grad_output = Values(dtype, device).normal(*input.shape)
-    with resfuse.use_backend(backend):
-        fused = contract.results(contract.FUSED, call, grad_output)
+    grad_output = Values(dtype).normal(*input.shape)
     eager = contract.results(contract.EAGER, call, grad_output)
-    for name, tensor in fused.items():
-        torch.testing.assert_close(tensor, eager[name], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu", FAST_DTYPES))
-def test_the_two_arguments_may_be_one(backend: str, device: str, dtype: torch.dtype) -> None:
-    input = Values(dtype, device).normal(4, 9, 3).requires_grad_()
-    with resfuse.use_backend(backend):
-        output = resfuse.add_relu(input, input)
-        (grad,) = torch.autograd.grad(output, input, torch.ones_like(output))
-    assert torch.equal(output, torch.relu(2 * input))
-    assert torch.equal(grad, 2 * (input > 0).to(dtype))
-
-
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu", FAST_DTYPES))
-@pytest.mark.parametrize("which", ["input", "residual"])
-def test_expanded_argument_and_gradient(which: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    values = Values(dtype, device)
-    row, full = values.normal(1, 6, 1, 5), values.normal(3, 6, 4, 5).requires_grad_()
-    arguments = (row.expand_as(full), full) if which == "input" else (full, row.expand_as(full))
-    with resfuse.use_backend(backend):
-        output = resfuse.add_relu(*arguments)
-        output.sum().backward()  # whose gradient is one number with strides 0
-    assert torch.equal(output, torch.relu(row + full))
-    assert full.grad is not None
-    assert torch.equal(full.grad, (output > 0).to(dtype))
-
-
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("add_relu", FAST_DTYPES))
-@pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
-def test_gradient_layouts(layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
-    call = add_relu_call((3, 10, 4, 5), dtype, device, layout=layout)
-    for lay_out in LAYOUTS.values():
-        grad_output = lay_out(Values(dtype, device, 1).normal(3, 10, 4, 5))
+    for backend, device in running("add_relu", dtype):
         with resfuse.use_backend(backend):
-            fused = contract.results(contract.FUSED, call, grad_output)
+            fused = contract.results(contract.FUSED, call.map(lambda tensor: tensor.to(device)), grad_output)  # noqa: B023
+        for name, tensor in fused.items():
+            torch.testing.assert_close(tensor.cpu(), eager[name], rtol=0, atol=0, equal_nan=True, msg=backend)
+
+
+@FAST
+def test_the_two_arguments_may_be_one(dtype: torch.dtype) -> None:
+    for backend, device in running("add_relu", dtype):
+        input = Values(dtype, device).normal(4, 9, 3).requires_grad_()
+        with resfuse.use_backend(backend):
+            output = resfuse.add_relu(input, input)
+            (grad,) = torch.autograd.grad(output, input, torch.ones_like(output))
+        assert torch.equal(output, torch.relu(2 * input)), backend
+        assert torch.equal(grad, 2 * (input > 0).to(dtype)), backend
+
+
+@FAST
+@pytest.mark.parametrize("which", ["input", "residual"])
+def test_expanded_argument_and_gradient(which: str, dtype: torch.dtype) -> None:
+    for backend, device in running("add_relu", dtype):
+        values = Values(dtype, device)
+        row, full = values.normal(1, 6, 1, 5), values.normal(3, 6, 4, 5).requires_grad_()
+        arguments = (row.expand_as(full), full) if which == "input" else (full, row.expand_as(full))
+        with resfuse.use_backend(backend):
+            output = resfuse.add_relu(*arguments)
+            output.sum().backward()  # whose gradient is one number with strides 0
+        assert torch.equal(output, torch.relu(row + full)), backend
+        assert full.grad is not None
+        assert torch.equal(full.grad, (output > 0).to(dtype)), backend
+
+
+@FAST
+def test_gradient_layouts(dtype: torch.dtype) -> None:
+    for layout, lay_out in itertools.product(shapes.BOTH_FORMATS, LAYOUTS.values()):
+        call = add_relu_call((3, 10, 4, 5), dtype, layout=layout)
+        grad_output = lay_out(Values(dtype, seed=1).normal(3, 10, 4, 5))
         eager = contract.results(contract.EAGER, call, grad_output)
-        assert all(torch.equal(fused[name], eager[name]) for name in eager)
+        for backend, device in running("add_relu", dtype):
+            with resfuse.use_backend(backend):
+                there = call.map(lambda tensor: contract.to_device(tensor, device))  # noqa: B023
+                fused = contract.results(contract.FUSED, there, contract.to_device(grad_output, device))
+            assert all(torch.equal(fused[name].cpu(), eager[name]) for name in eager), backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

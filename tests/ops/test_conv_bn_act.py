@@ -8,55 +8,46 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import resfuse
 from resfuse.backends import buffer_pool, cpu_conv
 from tests import contract, shapes
-from tests.shapes import CONVOLUTIONS, FAST_DTYPES, LAYOUTS, Values, conv_bn_act_call, implementations
+from tests.shapes import CONVOLUTIONS, DTYPES, FAST_DTYPES, LAYOUTS, Values, check_all, conv_bn_act_call, running
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def check(call: contract.Call) -> contract.Results:
-    """With gradients; and, as another path serves inference, without."""
-    found = contract.check(call)
-    if not call.options.get("training", False):
-        with torch.no_grad():
-            output = {"output": contract.forward(contract.FUSED, call)}
-        channels_last = call.map(lambda tensor: _nhwc(tensor) if tensor.dim() == 4 else tensor)
-        eager = [{"output": contract.forward(contract.EAGER, same)} for same in (call, channels_last)]
-        truth = {"output": contract.forward(contract.EAGER, call.truth())}
-        terms = contract.term_sizes(call, torch.ones_like(output["output"]))
-        contract.assert_within_contract(output, eager, truth, call.input.dtype, terms)
-    return found
-
-
-def _nhwc(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+FAST = pytest.mark.parametrize("dtype", FAST_DTYPES)
+# (input, residual, bias of the convolution)
+FORMS = (("nchw", "nchw", True), ("nhwc", "nchw", False), ("nhwc", None, True))
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act"))
-@pytest.mark.parametrize("conv", CONVOLUTIONS)
-def test_shapes(conv: str, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
-    for layout, residual_layout, conv_bias in (("nchw", "nchw", True), ("nhwc", "nchw", False), ("nhwc", None, True)):
-        call = conv_bn_act_call(
-            CONVOLUTIONS[conv], dtype, device, layout=layout, residual_layout=residual_layout, conv_bias=conv_bias,
+@pytest.mark.parametrize(("conv", "dtype", "form"), shapes.one_form_each(CONVOLUTIONS, DTYPES, FORMS))
+def test_shapes(conv: str, dtype: torch.dtype, form: tuple[str, str | None, bool], training: bool) -> None:
+    layout, residual_layout, conv_bias = form
+    check_all(
+        conv_bn_act_call(
+            CONVOLUTIONS[conv], dtype, layout=layout, residual_layout=residual_layout, conv_bias=conv_bias,
             training=training,
-        )  # fmt: skip
-        with resfuse.use_backend(backend):
-            check(call)
+        ),
+        large=conv == "larger",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_several_tiles_in_the_interpreter() -> None:
+    """The problem that `large` leaves out above: it takes seconds there."""
+    for training in (True, False):
+        check_all(conv_bn_act_call(CONVOLUTIONS["larger"], layout="nhwc", training=training))
 
 
 @MODES
-@pytest.mark.parametrize("dtype", FAST_DTYPES)
+@FAST
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large outputs of the cpu backend lie in pooled memory and are accumulated onto zeros: here small ones are."""
-    if not shapes.supports("cpu", "conv_bn_act", dtype, "cpu") or "cpu" not in resfuse.available_backends():
+    if ("cpu", "cpu") not in running("conv_bn_act", dtype):
         pytest.skip("the cpu backend does not run here")
     monkeypatch.setattr(buffer_pool, "SMALLEST", 1)
     monkeypatch.setattr(cpu_conv, "MAPPED_ANEW", 1)
@@ -67,8 +58,7 @@ def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, m
             CONVOLUTIONS[conv], dtype, layout=layout, residual_layout=residual_layout, conv_bias=layout == "nchw",
             training=training,
         )  # fmt: skip
-        with resfuse.use_backend("cpu"):
-            check(call)
+        contract.Oracle(call).check("cpu")
     assert buffer_pool.allocated() > used or buffer_pool._limit == 0
     call.input[0, 0, 0, 0] = math.nan
     with resfuse.use_backend("cpu"), torch.no_grad():
@@ -77,100 +67,95 @@ def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, m
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
+@FAST
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+def test_layouts(layout: str, dtype: torch.dtype, training: bool) -> None:
     """Input, weight and residual in any layouts; the output is channels_last if the input or the weight is."""
     conv = shapes.Convolution((2, 9, 6, 5), 9, (3, 3), padding=(1, 1))
-    for other in LAYOUTS:
+    for other in shapes.partners(layout):
         call = conv_bn_act_call(
-            conv, dtype, device, layout=layout, weight_layout=other, residual_layout=other, training=training
+            conv, dtype, layout=layout, weight_layout=other, residual_layout=other, training=training
         )
-        with resfuse.use_backend(backend):
-            output = check(call)["output"]
         last = layout.startswith("nhwc") or other.startswith("nhwc")
-        assert output.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        for found in check_all(call).values():
+            memory_format = torch.channels_last if last else torch.contiguous_format
+            assert found["output"].is_contiguous(memory_format=memory_format)
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
-@pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
-def test_options(layout: str, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
-    """Every combination of ReLU, residual, affine parameters and convolution bias."""
+@FAST
+@pytest.mark.parametrize("activation", ["relu", "identity"])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_options(with_residual: bool, activation: str, dtype: torch.dtype, training: bool) -> None:
+    """Every combination of ReLU, residual, affine parameters and convolution bias, in alternating formats."""
     conv = shapes.Convolution((3, 13, 7, 6), 21, (3, 3), (2, 1), (1, 1))
-    for activation, residual, affine, conv_bias in itertools.product(
-        ["relu", "identity"], [layout, None], [True, False], [True, False]
-    ):
+    for affine, conv_bias in itertools.product([True, False], repeat=2):
+        layout = "nhwc" if affine is conv_bias else "nchw"
         call = conv_bn_act_call(
-            conv, dtype, device, layout=layout, residual_layout=residual, affine=affine, conv_bias=conv_bias,
-            activation=activation, training=training, momentum=0.3, eps=1e-3,
+            conv, dtype, layout=layout, residual_layout=layout if with_residual else None, affine=affine,
+            conv_bias=conv_bias, activation=activation, training=training, momentum=0.3, eps=1e-3,
         )  # fmt: skip
-        with resfuse.use_backend(backend):
-            check(call)
-            if training:
-                contract.check(call.replace(running_mean=None, running_var=None))
+        check_all(call)
+        if training and affine is conv_bias:
+            check_all(call.replace(running_mean=None, running_var=None))
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", [torch.bfloat16]))
 @pytest.mark.parametrize("wide", [True, False], ids=["float32_parameters", "half_parameters"])
-def test_parameter_dtypes(wide: bool, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+def test_parameter_dtypes(wide: bool, training: bool) -> None:
     """As under autocast, and as after model.bfloat16()."""
+    dtype = torch.float32 if wide else torch.bfloat16
     call = conv_bn_act_call(
-        CONVOLUTIONS["3x3"], dtype, device, layout="nhwc", parameter_dtype=torch.float32 if wide else dtype,
-        training=training,
-    )  # fmt: skip
-    with resfuse.use_backend(backend):
-        found = check(call)
-    for name in ("running_mean", "grad_weight"):
-        assert found[name].dtype == (torch.float32 if wide else dtype)
+        CONVOLUTIONS["3x3"], torch.bfloat16, layout="nhwc", parameter_dtype=dtype, training=training
+    )
+    for found in check_all(call).values():
+        assert found["running_mean"].dtype == found["grad_weight"].dtype == dtype
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
-def test_large_mean(backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+@FAST
+def test_large_mean(dtype: torch.dtype, training: bool) -> None:
     """Inputs far from zero, as behind a ReLU of a wide layer: the batch mean is large against the deviations."""
-    call = conv_bn_act_call(CONVOLUTIONS["3x3"], dtype, device, layout="nhwc", mean=30.0, training=training)
-    with resfuse.use_backend(backend):
-        check(call)
+    check_all(conv_bn_act_call(CONVOLUTIONS["3x3"], dtype, layout="nhwc", mean=30.0, training=training))
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
+@FAST
 @pytest.mark.parametrize("frozen", ["input", "conv_weight", "conv_bias", "weight", "bias", "residual"])
-def test_without_one_gradient(frozen: str, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+def test_without_one_gradient(frozen: str, dtype: torch.dtype, training: bool) -> None:
     """What is not needed is not computed, and all else is what it was: above all for a frozen batch norm's weight."""
-    call = conv_bn_act_call(CONVOLUTIONS["3x3"], dtype, device, layout="nhwc", conv_bias=True, training=training)
-    with resfuse.use_backend(backend):
-        found = contract.check(call, needs_grad=[name for name in call.differentiable if name != frozen])
-    assert f"grad_{frozen}" not in found
+    call = conv_bn_act_call(CONVOLUTIONS["3x3"], dtype, layout="nhwc", conv_bias=True, training=training)
+    for found in check_all(call, needs_grad=[name for name in call.differentiable if name != frozen]).values():
+        assert f"grad_{frozen}" not in found
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@FAST
 @pytest.mark.parametrize("where", ["input", "residual", "bias", "running_mean", "conv_bias"])
-def test_not_finite(where: str, value: float, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+def test_not_finite(where: str, dtype: torch.dtype, training: bool) -> None:
     """NaN and Inf reach the same elements of the output as in eager, also where a primitive's ReLU swallows NaN."""
-    for conv in ("3x3", "depthwise", "grouped"):
+    for conv, value in itertools.product(("3x3", "depthwise", "grouped"), (math.nan, math.inf, -math.inf)):
+        if conv != "3x3" and (value == math.inf or where not in ("input", "residual")):
+            continue
         call = conv_bn_act_call(
-            CONVOLUTIONS[conv], dtype, device, layout="nhwc", residual_layout="nhwc", conv_bias=True, training=training
+            CONVOLUTIONS[conv], dtype, layout="nhwc", residual_layout="nhwc", conv_bias=True, training=training
         )
         struck = call.tensors[where]
         assert struck is not None
         struck[(1, 3, 2, 2) if struck.dim() == 4 else 3] = value
-        with resfuse.use_backend(backend), torch.no_grad():
-            fused = contract.forward(contract.FUSED, call.map(torch.clone))
         eager = contract.forward(contract.EAGER, call.map(torch.clone))
-        assert torch.equal(fused.isnan(), eager.isnan())
-        assert torch.equal(fused.isinf(), eager.isinf())
+        for backend, device in running("conv_bn_act", dtype):
+            with resfuse.use_backend(backend), torch.no_grad():
+                fused = contract.forward(contract.FUSED, call.map(lambda t: t.to(device, copy=True))).cpu()  # noqa: B023
+            assert torch.equal(fused.isnan(), eager.isnan()), f"{backend}, {conv}, {value}"
+            assert torch.equal(fused.isinf(), eager.isinf()), f"{backend}, {conv}, {value}"
 
 
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act", FAST_DTYPES))
+@FAST
 @pytest.mark.parametrize("grad", ["expanded", "nhwc", "nchw", "transposed", "nhwc_slice_of_channels"])
-def test_gradient_layouts(grad: str, backend: str, device: str, dtype: torch.dtype) -> None:
+def test_gradient_layouts(grad: str, dtype: torch.dtype) -> None:
     conv = CONVOLUTIONS["3x3"]
-    for layout in shapes.BOTH_FORMATS:
+    for layout, (backend, device) in itertools.product(shapes.BOTH_FORMATS, running("conv_bn_act", dtype)):
         call = conv_bn_act_call(conv, dtype, device, layout=layout, residual_layout=layout, training=True)
         grad_output = Values(dtype, device, 1).normal(*conv.output)
         if grad == "expanded":
@@ -182,7 +167,7 @@ def test_gradient_layouts(grad: str, backend: str, device: str, dtype: torch.dty
             found = contract.results(contract.FUSED, call, grad_output)
             expected = contract.results(contract.FUSED, call, same)
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, msg=name)
+            torch.testing.assert_close(found[name], tensor, msg=f"{backend}: {name}")
 
 
 @MODES
@@ -225,15 +210,14 @@ def test_autocast_leaves_float64_alone(training: bool) -> None:
         contract.check(call)
 
 
-@pytest.mark.parametrize("form", ["int", "list", "pair"])
-def test_forms_of_the_geometry(form: str) -> None:
+@pytest.mark.parametrize("value", [2, [2, 2], (2, 2)], ids=["int", "list", "pair"])
+def test_forms_of_the_geometry(value: int | list[int] | tuple[int, int]) -> None:
     """stride, padding and dilation as F.conv2d takes them."""
     input, weight = torch.randn(2, 4, 9, 9), torch.randn(5, 4, 3, 3)
-    running = torch.zeros(5), torch.ones(5)
-    value = {"int": 2, "list": [2, 2], "pair": (2, 2)}[form]
+    running_statistics = torch.zeros(5), torch.ones(5)
     geometry = {"stride": value, "padding": value, "dilation": value}
-    fused = resfuse.conv_bn_act(input, weight, *running, **geometry)  # type: ignore[arg-type]
-    eager = torch.relu(F.batch_norm(F.conv2d(input, weight, **geometry), *running))  # type: ignore[arg-type]
+    fused = resfuse.conv_bn_act(input, weight, *running_statistics, **geometry)  # type: ignore[arg-type]
+    eager = torch.relu(F.batch_norm(F.conv2d(input, weight, **geometry), *running_statistics))  # type: ignore[arg-type]
     torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)  # sums of 36 products of order one
 
 
