@@ -7,6 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from resfuse.types import Convolution
+
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a 4-D tensor's strides are those of NHWC memory (sliced or not), by PyTorch's own reading of strides.
@@ -107,13 +109,10 @@ def residual_for(output: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 def conv_output_shape(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    input_shape: torch.Size, weight_shape: torch.Size, convolution: Convolution
 ) -> tuple[int, int, int, int]:
     """(N, K, OH, OW) of a convolution of an (N, C, H, W) input with a (K, C/groups, R, S) weight."""
+    stride, padding, dilation, _ = convolution
     height, width = (
         (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in (0, 1)

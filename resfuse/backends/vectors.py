@@ -7,6 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from resfuse.types import BatchNorm
+
 
 @overload
 def kernel_vector(vector: Tensor, input: Tensor) -> Tensor: ...
@@ -21,8 +23,8 @@ def kernel_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
     return vector.contiguous()
 
 
-def copy_back(statistics: tuple[Tensor | None, ...], updated: tuple[Tensor | None, ...]) -> None:
+def copy_back(bn: BatchNorm, means: Tensor | None, variances: Tensor | None) -> None:
     """Give running statistics that kernels could not write in place (a view, another dtype) their new values."""
-    for statistic, value in zip(statistics, updated, strict=True):
+    for statistic, value in ((bn.running_mean, means), (bn.running_var, variances)):
         if statistic is not None and value is not None and value is not statistic:
             statistic.copy_(value)
