@@ -30,6 +30,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse import contract
+from resfuse.types import BatchNorm, Convolution
 
 RUNNING = ("running_mean", "running_var")
 Results = dict[str, Tensor]
@@ -63,6 +64,19 @@ class Call:
         """Names of the tensors that can have a gradient."""
         return [name for name, tensor in self.tensors.items() if tensor is not None and name not in RUNNING]
 
+    @property
+    def convolution(self) -> Convolution:
+        """The settings of its convolution, as the kernels take them."""
+        default = Convolution((1, 1), (0, 0), (1, 1), 1)
+        return Convolution(*(self.options.get(name, value) for name, value in default._asdict().items()))
+
+    @property
+    def batch_norm(self) -> BatchNorm:
+        """Its batch norm, as the kernels take it."""
+        tensors = (self.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
+        defaults = {"training": False, "momentum": 0.1, "eps": 1e-5}
+        return BatchNorm(*tensors, *(self.options.get(name, value) for name, value in defaults.items()))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor replaced."""
         tensors = {name: None if tensor is None else function(tensor) for name, tensor in self.tensors.items()}
@@ -71,6 +85,10 @@ class Call:
     def replace(self, **tensors: Tensor | None) -> Call:
         """The call with some tensors replaced."""
         return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+
+    def with_options(self, **options: Any) -> Call:
+        """The call with some options replaced."""
+        return dataclasses.replace(self, options={**self.options, **options})
 
     def truth(self) -> Call:
         """The call in float64, on the values that the tensors have after rounding."""
@@ -195,15 +213,11 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def _convolution(call: Call) -> dict[str, Any]:
-    return {name: call.options[name] for name in ("stride", "padding", "dilation", "groups") if name in call.options}
-
-
 def _squared_convolution(truth: Call) -> Tensor:
     """The sum of the squares of the convolution's terms: what independent roundings of the weights add up to."""
     weight = truth.tensors["conv_weight"]
     assert weight is not None
-    return F.conv2d(truth.input.square(), weight.square(), **_convolution(truth))
+    return F.conv2d(truth.input.square(), weight.square(), None, *truth.convolution)
 
 
 def _anatomy(truth: Call) -> _Anatomy:
@@ -212,15 +226,14 @@ def _anatomy(truth: Call) -> _Anatomy:
     if truth.op == "conv_bn_act":
         weight, bias = tensors["conv_weight"], tensors.get("conv_bias")
         assert weight is not None
-        conv = _convolution(truth)
-        z = F.conv2d(truth.input, weight, bias, **conv)
-        z_terms = F.conv2d(truth.input.abs(), weight.abs(), None if bias is None else bias.abs(), **conv)
+        z = F.conv2d(truth.input, weight, bias, *truth.convolution)
+        z_terms = F.conv2d(truth.input.abs(), weight.abs(), None if bias is None else bias.abs(), *truth.convolution)
     if options.get("training", False):
         mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
     else:
         mean, variance = (tensors[name] for name in RUNNING)  # type: ignore[assignment]
     invstd = (variance + options.get("eps", 1e-5)).rsqrt()
-    linear = dataclasses.replace(truth, options={**options, "activation": "identity"})
+    linear = truth.with_options(activation="identity")
     running = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items() if name in RUNNING}
     return _Anatomy(z, z_terms, mean, invstd, forward(EAGER, linear.replace(**running)))
 
@@ -291,7 +304,7 @@ def term_sizes(call: Call, grad_output: Tensor, parts: _Anatomy | None = None) -
         absolute = truth.map(Tensor.abs)
         leaves = {name: absolute.tensors[name] for name in ("input", "conv_weight", "conv_bias") if name in tensors}
         leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None}
-        z = F.conv2d(leaves["input"], leaves["conv_weight"], leaves.get("conv_bias"), **_convolution(truth))
+        z = F.conv2d(leaves["input"], leaves["conv_weight"], leaves.get("conv_bias"), *truth.convolution)
         grads = torch.autograd.grad(z, list(leaves.values()), grad_z)
         sizes |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return sizes

@@ -6,7 +6,7 @@ One list for all: whoever finds a new odd case adds it here, and every operator,
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -16,9 +16,10 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import registry, triton
-from resfuse.backends.problem import Problem
+from resfuse import types
+from resfuse.backends import dispatch, triton
 from resfuse.layout import conv_output_shape
+from resfuse.types import Problem
 from tests.contract import Call, Oracle, Results
 from tests.emulator import backend as emulator
 
@@ -61,12 +62,17 @@ class Convolution:
 
     @property
     def output(self) -> Shape4:
-        sizes = torch.Size(self.input), torch.Size(self.weight)
-        return conv_output_shape(*sizes, self.stride, self.padding, self.dilation)
+        return conv_output_shape(torch.Size(self.input), torch.Size(self.weight), self.settings)
+
+    @property
+    def settings(self) -> types.Convolution:
+        """As the kernels take them."""
+        return types.Convolution(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        """As the operators take them."""
+        return self.settings._asdict()
 
 
 CONVOLUTIONS: dict[str, Convolution] = {
@@ -220,14 +226,17 @@ def conv_bn_act_call(
     return Call("conv_bn_act", tensors, {**conv.options, **options})
 
 
-# Those of this machine, and the CUDA kernels in their emulator.
-registry.register("cuda_emulator", emulator)
-BACKENDS = resfuse.available_backends() + (["cuda_emulator"] if emulator.unavailable_reason() is None else [])
+# Those of this machine, and the CUDA kernels in their emulator; or those that TEST_BACKENDS="cpu cuda_emulator" names.
+dispatch.register("cuda_emulator", emulator)
+BACKENDS = os.environ.get("TEST_BACKENDS", "").split() or [
+    *resfuse.available_backends(),
+    *(["cuda_emulator"] if emulator.unavailable_reason() is None else []),
+]
 
-VERBS = {
+KERNELS = {
     "add_relu": ("add_relu_forward", "add_relu_backward"),
     "bn_act": ("bn_act_forward", "bn_act_backward"),
-    "conv_bn_act": ("conv_bn_act_forward", "conv_forward", "conv_backward", "bn_act_backward"),
+    "conv_bn_act": ("conv_bn_act_forward", "conv_forward", "bn_act_backward"),
     "split": ("bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply"),
 }
 
@@ -243,12 +252,11 @@ def devices_of(backend: str) -> list[str]:
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
     """Whether a backend runs an operator, forward and backward, on an ordinary problem."""
-    conv = CONVOLUTIONS["3x3"]
-    geometry = (torch.Size(conv.weight), conv.stride, conv.padding, conv.dilation, conv.groups)
-    for verb in VERBS[op]:
-        of_verb = geometry if "conv" in verb else None
-        problem = Problem(verb, torch.device(device), dtype, torch.Size(conv.input), of_verb)
-        if registry.backend(backend).unsupported_reasons(problem):
+    conv, module = CONVOLUTIONS["3x3"], dispatch.backend(backend)
+    for kernel in KERNELS[op]:
+        convolution = (torch.Size(conv.weight), conv.settings) if kernel.startswith("conv") else ()
+        problem = Problem(kernel, torch.device(device), dtype, torch.Size(conv.input), *convolution)
+        if kernel not in module.KERNELS or module.unsupported_reasons(problem):
             return False
     return True
 

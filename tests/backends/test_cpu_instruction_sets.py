@@ -31,5 +31,5 @@ def test_contract(instruction_set: str) -> None:
 
 
 def test_unknown_name_is_a_reason() -> None:
-    code = "from resfuse.backends import registry; print(registry.unavailable_reasons()['cpu'])"
+    code = "from resfuse.backends import dispatch; print(dispatch.unavailable_reasons()['cpu'])"
     assert "RESFUSE_CPU_ISA: expected one of avx512, avx2, baseline, got 'sse'" in run("sse", "-c", code).stdout

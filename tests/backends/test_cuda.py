@@ -1,4 +1,4 @@
-"""The cuda backend's decisions, its bindings' checks, and what is special to its elementwise and batch norm kernels.
+"""The cuda backend: problems it refuses, checks of its bindings, launches of its elementwise and batch norm kernels.
 
 Its numbers are tested with those of every other backend.  Kernels run in the emulator, and on a GPU where there is one.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 import resfuse
 from resfuse import _build
-from resfuse.backends import cuda, cuda_conv, reference
-from resfuse.backends.problem import Problem
+from resfuse.backends import cuda
+from resfuse.types import BatchNorm, Convolution, Problem
 from tests import contract, shapes
 from tests.emulator import backend as emulator
 from tests.shapes import LAYOUTS, Values, bn_act_call
@@ -41,39 +41,36 @@ VECTORS, SCALARS = (3, 48, 14, 12), (3, 17, 5, 7)  # read 16 bytes at a time, an
 
 
 def problem(
-    verb: str = "add_relu_forward",
+    kernel: str = "add_relu_forward",
     device: str = "cuda",
     dtype: torch.dtype = torch.float32,
     shape: tuple[int, ...] = (2, 3, 4, 5),
 ) -> Problem:
-    conv = None
-    if verb.startswith("conv"):
-        conv = torch.Size((7, shape[1], 1, 1)), (1, 1), (0, 0), (1, 1), 1
-    return Problem(verb, torch.device(device), dtype, torch.Size(shape), conv)
+    convolution = ()
+    if kernel.startswith("conv"):
+        convolution = torch.Size((7, shape[1], 1, 1)), Convolution((1, 1), (0, 0), (1, 1), 1)
+    return Problem(kernel, torch.device(device), dtype, torch.Size(shape), *convolution)
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(resfuse.types, "_capability", lambda device: (9, 0))
 
 
 @DTYPE
-@pytest.mark.parametrize("verb", cuda.VERBS)
+@pytest.mark.parametrize("kernel", cuda.KERNELS)
 @pytest.mark.usefixtures("hopper")
-def test_what_is_implemented_is_supported(verb: str, dtype: torch.dtype) -> None:
-    assert cuda.unsupported_reasons(problem(verb, dtype=dtype)) == []
-    assert callable(getattr(cuda, verb))
+def test_declared_kernels_are_supported(kernel: str, dtype: torch.dtype) -> None:
+    assert cuda.unsupported_reasons(problem(kernel, dtype=dtype)) == []
 
 
 @pytest.mark.usefixtures("hopper")
 def test_each_obstacle_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = cuda.unsupported_reasons(problem("softmax_forward", "cpu", torch.float64))
-    assert len(reasons) == 3
-    assert "not softmax_forward" in reasons[0]
-    assert "not torch.float64" in reasons[1]
-    assert "not on cpu" in reasons[2]
-
-    monkeypatch.setattr(cuda, "capability", lambda device: (7, 5))
+    reasons = cuda.unsupported_reasons(problem("add_relu_forward", "cpu", torch.float64))
+    assert len(reasons) == 2
+    assert "not torch.float64" in reasons[0]
+    assert "not on cpu" in reasons[1]
+    monkeypatch.setattr(resfuse.types, "_capability", lambda device: (7, 5))
     assert cuda.unsupported_reasons(problem()) == ["cuda needs compute capability 8.0 or newer, not 7.5"]
 
 
@@ -88,10 +85,9 @@ def test_each_obstacle_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_shapes_that_batch_norm_has_no_kernel_for(shape: tuple[int, ...], reason: str) -> None:
-    for verb in cuda.BATCH_NORM_VERBS:
-        (found,) = cuda.unsupported_reasons(problem(verb, shape=shape))
-        with pytest.raises(ValueError, match=reason):
-            raise ValueError(found)
+    for kernel in cuda.BATCH_NORM_KERNELS:
+        (found,) = cuda.unsupported_reasons(problem(kernel, shape=shape))
+        assert re.search(reason, found)
 
 
 def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +99,12 @@ def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Operands:
-    """Of bn_act, in one layout: what the verbs are called with."""
+    """Arguments of bn_act, in one layout."""
 
-    def __init__(self, shape: Shape4, dtype: torch.dtype, device: str, layout: str, **options: Any) -> None:
-        call = bn_act_call(shape, dtype, device, layout=layout, residual_layout=layout, **options)
-        self.tensors = {name: tensor for name, tensor in call.tensors.items() if tensor is not None}
+    def __init__(self, shape: Shape4, dtype: torch.dtype, device: str, layout: str) -> None:
+        call = bn_act_call(shape, dtype, device, layout=layout, residual_layout=layout)
+        self.tensors: dict[str, Any] = dict(call.tensors)
         self.grad_output = LAYOUTS[layout](Values(dtype, device, 1).normal(*shape))
-        self.shape, self.relu = shape, True
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -117,18 +112,18 @@ class Operands:
     def forward(self, training: bool) -> tuple[Tensor | None, ...]:
         """Output, mean, invstd, running_mean and running_var after the call."""
         running = self["running_mean"].clone(), self["running_var"].clone()
-        affine = self["weight"], self["bias"], self["residual"]
-        return *cuda.bn_act_forward(self["input"], *running, *affine, self.relu, training, 0.1, 1e-5), *running
+        bn = BatchNorm(*running, self["weight"], self["bias"], training, 0.1, 1e-5)
+        return *cuda.bn_act_forward(self["input"], bn, self["residual"], True), *running
 
     def backward(self, training: bool) -> tuple[Tensor | None, ...]:
         """grad_input, grad_weight, grad_bias and grad_residual."""
-        mean, invstd = reference.inference_statistics(self["running_mean"], self["running_var"], 1e-5)
+        mean, invstd = self["running_mean"], (self["running_var"] + 1e-5).rsqrt()
         return cuda.bn_act_backward(
             self.grad_output, self["input"], self["residual"], self["weight"], mean, invstd, training, True, True
         )
 
-    def verbs(self) -> dict[str, Callable[[], Any]]:
-        """A call of every verb but the convolutions, by name."""
+    def kernels(self) -> dict[str, Callable[[], Any]]:
+        """A call of every kernel but the convolutions, by name."""
         x, dy, y, mean, invstd, weight, bias = (
             self["input"], self.grad_output, self["residual"], self["running_mean"], self["running_var"],
             self["weight"], self["bias"],
@@ -165,14 +160,14 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContext
 @EMULATED
 @LAYOUT
 @pytest.mark.parametrize("shape", [VECTORS, SCALARS, (2, 520, 3, 3)])
-def test_every_verb_is_one_launch(shape: Shape4, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    verbs = Operands(shape, torch.float32, "cpu", layout).verbs()
-    for name, call in verbs.items():
+def test_every_kernel_is_one_launch(shape: Shape4, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Operands(shape, torch.float32, "cpu", layout).kernels()
+    for name, call in kernels.items():
         with emulator.launches() as counted:
             call()
         assert counted.launches == 1, name
     monkeypatch.setattr(cuda, "_launches", 2)
-    for name, call in verbs.items():
+    for name, call in kernels.items():
         with emulator.launches() as counted:
             call()
         assert counted.launches == (2 if name in TWO_PASSES else 1), name
@@ -196,7 +191,7 @@ def test_the_grid_fills_the_device(resident: Callable[[int], AbstractContextMana
 @LAYOUT
 @pytest.mark.parametrize(
     ("shape", "blocks"),
-    [(VECTORS, 1), (VECTORS, 3), (SCALARS, 1), (SCALARS, 4), ((9, 24, 1, 1), 4), ((2, 64, 56, 56), 4)],
+    [(VECTORS, 1), (VECTORS, 3), (SCALARS, 1), (SCALARS, 4), ((9, 24, 1, 1), 4), pytest.param((2, 64, 56, 56), 4, marks=pytest.mark.slow)],
 )
 @IGNORES
 def test_one_launch_and_two_give_the_same_bits(
@@ -214,7 +209,7 @@ def test_one_launch_and_two_give_the_same_bits(
         found = {}
         for launches in (1, 2):
             monkeypatch.setattr(cuda, "_launches", launches)
-            found[launches] = [operands.verbs()[name]() for name in TWO_PASSES]
+            found[launches] = [operands.kernels()[name]() for name in TWO_PASSES]
     for name, one, two in zip(TWO_PASSES, found[1], found[2], strict=True):
         for number, (tensor, same) in enumerate(zip(one, two, strict=True)):
             assert torch.equal(tensor, same), f"{name}: result {number}"
@@ -223,19 +218,15 @@ def test_one_launch_and_two_give_the_same_bits(
 @EMULATED
 @DTYPE
 @LAYOUT
-@pytest.mark.parametrize("blocks", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("shape", [(4, 48, 11, 8), (5, 7, 9, 3), (40, 72, 1, 1), (3, 1, 9, 8), (2, 300, 4, 4)])
 @IGNORES
 def test_any_number_of_parts(
-    shape: Shape4,
-    blocks: int,
-    layout: str,
-    dtype: torch.dtype,
-    resident: Callable[[int], AbstractContextManager[None]],
+    shape: Shape4, layout: str, dtype: torch.dtype, resident: Callable[[int], AbstractContextManager[None]]
 ) -> None:
-    call = bn_act_call(shape, dtype, layout=layout, residual_layout=layout, training=True)
-    with resident(blocks), resfuse.use_backend("cuda_emulator"):
-        contract.check(call)
+    oracle = contract.Oracle(bn_act_call(shape, dtype, layout=layout, residual_layout=layout, training=True))
+    for blocks in (1, 2, 5, 16, 40):
+        with resident(blocks):
+            oracle.check("cuda_emulator")
 
 
 @DEVICE
@@ -263,7 +254,7 @@ def test_running_statistics(momentum: float, statistics: torch.dtype, dtype: tor
     input = Values(dtype, device).normal(5, 24, 6, 7, mean=3.0)
     table = torch.rand(24, 2, dtype=statistics, device=device) + 1
     before = table.clone()
-    cuda.bn_act_forward(input, table[:, 0], table[:, 1], None, None, None, False, True, momentum, 1e-5)
+    cuda.bn_act_forward(input, BatchNorm(table[:, 0], table[:, 1], None, None, True, momentum, 1e-5), None, False)
     wide = input.double()
     now = torch.stack([wide.mean((0, 2, 3)), wide.var((0, 2, 3))], 1)
     expected = before.double() * (1 - momentum) + now * momentum
@@ -276,8 +267,8 @@ def test_running_statistics(momentum: float, statistics: torch.dtype, dtype: tor
 def test_only_one_running_statistic(device: str) -> None:
     operands = Operands(VECTORS, torch.float32, device, "nhwc")
     mean = operands["running_mean"].clone()
-    args = operands["weight"], operands["bias"], operands["residual"], True, True, 0.1, 1e-5
-    output, *_ = cuda.bn_act_forward(operands["input"], mean, None, *args)
+    bn = BatchNorm(mean, None, operands["weight"], operands["bias"], True, 0.1, 1e-5)
+    output, *_ = cuda.bn_act_forward(operands["input"], bn, operands["residual"], True)
     expected = operands.forward(True)
     assert torch.equal(output, expected[0])  # type: ignore[arg-type]
     assert torch.equal(mean, expected[3])  # type: ignore[arg-type]
@@ -287,7 +278,8 @@ def test_only_one_running_statistic(device: str) -> None:
 def test_the_variance_of_a_constant_is_zero(device: str) -> None:
     """Exactly, in all parts and in what merges them."""
     input = torch.full((4, 24, 13, 11), 3.0, device=device)
-    _, mean, invstd = cuda.bn_act_forward(input, None, None, None, None, None, False, True, 0.1, 1e-5)
+    bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
+    _, mean, invstd = cuda.bn_act_forward(input, bn, None, False)
     assert mean is not None and invstd is not None
     assert (mean == 3).all()
     assert torch.equal(invstd, torch.full_like(invstd, 1e-5**-0.5))
@@ -456,8 +448,3 @@ def test_a_failed_launch_names_the_kernel(tmp_path: Path) -> None:
     subprocess.run([nvcc, *options, source, "-o", program], check=True, capture_output=True)
     message = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     assert re.fullmatch(r"cudaLaunchKernelEx of resfuse::cuda::impossible_kernel<float, 4>: .+\n", message), message
-
-
-def test_convolutions_are_verbs_of_the_backend() -> None:
-    for verb in cuda_conv.VERBS:
-        assert getattr(cuda, verb) is getattr(cuda_conv, verb)

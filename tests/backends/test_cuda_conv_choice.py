@@ -1,4 +1,4 @@
-"""What the convolution kernels of csrc/cuda refuse, by the name of the argument, and which configuration they get."""
+"""The convolution kernels of csrc/cuda: bad arguments are named, problems too large refused, tiles chosen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resfuse.backends import cuda, cuda_conv
-from resfuse.backends.problem import Problem
+from resfuse.types import Convolution, Problem
 from tests.emulator import backend as emulator
 
 DEVICES = [
@@ -122,12 +122,12 @@ def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
     x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
     w = torch.ones(1, 1, 1, 1, dtype=torch.float16, device=device)
     with pytest.raises(RuntimeError, match=r"height exceeds 2\^31 - 1"):
-        cuda_conv.conv_forward(x, w, None, (2**20, 1), (0, 0), (1, 1), 1)
+        cuda_conv.conv_forward(x, w, None, Convolution((2**20, 1), (0, 0), (1, 1), 1))
 
 
-def problem(shape: tuple[int, ...], weight: tuple[int, ...], verb: str = "conv_forward") -> Problem:
-    geometry = (torch.Size(weight), (1, 1), (0, 0), (1, 1), 1)
-    return Problem(verb, torch.device("cuda"), torch.float32, torch.Size(shape), geometry)
+def problem(shape: tuple[int, ...], weight: tuple[int, ...]) -> Problem:
+    convolution = torch.Size(weight), Convolution((1, 1), (0, 0), (1, 1), 1)
+    return Problem("conv_forward", torch.device("cuda"), torch.float32, torch.Size(shape), *convolution)
 
 
 def test_what_is_too_large_is_a_reason() -> None:
@@ -135,7 +135,6 @@ def test_what_is_too_large_is_a_reason() -> None:
     assert "31 bits" in cuda_conv.unsupported_reasons(problem((1, 1, 1 << 16, 1 << 16), (1, 1, 1, 1)))[0]
     assert "tiles" in cuda_conv.unsupported_reasons(problem((1 << 30, 1, 1 << 10, 1 << 10), (64, 1, 1, 1)))[0]
     assert "(N, C, H, W)" in cuda_conv.unsupported_reasons(problem((64, 256, 56), (64, 256, 1)))[0]
-    assert cuda_conv.unsupported_reasons(problem((64, 256, 56), (64, 256, 1), "conv_backward")) == []
 
 
 # (pixels of an image, filters, steps of 32 channels) of the layers of ResNet-50.

@@ -22,7 +22,8 @@ from torch import Tensor
 import resfuse
 from benchmarks import cubin
 from resfuse import _build
-from resfuse.backends import cuda_conv, registry
+from resfuse.backends import cuda_conv, dispatch
+from resfuse.types import Convolution as Geometry
 from tests import contract, sanitized, shapes
 from tests.contract import Call
 from tests.needs import ROOT
@@ -30,7 +31,7 @@ from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_ca
 
 pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 
-UNAVAILABLE = registry.backend("cuda").unavailable_reason()
+UNAVAILABLE = dispatch.backend("cuda").unavailable_reason()
 gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
 MOST_HOST_MICROSECONDS = 1000
 """Of one call: far more than it should take (10), far less than one that waits for something."""
@@ -126,8 +127,8 @@ def test_products_of_small_integers_are_exact(
     expected = F.conv2d(x.double(), w.double(), padding=kernel // 2)
     assert expected.abs().max() <= 256, "integers that bfloat16 has"
     with cuda_conv.use_config(cuda_conv.ConvConfig(*tile)):
-        found = registry.backend(backend).conv_forward(
-            x.to(device), w.to(device), None, (1, 1), (kernel // 2, kernel // 2), (1, 1), 1
+        found = dispatch.backend(backend).conv_forward(
+            x.to(device), w.to(device), None, Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
         )
     assert torch.equal(found.cpu().double(), expected)
 

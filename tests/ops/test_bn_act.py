@@ -75,9 +75,7 @@ def test_parameter_dtypes(wide: bool, dtype: torch.dtype, training: bool) -> Non
 def test_large_mean_and_tiny_variance(size: tuple[int, int], mean: float, layout: str, dtype: torch.dtype) -> None:
     """Deviations of a few units in the last place of the mean: sums of squares cancel completely."""
     scale = 8 * abs(mean) * torch.finfo(dtype).eps
-    check_all(
-        bn_act_call((4, 18, *size), dtype, layout=layout, mean=mean, scale=scale, training=True, eps=scale**2)
-    )
+    check_all(bn_act_call((4, 18, *size), dtype, layout=layout, mean=mean, scale=scale, training=True, eps=scale**2))
 
 
 @FORMATS

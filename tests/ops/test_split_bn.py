@@ -1,4 +1,4 @@
-"""The four verbs that synchronised batch norm is made of: each against float64, and together against the whole."""
+"""The four kernels that synchronised batch norm is made of: each against float64, and together against the whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from resfuse import contract as rule
-from resfuse.backends import reference, registry
+from resfuse.backends import dispatch, reference
 from tests import contract, shapes, split
 from tests.shapes import ACTIVATIONS, FAST_DTYPES, Values, bn_act_call, implementations
 
@@ -22,7 +22,7 @@ LAYOUT = pytest.mark.parametrize("layout", shapes.BOTH_FORMATS)
 def test_statistics(shape: str, layout: str, backend: str, device: str, dtype: torch.dtype) -> None:
     for mean_of_input in (0.5, 300.0):
         call = bn_act_call(ACTIVATIONS[shape], dtype, device, layout=layout, mean=mean_of_input)
-        mean, m2 = registry.backend(backend).bn_statistics(call.input)
+        mean, m2 = dispatch.backend(backend).bn_statistics(call.input)
         wide_mean, wide_m2 = reference.bn_statistics(call.truth().input)
         assert mean.dtype == m2.dtype == torch.float32
         # Sums in float32 whatever the input's dtype, and no cancellation: the floor of float32 holds, but M2 gains
@@ -66,7 +66,7 @@ def test_backward_with_running_statistics(layout: str, backend: str, device: str
     output = torch.relu(output)
     weight, mean = values.normal(10, dtype=torch.float32), values.normal(10, dtype=torch.float32)
     invstd, poison = mean.abs() + 0.5, torch.full_like(mean, torch.nan)
-    found = registry.backend(backend).bn_backward_apply(
+    found = dispatch.backend(backend).bn_backward_apply(
         grad_output, input, output, weight, mean, invstd, poison, poison, None
     )
     g = grad_output.double() * (output > 0)
@@ -77,7 +77,7 @@ def test_backward_with_running_statistics(layout: str, backend: str, device: str
 @IMPLEMENTATIONS
 def test_mixed_layouts(backend: str, device: str, dtype: torch.dtype) -> None:
     """Each tensor in a layout of its own gives what all in one give."""
-    run, values = registry.backend(backend), Values(dtype, device)
+    run, values = dispatch.backend(backend), Values(dtype, device)
     input, residual, grad_output = (values.normal(3, 10, 5, 4) for _ in range(3))
     weight, bias, mean = (values.normal(10, dtype=torch.float32) for _ in range(3))
     invstd = mean.abs() + 0.5

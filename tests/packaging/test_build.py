@@ -243,14 +243,14 @@ def test_jit_builds_and_loads_the_cpu_library(tmp_path: Path) -> None:
     program = """
 import sys, torch, resfuse
 from resfuse import _extension, jit
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
+from resfuse.backends import dispatch
+from resfuse.types import Problem
 _extension._outcome["_cpu"] = "pretend that it was never built"
 x, r = torch.randn(2, 2, 8, 3, 3)
 problem = Problem("add_relu_forward", x.device, x.dtype, x.shape)
-assert registry.explain_choice(problem)[0] == "reference"
+assert dispatch.explain_choice(problem)[0] == "reference"
 assert jit.load(build_directory=sys.argv[1])["_cpu"] is None
-assert registry.explain_choice(problem)[0] == "cpu"
+assert dispatch.explain_choice(problem)[0] == "cpu"
 with resfuse.use_backend("cpu"):
     assert torch.equal(resfuse.add_relu(x, r), torch.relu(x + r))
 """
