@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from resfuse.types import Convolution
+from resfuse.types import BatchNorm, Convolution
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -118,3 +118,23 @@ def conv_output_shape(
         for i in (0, 1)
     )
     return input_shape[0], weight_shape[0], height, width
+
+
+@overload
+def kernel_vector(vector: Tensor, input: Tensor) -> Tensor: ...
+@overload
+def kernel_vector(vector: Tensor | None, input: Tensor) -> Tensor | None: ...
+def kernel_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """The vector itself where it is contiguous and in float32 or in the dtype of `input`, else a copy."""
+    if vector is None:
+        return None
+    if vector.dtype != torch.float32 and vector.dtype != input.dtype:
+        vector = vector.float()
+    return vector.contiguous()
+
+
+def copy_back(bn: BatchNorm, means: Tensor | None, variances: Tensor | None) -> None:
+    """Give running statistics that kernels could not write in place (a view, another dtype) their new values."""
+    for statistic, value in ((bn.running_mean, means), (bn.running_var, variances)):
+        if statistic is not None and value is not None and value is not statistic:
+            statistic.copy_(value)

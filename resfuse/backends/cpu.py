@@ -14,8 +14,7 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import buffer_pool, cpu_kernels, reference
 from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
-from resfuse.backends.vectors import copy_back
-from resfuse.layout import dense, gapless, ordered_like, residual_for
+from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
 from resfuse.types import BatchNorm, Convolution, Problem
 
 __all__ = ["conv_backward", "conv_forward"]

@@ -12,8 +12,7 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_bn_act_forward, conv_forward
-from resfuse.backends.vectors import copy_back, kernel_vector
-from resfuse.layout import dense, ordered_like, residual_for
+from resfuse.layout import copy_back, dense, kernel_vector, ordered_like, residual_for
 from resfuse.types import BatchNorm, Problem
 
 __all__ = ["conv_bn_act_forward", "conv_forward"]

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends.integers import cdiv, round_up
-from resfuse.backends.vectors import copy_back, kernel_vector
-from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, residual_for
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, kernel_vector, residual_for
 from resfuse.types import BatchNorm, Convolution, Pair, Problem
 
 # Implementations are in csrc/bindings_cuda_conv.cpp.  `launches` 0 is one wherever its blocks are all resident.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import dispatch
-from resfuse.backends.dispatch import backend_for
-from resfuse.ops.library import FunctionContext, define, must_differentiate, through_dispatcher
+from resfuse.backends.dispatch import backend_for, through_dispatcher
+from resfuse.ops.library import FunctionContext, define, must_differentiate
 
 
 def run(input: Tensor, residual: Tensor) -> Tensor:

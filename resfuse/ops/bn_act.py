@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import dispatch, reference
-from resfuse.backends.dispatch import backend_for
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
-from resfuse.ops.library import FunctionContext, define, must_differentiate, through_dispatcher
+from resfuse.ops.library import FunctionContext, define, must_differentiate
 from resfuse.types import BatchNorm
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import dispatch, reference
-from resfuse.backends.dispatch import backend_for
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
-from resfuse.ops.library import FunctionContext, define, must_differentiate, through_dispatcher
+from resfuse.ops.library import FunctionContext, define, must_differentiate
 from resfuse.types import BatchNorm, Convolution
 
 NeedsGrad = tuple[bool, ...]

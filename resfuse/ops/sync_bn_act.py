@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from resfuse.backends import dispatch
-from resfuse.backends.dispatch import IN_FORCE, backend_for
+from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import FunctionContext, define, through_dispatcher
+from resfuse.ops.library import FunctionContext, define
 from resfuse.types import BatchNorm
 
 Group = Any
