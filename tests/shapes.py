@@ -268,15 +268,15 @@ def running(op: str, dtype: torch.dtype) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: pair[0] == "reference")
 
 
-def check_all(call: Call, needs_grad: Collection[str] | None = None, *, large: bool = False) -> dict[str, Results]:
+def check_all(call: Call, needs_grad: Collection[str] | None = None, *, interpret: bool = True) -> dict[str, Results]:
     """Hold every backend that runs a call against the contract, by one oracle; returns {backend: its results}.
 
     The reference's forward is eager itself: it takes part where nothing else does (float64), and in test_differential.
-    Of a `large` call Triton's interpreter is spared, which would take seconds.
+    With `interpret` False, Triton's interpreter is left out, which takes a hundred times as long as the others.
     """
     oracle = Oracle(call, needs_grad)
     backends = running(call.op, oracle.dtype)
-    if large and triton.INTERPRETED:
+    if triton.INTERPRETED and not interpret:
         backends = [pair for pair in backends if pair[0] != "triton"]
     if len(backends) > 1:
         backends = [pair for pair in backends if pair[0] != "reference"]

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -112,7 +112,6 @@ def test_copies_and_pickles_have_their_own_memory() -> None:
     assert (torch.load(file) == 1).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1, max_size=20))
 def test_no_two_tensors_share_memory(requests: list[tuple[int, int]]) -> None:
     """Allocate, release in any order: every live tensor keeps the number that was written to it."""

@@ -191,7 +191,14 @@ def test_the_grid_fills_the_device(resident: Callable[[int], AbstractContextMana
 @LAYOUT
 @pytest.mark.parametrize(
     ("shape", "blocks"),
-    [(VECTORS, 1), (VECTORS, 3), (SCALARS, 1), (SCALARS, 4), ((9, 24, 1, 1), 4), pytest.param((2, 64, 56, 56), 4, marks=pytest.mark.slow)],
+    [
+        (VECTORS, 1),
+        (VECTORS, 3),
+        (SCALARS, 1),
+        (SCALARS, 4),
+        ((9, 24, 1, 1), 4),
+        pytest.param((2, 64, 56, 56), 4, marks=pytest.mark.slow),
+    ],
 )
 @IGNORES
 def test_one_launch_and_two_give_the_same_bits(

@@ -85,13 +85,19 @@ def conv_case(
 
 FLAGS = list(itertools.product([True, False], ["relu", "identity"], [True, False], [True, False]))
 CASES = [("bn", *flags) for flags in FLAGS] + [("conv", *flags) for flags in FLAGS]
+EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+SOME_CASES = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if number % 5 else []) for number, case in enumerate(CASES)],
+    ids=lambda case: "-".join(map(str, case)),
+)
 
 
 def make(case: tuple[Any, ...]) -> tuple[Function, Function, list[Tensor]]:
     return (bn_case if case[0] == "bn" else conv_case)(*case[1:])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@EACH_CASE
 def test_gradcheck(case: tuple[Any, ...]) -> None:
     fused, _, inputs = make(case)
     assert gradcheck(fused, inputs)
@@ -103,13 +109,13 @@ def test_gradcheck_add_relu() -> None:
     assert gradgradcheck(resfuse.add_relu, inputs)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@SOME_CASES
 def test_gradgradcheck(case: tuple[Any, ...]) -> None:
     fused, _, inputs = make(case)
     assert gradgradcheck(fused, inputs)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@EACH_CASE
 def test_second_derivatives_equal_eager(case: tuple[Any, ...]) -> None:
     fused, eager, inputs = make(case)
 
@@ -292,7 +298,7 @@ def test_torch_func_is_refused(transform: Any) -> None:
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("backend", [name for name in resfuse.available_backends() if "cpu" in shapes.devices_of(name)])
+@pytest.mark.parametrize("backend", [name for name in shapes.BACKENDS if "cpu" in shapes.devices_of(name)])
 def test_saved_tensors_are_read_once(backend: str, create_graph: bool) -> None:
     """Activation checkpointing computes them at the first read, and refuses a second."""
     unpacked: list[int] = []

@@ -31,13 +31,13 @@ def test_shapes(conv: str, dtype: torch.dtype, form: tuple[str, str | None, bool
             CONVOLUTIONS[conv], dtype, layout=layout, residual_layout=residual_layout, conv_bias=conv_bias,
             training=training,
         ),
-        large=conv == "larger",
+        interpret=conv != "larger",
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_several_tiles_in_the_interpreter() -> None:
-    """The problem that `large` leaves out above: it takes seconds there."""
+    """Left out above: it takes seconds there."""
     for training in (True, False):
         check_all(conv_bn_act_call(CONVOLUTIONS["larger"], layout="nhwc", training=training))
 

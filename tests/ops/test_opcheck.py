@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import pytest
@@ -17,14 +17,8 @@ from tests import shapes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS = ("nchw", "nhwc", "nhwc_slice_of_channels", "transposed", "one_pixel")
-PLAIN = ("test_schema", "test_faketensor")  # the operators have no autograd formula of their own
+BACKENDS = [name for name in shapes.BACKENDS if "cpu" in shapes.devices_of(name)]
 Arguments = tuple[Any, ...]
-
-
-@pytest.fixture(params=[name for name in shapes.BACKENDS if "cpu" in shapes.devices_of(name)], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with resfuse.use_backend(request.param):
-        yield request.param
 
 
 def tensor(layout: str, channels: int = 8) -> Tensor:
@@ -44,13 +38,17 @@ def vectors(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
 
 
 def check(name: str, arguments: Arguments) -> None:
+    """PyTorch's own checks once, and on every backend the shapes, strides and dtypes that the fake promises."""
     op = getattr(torch.ops.resfuse, name).default
-    torch.library.opcheck(op, arguments, test_utils=PLAIN)
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     with FakeTensorMode() as mode:
-        promised = op(*tree_map_only(Tensor, mode.from_tensor, arguments))
-    for fake, found in zip(tree_leaves(promised), tree_leaves(op(*arguments)), strict=True):
-        # opcheck compares strides only from torch 2.13 on.
-        assert (fake.shape, fake.stride(), fake.dtype) == (found.shape, found.stride(), found.dtype)
+        promised = tree_leaves(op(*tree_map_only(Tensor, mode.from_tensor, arguments)))
+    for backend in BACKENDS:
+        with resfuse.use_backend(backend):
+            results = tree_leaves(op(*arguments))
+        for fake, found in zip(promised, results, strict=True):
+            # opcheck compares strides only from torch 2.13 on.
+            assert (fake.shape, fake.stride(), fake.dtype) == (found.shape, found.stride(), found.dtype), backend
 
 
 def test_all_operators_are_here() -> None:
@@ -80,26 +78,24 @@ def test_bn_act(layout: str, residual: str | None) -> None:
     check("bn_act_eval", (input, *vectors(8), added, True, 1e-5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bn_act_dtypes(dtype: torch.dtype) -> None:
-    for parameters in (torch.float32, dtype):
-        input = tensor("nhwc").to(dtype)
-        check("bn_act_train", (input, *vectors(8, parameters), None, True, 0.1, 1e-5))
-        check("bn_act_eval", (input, *vectors(8, parameters), None, True, 1e-5))
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_bn_act_in_bfloat16(parameters: torch.dtype) -> None:
+    input = tensor("nhwc").bfloat16()
+    check("bn_act_train", (input, *vectors(8, parameters), None, True, 0.1, 1e-5))
+    check("bn_act_eval", (input, *vectors(8, parameters), None, True, 1e-5))
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("grad_layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bn_act_backward(layout: str, grad_layout: str, needs: tuple[bool, bool]) -> None:
+def test_bn_act_backward(layout: str, grad_layout: str) -> None:
     input = tensor(layout)
     grad_output = lay_out(torch.randn(input.shape), grad_layout)
     mean, invstd, weight, _ = vectors(8)
     output = torch.relu(torch.randn_like(input))
-    for training in (True, False):
-        check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, training, *needs))
-    if not needs[1]:
-        check("bn_act_backward", (grad_output, input, None, None, mean, invstd, True, *needs))
+    for needs in itertools.product([True, False], repeat=2):
+        check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, True, *needs))
+    check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, False, True, True))
+    check("bn_act_backward", (grad_output, input, None, None, mean, invstd, True, True, False))
 
 
 @pytest.mark.parametrize("other_layout", ["nchw", "nhwc"])
@@ -123,8 +119,10 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhwc_slice_of_channels"])
-@pytest.mark.parametrize("weight_layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("layout", "weight_layout"),
+    [("nchw", "nchw"), ("nchw", "nhwc"), ("nhwc", "nhwc"), ("nhwc_slice_of_channels", "nchw")],
+)
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
 def test_conv_bn_act(conv: str, weight_layout: str, layout: str) -> None:
     shape, *geometry = CONVOLUTIONS[conv]
@@ -138,24 +136,24 @@ def test_conv_bn_act(conv: str, weight_layout: str, layout: str) -> None:
     check("conv_bn_act_eval", (input, weight, *vectors(shape[0]), bias, z.contiguous(), True, *geometry, 1e-5))
     check("conv_bn_act_eval", (input, weight, *vectors(shape[0]), None, None, True, *geometry, 1e-5))
     for needs in ([True, True, True], [False, True, False], [True, False, True]):
-        for grad_output in (z, z.contiguous()):
-            check("conv_backward", (grad_output, input, weight, *geometry, needs))
+        check("conv_backward", (z if needs[1] else z.contiguous(), input, weight, *geometry, needs))
 
 
 # What Dynamo does to every autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False])
-def test_functions_under_aot_autograd(training: bool) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functions_under_aot_autograd(backend: str, training: bool) -> None:
     """opcheck's last test, on what users call: forward and backward, traced with dynamic shapes, equal eager."""
     mean, var, weight, bias = vectors(8)
-    for layout in ("nchw", "nhwc"):
-        input = tensor(layout).requires_grad_()
-        parameters = (weight.clone().requires_grad_(), bias.clone().requires_grad_())
+    input = tensor("nhwc" if training else "nchw").requires_grad_()
+    parameters = (weight.requires_grad_(), bias.requires_grad_())
 
-        def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-            return resfuse.bn_act(x, mean.clone(), var.clone(), w, b, residual=x, training=training)
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return resfuse.bn_act(x, mean.clone(), var.clone(), w, b, residual=x, training=training)
 
+    with resfuse.use_backend(backend):
         expected = torch.autograd.grad(run(input, *parameters).square().sum(), [input, *parameters])
         traced = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
         found = torch.autograd.grad(traced(input, *parameters).square().sum(), [input, *parameters])
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from resfuse.nn.fused_call import bn_act, conv_bn_act
 from tests import contract, models, shapes
 from tests.contract import Call
 from tests.nn import twins
-from tests.shapes import implementations
+from tests.shapes import check_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,37 +48,27 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def call_of(
-    op: str, channels: int, dtype: torch.dtype, device: str, layout: str, residual: str, **options: Any
-) -> Call:
+def call_of(op: str, channels: int, dtype: torch.dtype, layout: str, residual: str, **options: Any) -> Call:
     """A call whose residual has some of the output's channels."""
     if op == "bn_act":
-        call = shapes.bn_act_call((2, 16, 6, 5), dtype, device, layout=layout, **options)
+        call = shapes.bn_act_call((2, 16, 6, 5), dtype, layout=layout, **options)
     else:
         conv = shapes.Convolution((2, 8, 11, 9), 16, (3, 3), (2, 2), (1, 1))
-        call = shapes.conv_bn_act_call(conv, dtype, device, layout=layout, **options)
+        call = shapes.conv_bn_act_call(conv, dtype, layout=layout, **options)
     narrow = call.tensors["residual"][:, :channels].contiguous()
     return Call(op, call.replace(residual=LAYOUTS[residual](narrow)).tensors, {**call.options, "pad_residual": True})
 
 
 @MODES
-@pytest.mark.parametrize(("backend", "device", "dtype"), implementations("conv_bn_act"))
+@pytest.mark.parametrize("dtype", shapes.DTYPES)
 @pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_contract(op: str, backend: str, device: str, dtype: torch.dtype, training: bool) -> None:
+def test_contract(op: str, dtype: torch.dtype, training: bool) -> None:
     """Output, every gradient and the statistics, for residuals of all kinds; with all channels it is the usual one."""
     cases = [*itertools.product(("nchw", "nhwc"), LAYOUTS, (8,)), ("nhwc", "nhwc", 16), ("nhwc", "nhwc", 1)]
-    if backend == "triton":  # interpreted
-        cases = [("nhwc", "every_second_pixel", 8), ("nchw", "nhwc", 3)]
     for layout, residual, channels in cases:
-        call = call_of(op, channels, dtype, device, layout, residual, training=training)
-        with resfuse.use_backend(backend):
-            contract.check(call)
-            if not training:
-                with torch.no_grad():
-                    found = contract.forward(contract.FUSED, call)
-                expected = contract.forward(contract.EAGER, call.truth())
-                assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+        call = call_of(op, channels, dtype, layout, residual, training=training)
+        check_all(call, interpret=(layout, residual) == ("nhwc", "every_second_pixel"))
 
 
 @MODES
@@ -108,7 +99,7 @@ def test_gradients_are_derivatives(op: str, activation: str, training: bool) -> 
 @pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
 def test_compiled(op: str, training: bool) -> None:
     torch._dynamo.reset()
-    call = call_of(op, 8, torch.float32, "cpu", "nhwc", "every_second_pixel", training=training)
+    call = call_of(op, 8, torch.float32, "nhwc", "every_second_pixel", training=training)
     grad = contract.random_grad_output(call, torch.Generator().manual_seed(0))
     expected = contract.results(contract.FUSED, call, grad)
     functions = {op: torch.compile(contract.FUSED[op], fullgraph=True, backend="aot_eager")}
@@ -119,7 +110,7 @@ def test_compiled(op: str, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_registered_operators(training: bool) -> None:
-    tensors = call_of("conv_bn_act", 8, torch.float32, "cpu", "nhwc", "nhwc").tensors
+    tensors = call_of("conv_bn_act", 8, torch.float32, "nhwc", "nhwc").tensors
     names = ("input", "conv_weight", "running_mean", "running_var", "weight", "bias")
     arguments = (*(tensors[name] for name in names), None, tensors["residual"], True, [2, 2], [1, 1], [1, 1], 1)
     ops, checks = torch.ops.resfuse, ("test_schema", "test_faketensor")
@@ -132,7 +123,7 @@ def test_registered_operators(training: bool) -> None:
 @pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
 def test_a_residual_of_another_dtype_under_autocast(op: str) -> None:
     """Eager promotes the sum."""
-    call = call_of(op, 8, torch.bfloat16, "cpu", "nhwc", "nhwc")
+    call = call_of(op, 8, torch.bfloat16, "nhwc", "nhwc")
     call = call.replace(residual=call.tensors["residual"].float())
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (contract.forward(functions, call) for functions in (contract.FUSED, contract.EAGER))
@@ -143,7 +134,7 @@ def test_a_residual_of_another_dtype_under_autocast(op: str) -> None:
 @pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
 @pytest.mark.parametrize("shape", [(2, 17, 6, 5), (2, 0, 6, 5), (2, 8, 5, 5), (1, 8, 6, 5), (8, 6, 5)])
 def test_bad_residual(op: str, shape: tuple[int, ...]) -> None:
-    call = call_of(op, 8, torch.float32, "cpu", "nchw", "nchw", training=True)
+    call = call_of(op, 8, torch.float32, "nchw", "nchw", training=True)
     before = call.tensors["running_mean"].clone()
     with pytest.raises(ValueError, match=r"residual: expected shape \(2, 16, 6, 5\), or with fewer channels, got"):
         contract.forward(contract.FUSED, call.replace(residual=torch.zeros(shape)))
@@ -154,9 +145,9 @@ def test_bad_residual(op: str, shape: tuple[int, ...]) -> None:
 
 
 def test_a_narrow_residual_is_not_overwritten() -> None:
-    call = call_of("conv_bn_act", 8, torch.float32, "cpu", "nhwc", "nhwc")
+    call = call_of("conv_bn_act", 8, torch.float32, "nhwc", "nhwc")
     kept, expected = call.tensors["residual"].clone(), contract.forward(contract.EAGER, call)
-    for name in resfuse.available_backends():
+    for name, _ in shapes.running("conv_bn_act", torch.float32):
         with torch.no_grad(), resfuse.use_backend(name):
             found = resfuse.conv_bn_act(**call.tensors, **call.options, overwrite_residual=True)
         torch.testing.assert_close(found, expected)
@@ -205,7 +196,9 @@ def forward_bytes(module: nn.Module, function: Callable[[Tensor], Tensor], input
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with Allocations() as mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # Under a mode modules call PyTorch's operators: this one only counts, and must not be seen.
+    hidden = mock.patch.object(torch._C, "_len_torch_dispatch_stack", return_value=0)
+    with Allocations() as mode, hidden, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep.append(function(input))
     assert mode.pads == 0
     return sum(mode.bytes.values()), sum(saved.values())
