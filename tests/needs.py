@@ -11,6 +11,7 @@ import importlib.util
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("PIL", "hypothesis", "matplotlib", "numpy", "onnx", "rich", "setuptools", "sklearn", "timm", "torchvision")
@@ -62,6 +63,15 @@ def files(name: str) -> tuple[Path, ...]:
     parts = name.split(".")
     stems = [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
     return tuple(path for stem in stems for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
+
+
+def imported_again(module: ModuleType) -> ModuleType:
+    """A second copy of a module, which reads the environment variables that it reads at import as they are now."""
+    specification = importlib.util.spec_from_file_location(f"{module.__name__}_again", str(module.__file__))
+    assert specification is not None and specification.loader is not None
+    copy = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copy)
+    return copy
 
 
 def python_path() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import resfuse
 from resfuse.backends import cuda, dispatch, reference, triton
 from resfuse.types import AbsentDevice, Problem
+from tests.needs import imported_again
 from tests.shapes import CONVOLUTIONS
 
 needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET is not set")
@@ -32,11 +33,6 @@ def problem(
     conv = CONVOLUTIONS["3x3"]
     convolution = (torch.Size(conv.weight), conv.settings) if kernel in CONVOLVING else ()
     return Problem(kernel, device, dtype, torch.Size(shape), *convolution)
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
 def test_every_backend_declares_the_kernel_api() -> None:
@@ -88,7 +84,8 @@ from resfuse.backends import dispatch
 print(dispatch.unavailable_reasons()["triton"])
 assert "triton" not in sys.modules
 """
-    found = run(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "torch sees no CUDA GPU" in found.stdout, found.stderr
 
 
@@ -121,13 +118,13 @@ def test_nesting_and_restoring() -> None:
     assert dispatch.requested_backend() is None
 
 
-def test_environment_variable() -> None:
-    code = "from resfuse.backends import dispatch; print(dispatch.requested_backend())"
-    assert run(code, RESFUSE_BACKEND="reference").stdout.strip() == "reference"
-    assert run(code, RESFUSE_BACKEND="").stdout.strip() == "None"
-    wrong = run("import resfuse", RESFUSE_BACKEND="tpu")
-    assert wrong.returncode != 0
-    assert "got 'tpu'" in wrong.stderr
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("reference", "reference"), ("", None)):
+        monkeypatch.setenv("RESFUSE_BACKEND", value)
+        assert imported_again(dispatch).requested_backend() == expected
+    monkeypatch.setenv("RESFUSE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="got 'tpu'"):
+        imported_again(dispatch)
 
 
 @pytest.fixture

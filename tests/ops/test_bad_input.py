@@ -95,6 +95,15 @@ def test_vectors_on_another_device(op: str, name: str) -> None:
         getattr(resfuse, op)(**call | {name: call[name].to("meta")})
 
 
+def test_a_call_like_an_earlier_one_is_checked_too() -> None:
+    call = arguments("conv_bn_act") | {"training": False}
+    with torch.no_grad():
+        resfuse.conv_bn_act(**call)
+        for name, wrong in (("residual", torch.ones(2, 12, 5, 4)), ("conv_bias", torch.zeros(11)), ("stride", 0)):
+            with pytest.raises(ValueError, match=f"{name}: expected|{name}: .*at least 1"):
+                resfuse.conv_bn_act(**call | {name: wrong})
+
+
 def test_residual_in_another_layout_is_right() -> None:
     call = arguments("bn_act")
     other = call["residual"].to(memory_format=torch.channels_last)
