@@ -23,13 +23,17 @@ from tests.needs import ROOT
 from tests.distributed import worker
 
 PROCESSES = 2
+SLOW = ("ddp_equals_eager_ddp", "ddp_with_compile", "compiled", "conversion_before_fusing", "hooks_on_one_process_only")
 SCENARIOS = [
     pytest.param(
         name,
-        marks=pytest.mark.skipif(
-            name.endswith("on_gpus") and not torch.cuda.is_available(),
-            reason="torch.nn.SyncBatchNorm runs on GPUs only",
-        ),
+        marks=[
+            pytest.mark.skipif(
+                name.endswith("on_gpus") and not torch.cuda.is_available(),
+                reason="torch.nn.SyncBatchNorm runs on GPUs only",
+            ),
+            *([pytest.mark.slow] if name in SLOW else []),
+        ],
     )
     for name in worker.SCENARIOS
 ]
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process says about each of the scenarios that were selected, all run by one torchrun."""
+    """Each process's report of the scenarios that were selected, all run by one torchrun."""
     names = []
     for item in request.session.items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
