@@ -1,8 +1,8 @@
-"""What only a GPU can tell about the cuda backend; elsewhere skipped, with the reason.
+"""Properties of the cuda backend that only a GPU can show; elsewhere skipped, with the reason.
 
 Its numbers are tested on a GPU by the tests of every backend.  Here: the layouts of the tensor cores' operands,
-compute-sanitizer's four tools, CUDA graphs, streams, devices, launches, synchronisation, determinism under load,
-tensors of more than 2^31 elements, and the time that a call takes of the host.
+compute-sanitizer's four tools, CUDA graphs, streams, devices, launches, synchronisation, determinism under load, and
+tensors of more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,9 +32,6 @@ pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 
 UNAVAILABLE = dispatch.backend("cuda").unavailable_reason()
 gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
-MOST_HOST_MICROSECONDS = 1000
-"""Of one call: far more than it should take (10), far less than one that waits for something."""
-
 CALLS: dict[str, Callable[[torch.dtype, str], Call]] = {
     "add_relu": lambda dtype, device: add_relu_call((4, 64, 14, 14), dtype, device, layout="nhwc"),
     "bn_act-train": lambda dtype, device: bn_act_call((4, 64, 14, 14), dtype, device, layout="nhwc", training=True),
@@ -246,7 +242,7 @@ def test_nothing_synchronises(name: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-# --- launches, time of the host --------------------------------------------------------------------------------------
+# --- launches -------------------------------------------------------------------------------------------------------
 
 
 @gpu
@@ -267,25 +263,6 @@ def test_one_launch_each_way(name: str) -> None:
     ours = [event for event in events if "resfuse" in event]
     # With running statistics and a batch norm whose weight needs a gradient, z is computed again.
     assert len(ours) == (3 if name == "conv_bn_act-eval" else 2), events
-
-
-@gpu
-@each_call
-def test_time_of_the_host(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Printed; held only to what a call that waits for the GPU would exceed."""
-    call, repeats = CALLS[name](torch.bfloat16, "cuda"), 200
-    with resfuse.use_backend("cuda"), torch.no_grad():
-        for _ in range(20):
-            contract.forward(contract.FUSED, call)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            contract.forward(contract.FUSED, call)
-        microseconds = (time.perf_counter() - begin) / repeats * 1e6
-        torch.cuda.synchronize()
-    with capsys.disabled():
-        print(f"\n{name}: {microseconds:.1f} us of the host per call on {torch.cuda.get_device_name()}")
-    assert microseconds < MOST_HOST_MICROSECONDS
 
 
 # --- determinism, size -----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,11 @@ import torch.distributed as dist
 from resfuse.functional import sync_bn_act
 from resfuse.ops.sync_bn_act import merge
 from tests import needs
-from tests.needs import ROOT
 from tests.distributed import worker
+from tests.needs import ROOT
 
 PROCESSES = 2
-SLOW = ("ddp_equals_eager_ddp", "ddp_with_compile", "compiled", "conversion_before_fusing", "hooks_on_one_process_only")
+SLOW = ("ddp_equals_eager_ddp", "ddp_with_compile", "compiled", "hooks_on_one_process_only")
 SCENARIOS = [
     pytest.param(
         name,

@@ -197,13 +197,6 @@ def test_block_given_drop_layers_and_attention_later_calls_them() -> None:
             )
 
 
-def test_preactivation_block_given_drop_path_later_calls_it() -> None:
-    fused, eager, _ = both(BLOCKS["preact"][0])
-    for model in (fused.double(), eager.double()):
-        model.drop_path = DropPath(0.5)
-    models.assert_same(fused, eager, models.random_input((6, 16, 9, 9)), evaluate=drawn_alike)
-
-
 @pytest.mark.parametrize("name", ["se", "aa", "preact", "preact-projection"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_under_autocast(name: str, dtype: torch.dtype) -> None:
@@ -247,15 +240,6 @@ def test_block_compiles_fullgraph(name: str) -> None:
     output, expected = compiled(input), eager(input)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     output.sum().backward()
-
-
-@pytest.mark.parametrize("name", ["se", "aa", "preact-projection"])
-def test_block_can_be_traced(name: str) -> None:
-    build, channels = BLOCKS[name]
-    fused, eager, _ = both(build)
-    input = models.random_input((2, channels, 9, 9))
-    traced = torch.fx.symbolic_trace(fused.eval())
-    torch.testing.assert_close(traced(input), eager.eval()(input), rtol=1e-4, atol=1e-4)
 
 
 def test_preactivation_block_under_vmap() -> None:

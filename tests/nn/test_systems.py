@@ -13,8 +13,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resfuse.nn as rnn
 from tests import models
-from tests.nn.pairs import Called, Eager, assert_module_matches, own_block, pair
 from tests.models import reloaded
+from tests.nn.pairs import Called, Eager, assert_module_matches, own_block, pair
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -19,7 +19,6 @@ from resfuse import _build, _extension, jit
 from tests.needs import ROOT
 
 
-
 def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
     """Output of a command that must succeed."""
     done = subprocess.run([str(part) for part in command], env=env, cwd=cwd, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The registered operators under torch.compile and PyTorch's own checks."""
+"""The operators under torch.compile; PyTorch's own checks of them are in tests/ops/test_opcheck.py."""
 
 from __future__ import annotations
 
@@ -96,49 +96,6 @@ def test_inductor(training: bool) -> None:
         larger = torch.randn(3, 8, 9, 4).to(memory_format=torch.channels_last)
         ours[name], eager[name] = larger, larger
     torch.testing.assert_close(compiled(ours), run(eager))
-
-
-def samples() -> list[tuple[str, tuple[Any, ...]]]:
-    """One call or more of every registered operator."""
-    found: list[tuple[str, tuple[Any, ...]]] = []
-    for layouts in LAYOUTS:
-        t = tensors(*layouts, grad=False)
-        x, r, w, b = t["input"], t["residual"], t["weight"], t["bias"]
-        conv = ([1, 1], [1, 1], [1, 1], 1)
-        z = resfuse.conv_bn_act(x, t["conv_weight"], None, None, training=True, padding=1)
-        mean, invstd = torch.randn(8), torch.rand(8)
-        running = (t["running_mean"], t["running_var"])
-        found += [
-            ("add_relu_forward", (x, r)),
-            ("add_relu_backward", (r, x)),
-            ("bn_act_train", (x, *running, w, b, r, True, 0.1, 1e-5)),
-            ("bn_act_train", (x, None, None, None, None, None, False, 0.1, 1e-5)),
-            ("bn_act_eval", (x, *running, w, None, r, True, 1e-5)),
-            ("bn_act_backward", (r, x, x, w, mean, invstd, True, True, True)),
-            ("bn_act_backward", (r, x, None, None, mean, invstd, False, False, False)),
-            ("bn_statistics", (x,)),
-            ("bn_apply", (x, mean, invstd, w, b, r, True)),
-            ("bn_apply", (x, mean, invstd, None, None, None, False)),
-            ("bn_backward_reduce", (r, x, x, mean, invstd)),
-            ("bn_backward_reduce", (r, x, None, mean, invstd)),
-            ("bn_backward_apply", (r, x, w, mean, invstd, mean, invstd)),
-            ("conv_bn_act_train", (x, t["conv_weight"], *running, w, b, None, r, True, *conv, 0.1, 1e-5)),
-            ("conv_bn_act_eval", (x, t["conv_weight"], *running, w, b, b, None, False, *conv, 1e-5)),
-            ("conv_forward", (x, t["conv_weight"], None, *conv)),
-            ("conv_backward", (z, x, t["conv_weight"], *conv, [True, True, True])),
-            ("conv_backward", (z, x, t["conv_weight"], *conv, [False, True, False])),
-        ]
-    return found
-
-
-def test_every_operator_has_a_sample() -> None:
-    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("resfuse::")}
-    assert names == {name for name, _ in samples()}
-
-
-@pytest.mark.parametrize(("name", "args"), samples(), ids=lambda value: value if isinstance(value, str) else "")
-def test_opcheck(name: str, args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(getattr(torch.ops.resfuse, name).default, args)
 
 
 def cast(t: dict[str, Tensor], dtype: torch.dtype, names: tuple[str, ...]) -> dict[str, Tensor]:

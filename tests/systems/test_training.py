@@ -113,18 +113,6 @@ def test_recipe(optimizer: str, schedule: str) -> None:
     torch.testing.assert_close(averages[0].eval()(input), averages[1].eval()(input))
 
 
-def test_groups_by_name_are_the_same() -> None:
-    fused, eager = both()
-    before = groups_by_name(fused)
-    resfuse.unfuse_(fused)
-    after = groups_by_name(fused)
-    names = [{id(parameter): name for name, parameter in model.named_parameters()} for model in (fused, eager)]
-    for one, other, expected in zip(before, after, groups_by_name(eager), strict=True):
-        assert [id(parameter) for parameter in one["params"]] == [id(parameter) for parameter in other["params"]]
-        found = [names[0][id(parameter)] for parameter in one["params"]]
-        assert found == [names[1][id(parameter)] for parameter in expected["params"]]
-
-
 def test_optimizer_state_goes_both_ways() -> None:
     """A run begun eager goes on fused, and the other way round, from state dicts alone."""
     ends = []
@@ -143,33 +131,6 @@ def test_optimizer_state_goes_both_ways() -> None:
             optimizer.step()
         ends.append(second)
     assert_same_state(*ends)
-
-
-# Averages
-
-
-@pytest.mark.parametrize("use_buffers", [True, False])
-def test_averaged_model(use_buffers: bool) -> None:
-    """The average is a fused model of its own; its statistics can be estimated anew."""
-    averages = []
-    for model in both():
-        average = swa_utils.AveragedModel(model, use_buffers=use_buffers)
-        for step in range(3):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(1.1)
-            model(batch(step)[0])
-            average.update_parameters(model)
-        averages.append(average)
-    assert_same_state(*averages)
-    with models.counted_calls() as calls, torch.no_grad():
-        found, expected = (average.eval()(batch(5)[0]) for average in averages)
-    assert calls.conv_bn_act == 9
-    torch.testing.assert_close(found, expected)
-    for average in averages:
-        swa_utils.update_bn([batch(step)[0] for step in range(3)], average.train())
-    assert_same_state(*averages)
-    assert averages[0].module[0][1].num_batches_tracked == 3
 
 
 # Mixed precision
@@ -386,14 +347,3 @@ def test_data_parallel_replicas() -> None:
         nn.functional.cross_entropy(torch.cat(outputs), target).backward()
     for found, expected in zip(fused.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
-
-
-def test_data_parallel_without_a_gpu_or_on_several() -> None:
-    fused, eager = both()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    input, target = (tensor.to(device) for tensor in batch(0))
-    for model in (fused, eager):
-        nn.functional.cross_entropy(nn.DataParallel(model.to(device))(input), target).backward()
-    for found, expected in zip(fused.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad)
-    assert_same_state(fused, eager)
