@@ -321,7 +321,7 @@ def test_library_that_can_not_be_loaded_is_a_reason(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(_extension, "_outcome", {})
     (tmp_path / "_cpu.abi3.so").write_text("not a library")
     reason = _extension.load("_cpu") or ""
-    assert f"torch {torch.__version__} can not load it" in reason
+    assert f"torch {torch.__version__} cannot load it" in reason
     assert _extension.load("_cpu") is reason, "asked once per process"
 
 
@@ -438,4 +438,4 @@ def test_force_cuda_without_a_toolkit_fails_the_build(sdist: Path, tmp_path: Pat
         [sys.executable, "setup.py", "--version"], cwd=sdist, env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "error: FORCE_CUDA=1, but the CUDA library can not be built" in done.stderr
+    assert "error: FORCE_CUDA=1, but the CUDA library cannot be built" in done.stderr
