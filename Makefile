@@ -1,20 +1,23 @@
 # On a machine with python3, make and g++, GPU or none, these are enough:
 #
 #   make demo     install into .venv, fuse a standard ResNet, compare it with eager PyTorch, time both
-#   make test     install likewise, then lint and the whole test suite
+#   make test     install likewise, then lint, types and the tests: some ten minutes on two cores
+#   make test-full    all tests: sanitizers, planted bugs, wheels, every model, long trainings
 #   make docs     install likewise, then build the pages of docs/ into site/
 #
 # On a machine with a GPU and its own torch, where nothing is installed (docs/gpu.md):
 #
-#   make gpu      tests, benchmarks, tables and a report, as far as 8 minutes go; again goes on; files in OUT=out/gpu
+#   make gpu      tests, benchmarks, tables and a report within minutes; again goes on; files in OUT=out/gpu
 #
-# Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where to install), TEST=tests/test_build.py (which tests),
-# PYTEST_ARGS="-x -k name"; and the build's environment variables, in CONTRIBUTING.md.
+# Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where to install), TEST=tests/ops (which tests),
+# PYTEST_ARGS="-x -k name", JOBS=2 (test processes); and the build's environment variables, in CONTRIBUTING.md.
 
 PYTHON ?= python3
 VENV ?= .venv
 TEST ?=
 PYTEST_ARGS ?=
+JOBS ?= $(shell nproc)
+TIER ?= -m "not slow"
 # `make compat`: which torch releases ("newest" is what pip finds today), and the quick suite that they run.
 COMPAT_TORCH ?= 2.13.0 newest
 COMPAT_TESTS ?= tests
@@ -27,17 +30,15 @@ TOOLKIT := cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help demo test docs bench bench-compare build lint format pytest compat dist clean
-.PHONY: gpu gpu-test gpu-bench gpu-tune gpu-report gpu-wheels
+.PHONY: help demo test test-full mutants docs bench bench-compare build lint format pytest compat dist clean gpu
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
-	@echo "Also: bench, bench-compare BASE=commit, build, lint, format, pytest, compat, dist, clean,"
-	@echo "      gpu-test, gpu-bench, gpu-tune, gpu-report, gpu-wheels."
+	@echo "Also: mutants, bench, bench-compare BASE=commit, build, lint, format, pytest, compat, dist, clean."
 
 demo: $(VENV)/.built
-	$(PY) -m resfuse demo
+	$(PY) examples/demo.py
 
 # The CUDA library is compiled, linked and loaded by the tests even where there is no GPU, so they want a toolkit.
 test: $(VENV)/.toolkit
@@ -45,13 +46,22 @@ test: $(VENV)/.toolkit
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory pytest
 
+test-full: $(VENV)/.toolkit
+	@$(MAKE) --no-print-directory $(VENV)/.built
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory pytest TIER=
+
+# Plants mistakes in a copy of the tree, one at a time, and shows which tests notice.
+mutants: $(VENV)/.built
+	$(PY) -m tests.mutants $(MUTANTS_ARGS)
+
 docs: $(VENV)/.built
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 build: $(VENV)/.built
 
 pytest: $(VENV)/.built
-	$(PY) -m pytest $(PYTEST_ARGS) $(TEST)
+	$(PY) -m pytest -n $(JOBS) $(TIER) $(PYTEST_ARGS) $(TEST)
 
 lint: $(VENV)/.built
 	$(PY) -m ruff check .
@@ -85,44 +95,19 @@ $(VENV)/.toolkit: $(VENV)/.torch
 	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
 	@touch $@
 
-# Wants a machine that does nothing else; benchmarks/README.md says how to read what it writes.
+# On a machine that does nothing else; benchmarks/README.md says how to read the results.
 bench: $(VENV)/.built
-	$(PY) -m resfuse bench
-	$(PY) -m benchmarks.overhead
-	$(PY) -m benchmarks.memory
-	$(PY) -m resfuse bench --report
-	$(PY) -m benchmarks.markdown
+	$(PY) -m benchmarks
 
-# COMPARE_ARGS="--mode train --micro --fail-over 5%", and what else `python -m benchmarks.compare --help` lists.
+# COMPARE_ARGS: see `python -m benchmarks.compare --help`.
 bench-compare: $(VENV)/.built
 	@test -n "$(BASE)" || { echo "make: name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
 	$(PY) -m benchmarks.compare $(BASE) $(COMPARE_ARGS)
 
-# With $(PYTHON) as it is, and the torch that it has: LIMIT is the seconds of one call, PIECE="aims tune" names pieces.
+# With $(PYTHON) as it is, and the torch that it has.
 OUT ?= out/gpu
-LIMIT ?= 480
-PIECE ?=
-WHEELS ?=
-GPU = $(PYTHON) -m benchmarks.gpu --output $(OUT) --limit $(LIMIT) $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_ARGS)
-
 gpu:
-	@$(GPU) $(if $(PIECE),--piece $(PIECE))
-
-gpu-test:
-	@$(GPU) --group test
-gpu-bench:
-	@$(GPU) --group bench
-gpu-tune:
-	@$(GPU) --group tune
-gpu-report:
-	@$(GPU) --group report
-
-# What such a machine may lack beside torch, to be taken along.
-GPU_PYTHON ?= 3.12
-gpu-wheels:
-	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
-	  $(foreach glibc,2_28 2_27 2_24 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
-	  -c requirements/constraints.txt -r benchmarks/gpu/wheels.txt -d $(or $(WHEELS),out/wheels)
+	@$(PYTHON) -m tools.gpu_run --output $(OUT) $(GPU_ARGS)
 
 # The binaries built above, unchanged, under other releases of torch.
 compat: $(VENV)/.built
@@ -132,13 +117,13 @@ compat: $(VENV)/.built
 	  if [ $$version = newest ]; then torch=torch; upgrade=--upgrade; else torch=torch==$$version; upgrade=; fi; \
 	  [ -x $$venv/bin/python ] || sh requirements/make_venv.sh "$(PYTHON)" $$venv; \
 	  $$venv/bin/python -m pip install -q $$upgrade $$torch; \
-	  $$venv/bin/python -m pip install -q 'numpy<2.4' rich pytest hypothesis; \
+	  $$venv/bin/python -m pip install -q 'numpy<2.4' rich pytest pytest-xdist hypothesis; \
 	  if $$venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 	    $$venv/bin/python -m pip install -q torchvision timm; \
 	  else echo "a CPU-only torch, which the registry's torchvision does not load in: its tests are skipped"; fi; \
 	  $$venv/bin/python -c 'import torch; print("== torch", torch.__version__)'; \
 	  $$venv/bin/python -m resfuse._extension; \
-	  $$venv/bin/python -m pytest -q -m 'not slow' $(COMPAT_TESTS); \
+	  $$venv/bin/python -m pytest -q -n $(JOBS) -m 'not slow' $(COMPAT_TESTS); \
 	done
 	@sha256sum resfuse/*.abi3.so
 

@@ -1,7 +1,7 @@
 """resfuse: fused convolution + batch norm + ReLU and residual add + ReLU for residual networks in PyTorch."""
 
 from resfuse import models, nn
-from resfuse.backends.registry import available_backends, use_backend
+from resfuse.backends.dispatch import available_backends, use_backend
 from resfuse.explain import explain
 from resfuse.functional import add_relu, bn_act, conv_bn_act
 from resfuse.surgery import fuse_, unfuse_

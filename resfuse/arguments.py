@@ -1,14 +1,16 @@
-"""What the public functions accept: an error names the argument, what came and what was expected, before any work."""
+"""Argument checks of the public functions: an error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.layout import conv_output_shape
+from resfuse.types import BatchNorm, Convolution, Pair
 
 _ACTIVATIONS = ("relu", "identity")
 
@@ -47,33 +49,27 @@ def check_residual(residual: Tensor, shape: Any, input: Tensor, pad: bool = Fals
         raise ValueError(f"residual: expected a strided (dense) tensor, got layout {residual.layout}")
 
 
-def check_batch_norm(
-    input: Tensor,
-    channels: int,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-) -> None:
-    if running_mean is None or running_var is None:
-        if running_mean is not running_var:
-            missing = "running_mean" if running_mean is None else "running_var"
+def check_batch_norm(input: Tensor, channels: int, bn: BatchNorm) -> None:
+    if bn.running_mean is None or bn.running_var is None:
+        if bn.running_mean is not bn.running_var:
+            missing = "running_mean" if bn.running_mean is None else "running_var"
             raise ValueError(f"{missing}: expected a tensor, because the other running statistic is one, got None")
-        if not training:
+        if not bn.training:
             raise ValueError("running_mean: expected a tensor, because training is False, got None")
-    dtype, device = input.dtype, input.device
+    dtype, device, shape = input.dtype, input.device, (channels,)
     narrow = torch.float32 if dtype != torch.float64 else dtype
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
+    for vector in bn[:4]:
+        if vector is not None and (
+            vector.shape != shape or (vector.dtype != dtype and vector.dtype != narrow) or vector.device != device
+        ):
+            break
+    else:
+        return
+    for name, vector in zip(BatchNorm._fields[:4], bn[:4], strict=True):
         if vector is None:
             continue
-        if vector.dim() != 1 or vector.numel() != channels:
-            raise ValueError(f"{name}: expected shape ({channels},), got {tuple(vector.shape)}")
+        if vector.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(vector.shape)}")
         if vector.dtype != narrow and vector.dtype != dtype:
             either = f"{dtype} (that of input)" + (f" or {narrow}" if narrow != dtype else "")
             raise TypeError(f"{name}: expected dtype {either}, got {vector.dtype}")
@@ -102,39 +98,49 @@ def check_convolution(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | No
         raise ValueError(f"conv_bias: expected device {input.device} (that of input), got {conv_bias.device}")
 
 
-def geometry(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int],
-    dilation: int | tuple[int, int],
-    groups: int,
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
-    """(stride, padding, dilation, output shape) of a convolution whose options and shapes fit each other."""
-    stride = _pair("stride", stride, 1)
-    padding = _pair("padding", padding, 0)
-    dilation = _pair("dilation", dilation, 1)
+Setting = int | tuple[int, ...] | list[int]
+
+
+def convolution(
+    input_shape: torch.Size, weight_shape: torch.Size, stride: Setting, padding: Setting, dilation: Setting, groups: int
+) -> tuple[Convolution, tuple[int, int, int, int]]:
+    """The settings of a convolution and the shape of its output, where settings and shapes fit each other."""
+    if torch.compiler.is_compiling() or list in (type(stride), type(padding), type(dilation)):  # lists have no hash
+        return _convolution(input_shape, weight_shape, stride, padding, dilation, groups)
+    return _cached_convolution(input_shape, weight_shape, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _convolution(
+    input_shape: torch.Size, weight_shape: torch.Size, stride: Setting, padding: Setting, dilation: Setting, groups: int
+) -> tuple[Convolution, tuple[int, int, int, int]]:
     if groups < 1 or weight_shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} output channels, got {groups}")
+    settings = Convolution(
+        _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1), operator.index(groups)
+    )
     if input_shape[1] != weight_shape[1] * groups:
         raise ValueError(
             f"input: expected {weight_shape[1] * groups} channels (conv_weight {tuple(weight_shape)}, "
             f"groups {groups}), got {input_shape[1]}"
         )
-    shape = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
+    shape = conv_output_shape(input_shape, weight_shape, settings)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"input: expected at least the size of the (padded, dilated) kernel {tuple(weight_shape[2:])}, "
             f"got {tuple(input_shape[2:])}, which leaves an output of {shape[2:]}"
         )
-    return stride, padding, dilation, shape
+    return settings, shape
 
 
-cached_geometry = functools.lru_cache(maxsize=4096)(geometry)
+_cached_convolution = functools.lru_cache(maxsize=4096)(_convolution)
 
 
-def _pair(name: str, value: int | tuple[int, int], minimum: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(part, int) and part >= minimum for part in pair):
+def _pair(name: str, value: Setting, minimum: int) -> Pair:
+    parts = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    try:
+        pair = tuple(operator.index(part) for part in parts)  # NumPy's integers too
+    except TypeError:
+        pair = ()
+    if len(pair) not in (1, 2) or min(pair) < minimum:
         raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
-    return pair
+    return pair[0], pair[-1]

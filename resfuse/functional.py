@@ -1,4 +1,4 @@
-"""The public functions: they check their arguments, apply autocast, and call the operator.
+"""The public functions: check the arguments, pack them, apply autocast, run the operator or its autograd.Function.
 
 All tensors of a call live on one device.  Inputs are (N, C, H, W) in any memory layout; the result is in the layout the
 eager operators would give (`bn_act`, `add_relu`: that of `input`; `conv_bn_act`: channels_last if `input` or
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from resfuse import arguments
-from resfuse.ops import add_relu as _add_relu
-from resfuse.ops import bn_act as _bn_act
-from resfuse.ops import conv_bn_act as _conv_bn_act
-from resfuse.ops import sync_bn_act as _sync_bn_act
+from resfuse import arguments, ops
+from resfuse.ops.add_relu import AddReLUFunction
+from resfuse.ops.bn_act import BNActFunction
+from resfuse.ops.conv_bn_act import ConvBNActFunction
+from resfuse.ops.sync_bn_act import SyncBNActFunction
+from resfuse.types import BatchNorm
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -45,14 +46,12 @@ def add_relu(input: Tensor, residual: Tensor) -> Tensor:
         tensor([1.5000, 0.0000])
     """
     arguments.check_input("input", input)
-    if _promotes(input.dtype, residual) and _autocast_enabled(input):
+    if _promotes(input, input.dtype, residual):
         return torch.relu(input + residual)  # eager promotes here; nothing to fuse into
     arguments.check_residual(residual, input.shape, input)
     if _needs_grad(input, residual):
-        return _add_relu.AddReluFunction.apply(*_distinct(input, residual))
-    if torch.compiler.is_compiling():
-        return torch.ops.resfuse.add_relu_forward(input, residual)
-    return _add_relu.forward(input, residual)
+        return AddReLUFunction.apply(*_distinct(input, residual))
+    return ops.add_relu.run(input, residual)
 
 
 def bn_act(
@@ -109,26 +108,21 @@ def bn_act(
         True
     """
     relu = arguments.check_activation(activation)
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     arguments.check_input("input", input, 4)
-    arguments.check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, training)
+    arguments.check_batch_norm(input, input.shape[1], bn)
     if training:
         arguments.check_values_per_channel(input.shape)
     if residual is not None:
-        if _promotes(input.dtype, residual) and _autocast_enabled(input):
+        if _promotes(input, input.dtype, residual):
             # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
-            options: dict[str, Any] = {"activation": "identity", "training": training, "momentum": momentum, "eps": eps}
-            output = bn_act(input, running_mean, running_var, weight, bias, **options)
-            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
-            return torch.relu(output) if relu else output
+            output = bn_act(input, *bn[:4], activation="identity", training=training, momentum=momentum, eps=eps)
+            return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, input.shape, input, pad_residual)
-    tensors = (input, running_mean, running_var, weight, bias, residual)
     if _needs_grad(input, weight, bias, residual):
-        return _bn_act.BNActFunction.apply(*_distinct(*tensors), relu, training, momentum, eps)
-    if not torch.compiler.is_compiling():
-        return _bn_act.forward(*tensors, relu, training, momentum, eps)[0]
-    if training:
-        return torch.ops.resfuse.bn_act_train(*tensors, relu, momentum, eps)[0]
-    return torch.ops.resfuse.bn_act_eval(*tensors, relu, eps)
+        tensors = _distinct(input, residual, *bn[:4])
+        return BNActFunction.apply(*tensors[:2], relu, *tensors[2:], *bn[4:])
+    return ops.bn_act.run(input, bn, residual, relu)[0]
 
 
 def sync_bn_act(
@@ -184,23 +178,23 @@ def sync_bn_act(
     if world_size == 1:
         return bn_act(input, running_mean, running_var, weight, bias, training=True, **options)
     relu = arguments.check_activation(activation)
+    bn = BatchNorm(running_mean, running_var, weight, bias, True, momentum, eps)
     arguments.check_input("input", input, 4)
-    arguments.check_batch_norm(input, input.shape[1], running_mean, running_var, weight, bias, True)
+    arguments.check_batch_norm(input, input.shape[1], bn)
     if residual is not None:
-        if _promotes(input.dtype, residual) and _autocast_enabled(input):
+        if _promotes(input, input.dtype, residual):
             options |= {"residual": None, "activation": "identity", "process_group": group}
-            output = sync_bn_act(input, running_mean, running_var, weight, bias, **options) + residual
-            return torch.relu(output) if relu else output
+            return _add_promoting(sync_bn_act(input, *bn[:4], **options), residual, relu, False)
         arguments.check_residual(residual, input.shape, input)
     needs_grad = _needs_grad(input, weight, bias, residual)
     if torch.compiler.is_compiling():
         group = group.group_name
     with torch.no_grad():  # the dependence of the statistics on the input is part of the Function's gradient
-        statistics = _sync_bn_act.statistics(input.detach(), running_mean, running_var, momentum, eps, group)
+        statistics = ops.sync_bn_act.statistics(input.detach(), bn, group)
     if not needs_grad:
-        return _sync_bn_act.bn_apply(input, *statistics[:2], weight, bias, residual, relu)
+        return ops.sync_bn_act.bn_apply(input, *statistics[:2], weight, bias, residual, relu)
     tensors = _distinct(input, weight, bias, residual)
-    return _sync_bn_act.SyncBNActFunction.apply(tensors[0], *statistics, *tensors[1:], relu, group)
+    return SyncBNActFunction.apply(tensors[0], *statistics, *tensors[1:], relu, group)
 
 
 def conv_bn_act(
@@ -268,54 +262,37 @@ def conv_bn_act(
         (torch.Size([2, 4, 4, 4]), True)
     """
     relu = arguments.check_activation(activation)
-    if not training and _records_nothing():
-        # A call like one that has been checked before, on a backend that remembers it, needs no check.
-        output = _conv_bn_act.repeated(
-            input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-            stride, padding, dilation, groups, eps, overwrite_residual,
-        )  # fmt: skip
-        if output is not None:
-            return output
+    bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     arguments.check_input("input", input, 4)
     arguments.check_input("conv_weight", conv_weight, 4)
-    geometry = arguments.geometry if torch.compiler.is_compiling() else arguments.cached_geometry
-    if isinstance(stride, list) or isinstance(padding, list) or isinstance(dilation, list):
-        geometry = arguments.geometry  # the cache wants hashable arguments
-    stride, padding, dilation, shape = geometry(input.shape, conv_weight.shape, stride, padding, dilation, groups)
+    convolution, shape = arguments.convolution(input.shape, conv_weight.shape, stride, padding, dilation, groups)
     autocast = _autocast_enabled(input)
-    # What autocast makes of a convolution's operands: float64 is left alone, as F.conv2d leaves it.
+    # The dtype that autocast gives a convolution's operands: it leaves float64 alone, as for F.conv2d.
     dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
     arguments.check_convolution(input, conv_weight, conv_bias, autocast)
     if training:
         arguments.check_values_per_channel(shape)
     if input.dtype != dtype:
         input = input.to(dtype)
-    arguments.check_batch_norm(input, shape[1], running_mean, running_var, weight, bias, training)
+    arguments.check_batch_norm(input, shape[1], bn)
     if conv_bias is not None and conv_bias.dtype != dtype:
         conv_bias = conv_bias.to(dtype)
     if residual is not None:
-        if _promotes(dtype, residual) and autocast:
-            options: dict[str, Any] = {
-                "conv_bias": conv_bias, "activation": "identity", "stride": stride, "padding": padding,
-                "dilation": dilation, "groups": groups, "training": training, "momentum": momentum, "eps": eps,
-            }  # fmt: skip
-            output = conv_bn_act(input, conv_weight, running_mean, running_var, weight, bias, **options)
-            output = output + (_padded(residual, output.shape[1]) if pad_residual else residual)
-            return torch.relu(output) if relu else output
+        if _promotes(input, dtype, residual):
+            output = conv_bn_act(
+                input, conv_weight, *bn[:4], conv_bias=conv_bias, activation="identity", **convolution._asdict(),
+                training=training, momentum=momentum, eps=eps,
+            )  # fmt: skip
+            return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, shape, input, pad_residual)
-        overwrite_residual = overwrite_residual and residual.shape[1] == shape[1]
+        overwrite_residual = overwrite_residual and residual.shape[1] == shape[1] and not _same_memory(residual, input)
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
     if conv_weight.dtype != dtype and (needs_grad or training):
-        conv_weight = conv_weight.to(dtype)  # otherwise the backend folds batch norm into the wider weight
-    tensors = (input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual)
-    conv = (stride, padding, dilation, groups)
+        conv_weight = conv_weight.to(dtype)  # in inference the backend reads the wider weight
     if needs_grad:
-        return _conv_bn_act.ConvBNActFunction.apply(*_distinct(*tensors), relu, *conv, training, momentum, eps)
-    if not torch.compiler.is_compiling():
-        return _conv_bn_act.forward(*tensors, relu, *conv, training, momentum, eps, overwrite_residual)[0]
-    if training:
-        return torch.ops.resfuse.conv_bn_act_train(*tensors, relu, *conv, momentum, eps)[0]
-    return torch.ops.resfuse.conv_bn_act_eval(*tensors, relu, *conv, eps)
+        tensors = _distinct(input, conv_weight, conv_bias, residual, *bn[:4])
+        return ConvBNActFunction.apply(*tensors[:4], relu, convolution, *tensors[4:], *bn[4:])
+    return ops.conv_bn_act.run(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)[0]
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -345,27 +322,23 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _records_nothing() -> bool:
-    """Whether this is plain inference: no gradient, transformation, compiler or autocast is concerned with the call."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_any_autocast_enabled()
-    )
-
-
 def _autocast_enabled(input: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # the quick answer to the usual case
+        return False
     device = input.device.type
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for the meta device
 
 
-def _promotes(dtype: torch.dtype, residual: Tensor) -> bool:
-    return isinstance(residual, Tensor) and residual.dtype != dtype
+def _promotes(input: Tensor, dtype: torch.dtype, residual: Tensor) -> bool:
+    """Whether eager would promote the sum of a result in `dtype` and the residual, because autocast mixes dtypes."""
+    return isinstance(residual, Tensor) and residual.dtype != dtype and _autocast_enabled(input)
 
 
-def _padded(residual: Tensor, channels: int) -> Tensor:
-    """The residual with zeros for the channels that it does not have."""
-    missing = channels - residual.shape[1]
-    return F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing > 0 else residual
+def _add_promoting(output: Tensor, residual: Tensor, relu: bool, pad: bool) -> Tensor:
+    missing = output.shape[1] - residual.shape[1] if pad else 0
+    output = output + (F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing > 0 else residual)
+    return torch.relu(output) if relu else output
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata

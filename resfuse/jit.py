@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from resfuse import _build, _extension
-from resfuse.backends import registry
+from resfuse.backends import dispatch
 
 
 def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool = False) -> dict[str, str | None]:
@@ -23,7 +23,7 @@ def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool
         verbose: show the compiler's commands and output.
 
     Returns:
-        Per library ("_cpu", "_cuda"): None when it is loaded, else the reason why it can not be built here.
+        Per library ("_cpu", "_cuda"): None when it is loaded, else the reason why it cannot be built here.
 
     Raises:
         RuntimeError: a compiler is there and the compilation failed.
@@ -37,7 +37,7 @@ def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool
             outcome[name] = settings.skipped.get(name)
             if outcome[name] is None:
                 _compile(name, settings, build_directory, verbose)
-                registry.forget_choices()
+                dispatch.forget_choices()
     return outcome
 
 

@@ -7,6 +7,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from resfuse.types import BatchNorm, Convolution
+
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a 4-D tensor's strides are those of NHWC memory (sliced or not), by PyTorch's own reading of strides.
@@ -107,15 +109,32 @@ def residual_for(output: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 def conv_output_shape(
-    input_shape: torch.Size,
-    weight_shape: torch.Size,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    input_shape: torch.Size, weight_shape: torch.Size, convolution: Convolution
 ) -> tuple[int, int, int, int]:
     """(N, K, OH, OW) of a convolution of an (N, C, H, W) input with a (K, C/groups, R, S) weight."""
+    stride, padding, dilation, _ = convolution
     height, width = (
         (input_shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     )
     return input_shape[0], weight_shape[0], height, width
+
+
+@overload
+def kernel_vector(vector: Tensor, input: Tensor) -> Tensor: ...
+@overload
+def kernel_vector(vector: Tensor | None, input: Tensor) -> Tensor | None: ...
+def kernel_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """The vector itself where it is contiguous and in float32 or in the dtype of `input`, else a copy."""
+    if vector is None:
+        return None
+    if vector.dtype != torch.float32 and vector.dtype != input.dtype:
+        vector = vector.float()
+    return vector.contiguous()
+
+
+def copy_back(bn: BatchNorm, means: Tensor | None, variances: Tensor | None) -> None:
+    """Give running statistics that kernels could not write in place (a view, another dtype) their new values."""
+    for statistic, value in ((bn.running_mean, means), (bn.running_var, variances)):
+        if statistic is not None and value is not None and value is not statistic:
+            statistic.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -58,3 +59,13 @@ class Problem(NamedTuple):
     weight_shape: torch.Size | None = None
     """(K, C / groups, R, S) where there is a convolution."""
     convolution: Convolution | None = None
+
+    @property
+    def capability(self) -> Pair:
+        """CUDA compute capability of the device, in this machine or not."""
+        return self.device.capability if isinstance(self.device, AbsentDevice) else _capability(self.device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> Pair:
+    return torch.cuda.get_device_capability(device)

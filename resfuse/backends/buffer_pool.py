@@ -62,8 +62,8 @@ def empty(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...], dtype: t
             if block is not None:
                 flat = torch.frombuffer(block.memory, dtype=dtype, count=numel)
                 # set_ and not as_strided: the result must not be a view, which autograd treats differently.
-                return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, stride)
-    return torch.empty_strided(shape, stride, dtype=dtype)
+                return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, stride)
+    return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
 
 def empty_like(tensor: Tensor) -> Tensor:

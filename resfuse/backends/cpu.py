@@ -1,4 +1,4 @@
-"""The CPU backend: own C++ kernels for the memory-bound verbs, oneDNN (in `cpu_conv`) for convolutions.
+"""The CPU backend: own C++ kernels for the memory-bound ops, oneDNN (in `cpu_conv`) for convolutions.
 
 float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernels only fill them.
 """
@@ -13,19 +13,13 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import buffer_pool, cpu_kernels, reference
-from resfuse.backends.cpu_conv import (
-    conv_backward,
-    conv_bn_act_inference,
-    conv_bn_act_repeated,
-    conv_forward,
-    unsupported_convolution,
-)
-from resfuse.backends.problem import Problem
-from resfuse.layout import dense, gapless, ordered_like, residual_for
+from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
+from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
+from resfuse.types import BatchNorm, Convolution, Problem
 
-__all__ = ["conv_backward", "conv_bn_act_repeated", "conv_forward"]
+__all__ = ["conv_backward", "conv_forward"]
 
-Pair = tuple[int, int]
+KERNELS = reference.KERNELS
 
 _INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
@@ -37,6 +31,10 @@ def unavailable_reason() -> str | None:
     return _extension.load("_cpu")
 
 
+def only_on_request_reason() -> str | None:
+    return None
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.device.type != "cpu":
@@ -45,13 +43,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"float32 and bfloat16 only, got {problem.dtype}")
     if 0 in problem.shape:
         reasons.append("an empty tensor")
-    if problem.conv is not None and not reasons:
+    if problem.convolution is not None and not reasons:
         reasons.extend(unsupported_convolution(problem))
     return reasons
 
 
 def instruction_set() -> str:
-    """What the kernels were dispatched to on this processor: avx512, avx2 or baseline."""
+    """The instruction set that the kernels were dispatched to on this processor: avx512, avx2 or baseline."""
     return cpu_kernels.instruction_set()
 
 
@@ -70,34 +68,21 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 
 
 def bn_act_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
     output = buffer_pool.empty_like(input)
-    residual = residual_for(output, residual)
-    if not training:
-        cpu_kernels.bn_eval_forward(
-            input, residual, _float(running_mean), _float(running_var), _float(weight), _float(bias), eps, relu, output
-        )
+    if residual is not None:
+        residual = residual_for(output, residual)
+    means, variances, weight, bias = map(_float, bn[:4])
+    if not bn.training:
+        cpu_kernels.bn_eval_forward(input, residual, means, variances, weight, bias, bn.eps, relu, output)
         return output, None, None
-    channels = input.shape[1]
-    mean, invstd = torch.empty(channels), torch.empty(channels)
-    wide_mean, wide_var = _float(running_mean), _float(running_var)
+    mean, invstd = _two_vectors(input)
     cpu_kernels.bn_train_forward(
-        input, residual, _float(weight), _float(bias), wide_mean, wide_var, momentum, eps, relu, output, mean, invstd
-    )  # fmt: skip
-    for statistic, wide in ((running_mean, wide_mean), (running_var, wide_var)):
-        if statistic is not None and wide is not None and wide is not statistic:
-            statistic.copy_(wide)
+        input, residual, weight, bias, means, variances, bn.momentum, bn.eps, relu, output, mean, invstd
+    )
+    copy_back(bn, means, variances)
     return output, mean, invstd
 
 
@@ -132,38 +117,27 @@ def bn_act_backward(
 def conv_bn_act_forward(
     input: Tensor,
     conv_weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm,
     residual: Tensor | None,
     relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    training: bool,
-    momentum: float,
-    eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not training and not reference.unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
-        assert running_mean is not None and running_var is not None
+    if not bn.training and not reference.unreliable_in_channels_last(
+        input.device, input.shape, conv_weight.shape, convolution.stride
+    ):
         output = conv_bn_act_inference(
-            input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-            stride, padding, dilation, groups, eps, overwrite_residual,
-        )  # fmt: skip
+            input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
+        )
         return output, None, None, None
-    z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    output, mean, invstd = bn_act_forward(
-        z, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
-    )
-    return output, z if training else None, mean, invstd
+    z = conv_forward(input, conv_weight, conv_bias, convolution)
+    output, mean, invstd = bn_act_forward(z, bn, residual, relu)
+    return output, z if bn.training else None, mean, invstd
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    mean, m2 = torch.empty(input.shape[1]), torch.empty(input.shape[1])
+    mean, m2 = _two_vectors(input)
     cpu_kernels.bn_statistics(dense(input), mean, m2)
     return mean, m2
 
@@ -214,6 +188,12 @@ def bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
     )
     return grad_input
+
+
+def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 values per channel, to be computed."""
+    first = torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
+    return first, torch.empty_like(first)
 
 
 @overload

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import buffer_pool, cpu_kernels, reference
-from resfuse.backends.problem import Problem
 from resfuse.layout import conv_memory_format, conv_output_shape, place_padded
+from resfuse.types import BatchNorm, Convolution, Pair, Problem
 
-Pair = tuple[int, int]
 Parameters = tuple[Tensor, Any, Any, Tensor | None, Tensor | None, Tensor | None]
 """conv_weight, running_mean, running_var, weight, bias, conv_bias"""
 
@@ -61,7 +60,7 @@ class _Packed(NamedTuple):
     version: int
     address: int
     snapshot: Tensor
-    conv: tuple[Pair, Pair, Pair, int]
+    convolution: Convolution
     eps: float
     input_shape: torch.Size
     output_shape: tuple[int, int, int, int]
@@ -79,71 +78,26 @@ _packed: dict[tuple[int, torch.dtype], list[_Packed]] = {}
 def conv_bn_act_inference(
     input: Tensor,
     conv_weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm,
     residual: Tensor | None,
     relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    eps: float,
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(BN(conv(input)) + residual) with running statistics, in one primitive.
 
     `overwrite_residual` gives up the residual's memory for the output.
     """
-    parameters = (conv_weight, running_mean, running_var, weight, bias, conv_bias)
-    conv = (padding, stride, dilation, groups)
-    entries = _unchanged(input.dtype, parameters, conv, eps)
+    parameters = (conv_weight, *bn[:4], conv_bias)
+    entries = _unchanged(input.dtype, parameters, convolution, bn.eps)
     packed = _of_shape(entries, input.shape)
     if packed is None and len(entries) == _SHAPES_PER_WEIGHT:
-        shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+        shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
         packed = entries[-1]._replace(input_shape=input.shape, output_shape=shape)
     if packed is None:
-        packed = _pack(input, parameters, conv, eps, entries)
+        packed = _pack(input, parameters, convolution, bn, entries)
     return _infer(packed, input, conv_weight, residual, relu, overwrite_residual)
-
-
-def conv_bn_act_repeated(
-    input: Tensor,
-    conv_weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    stride: int | Pair,
-    padding: int | Pair,
-    dilation: int | Pair,
-    groups: int,
-    eps: float,
-    overwrite_residual: bool = False,
-) -> Tensor | None:
-    """`conv_bn_act_inference` of arguments that need no check, for they agree with those of an earlier call, or None.
-
-    A packing is made by a call that has been checked.  One that it serves has the same convolution, parameters of the
-    same bytes and shapes, and an input of the same shape and dtype; what is left to look at is the residual.
-    """
-    if not isinstance(conv_weight, Tensor) or not _plain(input, conv_weight.dtype):
-        return None
-    parameters = (conv_weight, running_mean, running_var, weight, bias, conv_bias)
-    packed = _of_shape(_unchanged(input.dtype, parameters, (padding, stride, dilation, groups), eps), input.shape)
-    if packed is None:
-        return None
-    if residual is not None and not (_plain(residual, input.dtype) and residual.shape == packed.output_shape):
-        return None
-    return _infer(packed, input, conv_weight, residual, relu, overwrite_residual)
-
-
-def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return type(tensor) is Tensor and tensor.is_cpu and tensor.dtype is dtype and tensor.layout is torch.strided
 
 
 def _infer(
@@ -164,9 +118,8 @@ def _infer(
     fused_relu = relu and packed.finite and residual_finite
     output = _run(accumulator, input, packed, fused_relu)
     if fused_relu:
-        _, stride, dilation, groups = packed.conv
-        if groups == 1 and cpu_kernels.rows_live(output):
-            if stride == (1, 1) and dilation == (1, 1):  # then every pixel of the input reaches the output
+        if packed.convolution.groups == 1 and cpu_kernels.rows_live(output):
+            if packed.convolution[::2] == ((1, 1), (1, 1)):  # then every pixel of the input reaches the output
                 _recent_finite.add(given)
         elif not _all_finite(input):
             # The residual, finite, changes nothing where the convolution is not; that it is overwritten is no matter.
@@ -205,40 +158,28 @@ class _RecentlyFinite(threading.local):
 _recent_finite = _RecentlyFinite()
 
 
-def conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """z = conv(input) + conv_bias; a large one is accumulated onto zeros from the pool."""
-    shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+    shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
     size = shape[0] * shape[1] * shape[2] * shape[3] * input.dtype.itemsize
     if (
         size < buffer_pool.SMALLEST
         or conv_memory_format(input, conv_weight) != torch.channels_last
-        or reference.unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride)
+        or reference.unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, convolution.stride)
     ):
-        return reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+        return reference.conv_forward(input, conv_weight, conv_bias, convolution)
     zeros = _channels_last_empty(shape, input.dtype).zero_()
     bias = None if conv_bias is None else conv_bias.to(input.dtype)
     operands = (input.contiguous(memory_format=torch.channels_last), conv_weight.to(input.dtype), bias)
-    conv = (padding, stride, dilation, groups)
-    return _convolution_onto(zeros, *operands, *conv, "add", 1.0, None, [], "")
+    return _convolution_onto(zeros, *operands, *_onednn_order(convolution), "add", 1.0, None, [], "")
 
 
 def conv_backward(
     grad_output: Tensor,
     input: Tensor,
     conv_weight: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    needs_grad: tuple[bool, bool, bool],
+    convolution: Convolution,
+    needs_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias) by PyTorch's own convolutions, a large grad_input in pooled memory.
 
@@ -246,7 +187,7 @@ def conv_backward(
     slower than oneDNN's own primitive, but without the page faults of fresh memory, which cost more.  (A 3x3 kernel
     could be turned likewise; in float32 that doubled the rounding error.)
     """
-    conv = (stride, padding, dilation, groups)
+    stride, padding, _, groups = convolution
     if not (
         needs_grad[0]
         and input.nbytes >= POOLED_GRADIENT
@@ -254,15 +195,19 @@ def conv_backward(
         and conv_weight.shape[2:] == (1, 1)
         and (stride, padding, groups) == ((1, 1), (0, 0), 1)
     ):
-        return reference.conv_backward(grad_output, input, conv_weight, *conv, needs_grad)
+        return reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
     grad_weight = grad_bias = None
     if needs_grad[1] or needs_grad[2]:
         others = (False, needs_grad[1], needs_grad[2])
-        _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, *conv, others)
+        _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, convolution, others)
     zeros = _channels_last_empty(input.shape, input.dtype).zero_()
     operands = (grad_output.contiguous(memory_format=torch.channels_last), conv_weight.transpose(0, 1), None)
-    grad_input = _convolution_onto(zeros, *operands, padding, stride, dilation, groups, "add", 1.0, None, [], "")
+    grad_input = _convolution_onto(zeros, *operands, *_onednn_order(convolution), "add", 1.0, None, [], "")
     return grad_input, grad_weight, grad_bias
+
+
+def _onednn_order(convolution: Convolution) -> tuple[Pair, Pair, Pair, int]:
+    return convolution.padding, convolution.stride, convolution.dilation, convolution.groups
 
 
 def _accumulator(shape: tuple[int, ...], dtype: torch.dtype, residual: Tensor | None) -> tuple[Tensor | None, bool]:
@@ -286,20 +231,17 @@ def _channels_last_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _run(output: Tensor | None, input: Tensor, packed: _Packed, relu: bool) -> Tensor:
+    operands = (input, packed.weight, packed.bias, *_onednn_order(packed.convolution))
     if output is None:
-        return _convolution(input, packed.weight, packed.bias, *packed.conv, "relu" if relu else "none", [], "")
-    return _convolution_onto(
-        output, input, packed.weight, packed.bias, *packed.conv, "add", 1.0, "relu" if relu else None, [], ""
-    )
+        return _convolution(*operands, "relu" if relu else "none", [], "")
+    return _convolution_onto(output, *operands, "add", 1.0, "relu" if relu else None, [], "")
 
 
 def _all_finite(tensor: Tensor) -> bool:
     return cpu_kernels.copy_finite(tensor, None)
 
 
-def _unchanged(
-    dtype: torch.dtype, parameters: Parameters, conv: tuple[object, object, object, int], eps: float
-) -> list[_Packed]:
+def _unchanged(dtype: torch.dtype, parameters: Parameters, convolution: Convolution, eps: float) -> list[_Packed]:
     """The packings of a weight that still hold: all are of the same values, so one look is enough."""
     conv_weight = parameters[0]
     entries = _packed.get((id(conv_weight), dtype))
@@ -310,7 +252,7 @@ def _unchanged(
         entry.source() is conv_weight
         and entry.version == conv_weight._version
         and entry.address == conv_weight.data_ptr()
-        and entry.conv == conv
+        and entry.convolution == convolution
         and entry.eps == eps
         and cpu_kernels.snapshot_matches(*parameters, entry.snapshot)
     )
@@ -327,36 +269,37 @@ def _of_shape(entries: list[_Packed], shape: torch.Size) -> _Packed | None:
 def _pack(
     input: Tensor,
     parameters: Parameters,
-    conv: tuple[Pair, Pair, Pair, int],
-    eps: float,
+    convolution: Convolution,
+    bn: BatchNorm,
     entries: list[_Packed],
 ) -> _Packed:
     """A new packing, kept beside the others of this weight that still hold."""
-    conv_weight, running_mean, running_var, weight, bias, conv_bias = parameters
-    padding, stride, dilation, _ = conv
+    conv_weight, _, _, weight, bias, conv_bias = parameters
     # Tensors made under inference_mode have no version counter: there is nothing to hold a packing against.
     version = None if conv_weight.is_inference() else conv_weight._version
     with torch.no_grad():
-        snapshot = torch.empty(cpu_kernels.snapshot_size(*parameters), dtype=torch.uint8)
+        snapshot = torch.empty(cpu_kernels.snapshot_size(*parameters), dtype=torch.uint8, device="cpu")
         comparable = cpu_kernels.snapshot(*parameters, snapshot)
-        mean, scale = reference.inference_statistics(running_mean, running_var, eps)
+        mean, scale = reference.inference_statistics(bn)
         shift = -mean if conv_bias is None else conv_bias.float() - mean
         if weight is not None:
             scale = scale * weight.float()
         shift = shift * scale if bias is None else torch.addcmul(bias.float(), shift, scale)
         folded = (conv_weight.detach().float() * scale.view(-1, 1, 1, 1)).to(input.dtype)
         finite = bool(folded.isfinite().all() and shift.isfinite().all())
-        packed = _onednn._reorder_convolution_weight(folded.contiguous(), *conv, list(input.shape))
+        packed = _onednn._reorder_convolution_weight(
+            folded.contiguous(), *_onednn_order(convolution), list(input.shape)
+        )
     key = (id(conv_weight), input.dtype)
     entry = _Packed(
         source=weakref.ref(conv_weight, lambda _: _packed.pop(key, None)),
         version=version or 0,
         address=conv_weight.data_ptr(),
         snapshot=snapshot,
-        conv=conv,
-        eps=eps,
+        convolution=convolution,
+        eps=bn.eps,
         input_shape=input.shape,
-        output_shape=conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation),
+        output_shape=conv_output_shape(input.shape, conv_weight.shape, convolution),
         weight=packed,
         bias=shift.to(input.dtype),
         finite=finite,

@@ -1,7 +1,7 @@
 """The C++/CUDA kernels of csrc/cuda, called through the operators that the `_cuda` library registers.
 
 Here are layouts and allocation: the kernels read tensors that are dense, NHWC or NCHW, and fill what they are given.
-`resfuse.backends.reference` specifies each verb; convolutions are in `resfuse.backends.cuda_conv`.
+`resfuse.backends.reference` specifies each function; convolutions are in `resfuse.backends.cuda_conv`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cuda_conv
-from resfuse.backends.cuda_conv import conv_backward, conv_bn_act_forward, conv_forward
-from resfuse.backends.problem import AbsentDevice, Problem, capability
-from resfuse.backends.vectors import copy_back, kernel_vector
-from resfuse.layout import dense, ordered_like, residual_for
+from resfuse.backends.cuda_conv import conv_bn_act_forward, conv_forward
+from resfuse.layout import copy_back, dense, kernel_vector, ordered_like, residual_for
+from resfuse.types import BatchNorm, Problem
 
-__all__ = ["conv_backward", "conv_bn_act_forward", "conv_forward"]
+__all__ = ["conv_bn_act_forward", "conv_forward"]
 
-BATCH_NORM_VERBS = (
+BATCH_NORM_KERNELS = (
     "bn_act_forward", "bn_act_backward", "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
-VERBS = ("add_relu_forward", "add_relu_backward", *BATCH_NORM_VERBS, *cuda_conv.VERBS)
+KERNELS = ("add_relu_forward", "add_relu_backward", *BATCH_NORM_KERNELS, "conv_bn_act_forward", "conv_forward")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 MOST_CHANNELS_OR_PIXELS = 2**30 - 1
@@ -70,28 +69,30 @@ def unavailable_reason() -> str | None:
     return _extension.load("_cuda")
 
 
+def only_on_request_reason() -> str | None:
+    return None
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
-    if problem.verb not in VERBS:
-        reasons.append(f"cuda implements {', '.join(VERBS)}, not {problem.verb}")
     if problem.dtype not in DTYPES:
         reasons.append(f"cuda computes in float32, bfloat16 and float16, not {problem.dtype}")
-    reasons.extend(device_reasons(problem.device))
-    if 0 in problem.shape or (problem.conv is not None and 0 in problem.conv[0]):
+    reasons.extend(device_reasons(problem))
+    if 0 in problem.shape or 0 in (problem.weight_shape or ()):
         reasons.append("cuda has no kernel for an empty tensor")
-    elif problem.conv is not None:
+    elif problem.convolution is not None:
         reasons.extend(cuda_conv.unsupported_reasons(problem))
-    elif problem.verb in BATCH_NORM_VERBS:
+    elif problem.kernel in BATCH_NORM_KERNELS:
         reasons.extend(_unsupported_activation(problem.shape))
     return reasons
 
 
-def device_reasons(device: torch.device | AbsentDevice) -> list[str]:
-    """What the kernels miss in a device, whatever the problem."""
-    if device.type != "cuda":
-        return [f"cuda needs tensors on a CUDA device, not on {device}"]
-    if capability(device) < MINIMUM_CAPABILITY:
-        return [f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, capability(device)))}"]
+def device_reasons(problem: Problem) -> list[str]:
+    """Unmet device requirements."""
+    if problem.device.type != "cuda":
+        return [f"cuda needs tensors on a CUDA device, not on {problem.device}"]
+    if problem.capability < MINIMUM_CAPABILITY:
+        return [f"cuda needs compute capability 8.0 or newer, not {'.'.join(map(str, problem.capability))}"]
     return []
 
 
@@ -118,33 +119,24 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 
 
 def bn_act_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(output, mean, invstd); the last two are None without `training`."""
     input = dense(input)
     output = torch.empty_like(input)
-    residual = residual_for(output, residual)
-    weight, bias = kernel_vector(weight, input), kernel_vector(bias, input)
-    means, variances = kernel_vector(running_mean, input), kernel_vector(running_var, input)
-    if not training:
+    if residual is not None:
+        residual = residual_for(output, residual)
+    means, variances, weight, bias = (kernel_vector(vector, input) for vector in bn[:4])
+    if not bn.training:
         assert means is not None and variances is not None
-        _bn_apply(input, residual, means, variances, weight, bias, relu, True, eps, output)
+        _bn_apply(input, residual, means, variances, weight, bias, relu, True, bn.eps, output)
         return output, None, None
     mean, invstd = _two_vectors(input)
     _bn_train_forward(
-        input, residual, means, variances, weight, bias, relu, momentum, eps, output, mean, invstd,
+        input, residual, means, variances, weight, bias, relu, bn.momentum, bn.eps, output, mean, invstd,
         _workspace(input), _launches,
     )  # fmt: skip
-    copy_back((running_mean, running_var), (means, variances))
+    copy_back(bn, means, variances)
     return output, mean, invstd
 
 
@@ -194,12 +186,7 @@ def bn_apply(
     """act(weight (input - mean) invstd + bias [+ residual])."""
     input = dense(input)
     output = torch.empty_like(input)
-    vectors = (
-        kernel_vector(mean, input),
-        kernel_vector(invstd, input),
-        kernel_vector(weight, input),
-        kernel_vector(bias, input),
-    )
+    vectors = (kernel_vector(vector, input) for vector in (mean, invstd, weight, bias))
     _bn_apply(input, ordered_like(residual, input), *vectors, relu, False, 0.0, output)
     return output
 

@@ -1,7 +1,7 @@
-"""The convolutions of the cuda backend: layouts, allocation, and which of the kernels' tiles a problem gets.
+"""The convolutions of the cuda backend: layouts, allocation, and the choice of a tile.
 
-The kernels are those of csrc/cuda/conv_kernels.cuh; `resfuse.backends.reference` specifies each verb.  They read and
-write NHWC memory, so what lies otherwise is copied, and the output gets the memory format of `conv_memory_format`.
+The kernels are those of csrc/cuda/conv_kernels.cuh; `resfuse.backends.reference` specifies each function.  They read
+and write NHWC memory, so a tensor in another layout is copied, and the output gets the format of `conv_memory_format`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfuse.backends import reference
 from resfuse.backends.integers import cdiv, round_up
-from resfuse.backends.problem import Problem
-from resfuse.backends.vectors import copy_back, kernel_vector
-from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, residual_for
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-VERBS = ("conv_bn_act_forward", "conv_forward", "conv_backward")
-
-Pair = tuple[int, int]
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, kernel_vector, residual_for
+from resfuse.types import BatchNorm, Convolution, Pair, Problem
 
 # Implementations are in csrc/bindings_cuda_conv.cpp.  `launches` 0 is one wherever its blocks are all resident.
 _LIBRARY = torch.library.Library("resfuse_cuda", "FRAGMENT")
@@ -49,7 +42,7 @@ _conv_train_forward = torch.ops.resfuse_cuda.conv_train_forward.default
 
 
 class ConvConfig(NamedTuple):
-    """How a convolution is cut up: what the kernels can be asked for."""
+    """The tiling of a convolution that the kernels are asked for."""
 
     block_m: int
     """Output pixels of a tile."""
@@ -95,13 +88,13 @@ def use_config(config: ConvConfig | None) -> Iterator[None]:
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    """What of a convolution's shape the kernels can not do; dtype and device are the backend's to judge."""
-    if problem.conv is None or problem.verb == "conv_backward":  # which is torch's own
-        return []
-    weight_shape, stride, padding, dilation, groups = problem.conv
+    """Convolution shapes that the kernels cannot run; dtype and device are the backend's to judge."""
+    weight_shape, convolution = problem.weight_shape, problem.convolution
+    assert weight_shape is not None and convolution is not None
     if len(problem.shape) != 4 or len(weight_shape) != 4:
         return [f"cuda convolves (N, C, H, W) tensors, not shape {tuple(problem.shape)}"]
-    n, k, oh, ow = conv_output_shape(problem.shape, weight_shape, stride, padding, dilation)
+    n, k, oh, ow = conv_output_shape(problem.shape, weight_shape, convolution)
+    groups = convolution.groups
     reasons = []
     if cdiv(n * oh * ow, _SMALLEST_M) * groups * cdiv(k // groups, _SMALLEST_N) > _INT32:
         reasons.append("cuda counts the tiles of a convolution in 31 bits")
@@ -137,45 +130,27 @@ def heuristic_config(pixels: int, filters: int, depth: int, groups: int, trainin
 def conv_bn_act_forward(
     input: Tensor,
     conv_weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm,
     residual: Tensor | None,
     relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    training: bool,
-    momentum: float,
-    eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None without `training`."""
     memory_format = conv_memory_format(input, conv_weight)
-    plan = planned(
-        input.shape, conv_weight.shape, stride, padding, dilation, groups, training, input.dtype,
-        _processors(input.device), _forced.get(),
-    )  # fmt: skip
+    plan = _planned(input, conv_weight, convolution, bn.training)
     x, w = _operands(input, conv_weight, plan)
-    if overwrite_residual and residual is not None and not training:
+    if overwrite_residual and residual is not None and not bn.training:
         output = residual = channels_last(residual)
     else:
         output = _output(x, plan)
         residual = residual_for(output, residual)
-    means, variances = kernel_vector(running_mean, input), kernel_vector(running_var, input)
-    vectors = (
-        kernel_vector(conv_bias, input),
-        means,
-        variances,
-        kernel_vector(weight, input),
-        kernel_vector(bias, input),
-    )
-    if not training:
+    bias, means, variances, weight, shift = (kernel_vector(vector, input) for vector in (conv_bias, *bn[:4]))
+    vectors = (bias, means, variances, weight, shift)
+    if not bn.training:
         _conv_inference_forward(
-            x, w, *vectors, residual, relu, eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
+            x, w, *vectors, residual, relu, bn.eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
             output,
         )  # fmt: skip
         return output.contiguous(memory_format=memory_format), None, None, None
@@ -183,27 +158,16 @@ def conv_bn_act_forward(
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     block_m, block_n, _, launches = plan.config
     _conv_train_forward(
-        x, w, *vectors, residual, relu, momentum, eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
+        x, w, *vectors, residual, relu, bn.momentum, bn.eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
         _workspace(x, plan), z, output, mean, invstd,
     )  # fmt: skip
-    copy_back((running_mean, running_var), (means, variances))
+    copy_back(bn, means, variances)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
-def conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
-    plan = planned(
-        input.shape, conv_weight.shape, stride, padding, dilation, groups, False, input.dtype,
-        _processors(input.device), _forced.get(),
-    )  # fmt: skip
+    plan = _planned(input, conv_weight, convolution, training=False)
     x, w = _operands(input, conv_weight, plan)
     output = _output(x, plan)
     _conv_inference_forward(
@@ -213,12 +177,8 @@ def conv_forward(
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
-conv_backward = reference.conv_backward
-"""torch's own: cuDNN's on a GPU.  What is fused of backward is in front of it, in bn_act_backward."""
-
-
 class Plan(NamedTuple):
-    """What follows from the shapes alone, worked out once per problem."""
+    """The part of a launch that follows from the shapes alone, worked out once per problem."""
 
     output: tuple[int, int, int, int]
     channels: int
@@ -230,13 +190,24 @@ class Plan(NamedTuple):
     """Float32 values, or 0."""
 
 
+def _planned(input: Tensor, conv_weight: Tensor, convolution: Convolution, training: bool) -> Plan:
+    processors = _processors(input.device)
+    return planned(input.shape, conv_weight.shape, convolution, training, input.dtype, processors, _forced.get())
+
+
 @functools.lru_cache(maxsize=4096)
 def planned(
-    input_shape: torch.Size, weight_shape: torch.Size, stride: Pair, padding: Pair, dilation: Pair,
-    groups: int, training: bool, dtype: torch.dtype, processors: int, forced: ConvConfig | None = None,
-) -> Plan:  # fmt: skip
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    convolution: Convolution,
+    training: bool,
+    dtype: torch.dtype,
+    processors: int,
+    forced: ConvConfig | None = None,
+) -> Plan:
     """How a convolution runs on a GPU with so many multiprocessors, which need not be there."""
-    output = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)
+    stride, padding, dilation, groups = convolution
+    output = conv_output_shape(input_shape, weight_shape, convolution)
     pixels, filters = output[0] * output[2] * output[3], output[1]
     channels = input_shape[1]
     multiple = _COPIED_BYTES // dtype.itemsize

@@ -1,6 +1,6 @@
-"""The specification: every verb in plain eager PyTorch, for any device, dtype and layout.
+"""The specification: the kernel API in plain eager PyTorch, for any device, dtype and layout.
 
-It is what the other backends are tested against, and what runs where none of them applies.
+The other backends are tested against it, and it runs where none of them applies.
 
 Notation, per channel over N, H, W: mean m, biased variance v, invstd s = (v + eps)^-1/2, xhat = (z - m) s,
 a = weight xhat + bias (+ residual), y = relu(a) or a.  Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3;
@@ -9,19 +9,25 @@ running statistics as in torch.nn.BatchNorm2d (running_var takes the unbiased va
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse.backends.problem import Problem
 from resfuse.layout import as_result, conv_memory_format, is_channels_last
+from resfuse.types import BatchNorm, Convolution, Pair, Problem
 
-Pair = tuple[int, int]
+KERNELS = (
+    "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
+    "conv_bn_act_forward", "conv_forward", "conv_backward",
+    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+)  # fmt: skip
 
 
 def unavailable_reason() -> str | None:
+    return None
+
+
+def only_on_request_reason() -> str | None:
     return None
 
 
@@ -40,16 +46,7 @@ def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 
 
 def bn_act_forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(output, mean, invstd).
 
@@ -57,9 +54,10 @@ def bn_act_forward(
     With `training` batch statistics are used and the running ones updated in place; without it mean and invstd are
     None: backward takes them from `inference_statistics`.
     """
+    running_mean, running_var, weight, bias, training, momentum, eps = bn
     mean = invstd = None
     if training and input.numel() == 0:  # eager returns at once and leaves the running statistics alone
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+        output = F.batch_norm(input, *bn)
         mean = invstd = _widen(input.new_zeros(input.shape[1]))
     elif training:
         output, mean, invstd = torch.native_batch_norm(
@@ -102,20 +100,11 @@ def bn_act_backward(
 def conv_bn_act_forward(
     input: Tensor,
     conv_weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm,
     residual: Tensor | None,
     relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    training: bool,
-    momentum: float,
-    eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); without `training` the last three, which only backward needs, are None.
@@ -124,30 +113,26 @@ def conv_bn_act_forward(
     Without `training` the convolution's weight and bias may be float32 where the input is bfloat16 or float16, and
     `overwrite_residual` allows the backend to write the output over the residual.
     """
-    z = conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
-    output, mean, invstd = bn_act_forward(
-        z, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
-    )
-    return (output, z, mean, invstd) if training else (output, None, None, None)
+    z = conv_forward(input, conv_weight, conv_bias, convolution)
+    output, mean, invstd = bn_act_forward(z, bn, residual, relu)
+    return (output, z, mean, invstd) if bn.training else (output, None, None, None)
 
 
-def conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-) -> Tensor:
+def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """z = conv2d(input, conv_weight) + conv_bias, in the layout that `conv_memory_format` names."""
-    cast_bias = None if conv_bias is None else conv_bias.to(input.dtype)
+    if conv_weight.dtype != input.dtype:
+        conv_weight = conv_weight.to(input.dtype)
+    if conv_bias is not None and conv_bias.dtype != input.dtype:
+        conv_bias = conv_bias.to(input.dtype)
     memory_format = conv_memory_format(input, conv_weight)
-    if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
+    if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, convolution.stride):
         input, conv_weight = _nchw(input), _nchw(conv_weight)
-    # The dtype has been decided: a backward called inside of autocast computes z again as its forward did.
-    with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):  # which knows no meta device
-        z = F.conv2d(input, conv_weight.to(input.dtype), cast_bias, stride, padding, dilation, groups)
+    if torch._C._is_any_autocast_enabled():
+        # The dtype has been decided: a backward called inside of autocast computes z again as its forward did.
+        with torch.autocast("cpu" if input.is_meta else input.device.type, enabled=False):  # which knows no meta device
+            z = F.conv2d(input, conv_weight, conv_bias, *convolution)
+    else:
+        z = F.conv2d(input, conv_weight, conv_bias, *convolution)
     return z.contiguous(memory_format=memory_format)
 
 
@@ -155,23 +140,20 @@ def conv_backward(
     grad_output: Tensor,
     input: Tensor,
     conv_weight: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    needs_grad: tuple[bool, bool, bool],
+    convolution: Convolution,
+    needs_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias) of conv2d; those not named in `needs_grad` are None."""
-    if needs_grad[1] and _unreliable_weight_gradient(input, stride):
-        run = functools.partial(conv_backward, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if needs_grad[1] and _unreliable_weight_gradient(input, convolution.stride):
         others = (needs_grad[0], False, needs_grad[2])
-        grad_input, _, grad_bias = run(grad_output, input, conv_weight, needs_grad=others)
+        grad_input, _, grad_bias = conv_backward(grad_output, input, conv_weight, convolution, others)
         wide = (grad_output.float(), input.float(), conv_weight.float())
-        _, grad_weight, _ = run(*wide, needs_grad=(False, True, False))
+        _, grad_weight, _ = conv_backward(*wide, convolution, (False, True, False))
         assert grad_weight is not None
         return grad_input, grad_weight.to(conv_weight.dtype), grad_bias
-    if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, stride):
+    if unreliable_in_channels_last(input.device, input.shape, conv_weight.shape, convolution.stride):
         grad_output, input, conv_weight = _nchw(grad_output), _nchw(input), _nchw(conv_weight)
+    stride, padding, dilation, groups = convolution
     channels = [conv_weight.shape[0]]
     grads = torch.ops.aten.convolution_backward(
         grad_output, input, conv_weight, channels, stride, padding, dilation, False, [0, 0], groups, needs_grad
@@ -262,9 +244,10 @@ def bn_backward_apply(
     return (g * _per_channel(scale)).to(input.dtype)
 
 
-def inference_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def inference_statistics(bn: BatchNorm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of running statistics, in float32 or wider.  Copies: training may go on before backward."""
-    return _widen(running_mean).clone(), (_widen(running_var) + eps).rsqrt()
+    assert bn.running_mean is not None and bn.running_var is not None
+    return _widen(bn.running_mean).clone(), (_widen(bn.running_var) + bn.eps).rsqrt()
 
 
 def _activate(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import resfuse
 from resfuse import contract
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
+from resfuse.backends import dispatch as registry
+from resfuse.types import Problem
 from resfuse.layout import conv_output_shape
 
 VERBS = {

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import resfuse
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
+from resfuse.backends import dispatch as registry
+from resfuse.types import Problem
 from resfuse.cli import digits, models, report, resnet50, timing
 from resfuse.processor import processor_name
 

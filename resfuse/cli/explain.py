@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import resfuse
-from resfuse.backends.registry import PREFERENCE
+from resfuse.backends.dispatch import PREFERENCE
 from resfuse.cli import networks
 from resfuse.costs import DEVICES
 from resfuse.explain import Explanation, table

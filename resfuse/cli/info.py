@@ -17,7 +17,7 @@ from rich.table import Table
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import ranking, registry
+from resfuse.backends import dispatch as registry
 from resfuse.processor import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")

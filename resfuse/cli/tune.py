@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from resfuse.backends import registry
+from resfuse.backends import dispatch as registry
 from resfuse.backends.triton import configs, tuning
 from resfuse.backends.triton.devices import H100, DeviceProperties, cuda_properties
 from resfuse.backends.triton.problems import KINDS, ConvConfig, ConvProblem, Precision

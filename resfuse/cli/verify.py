@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from resfuse import contract
-from resfuse.backends import registry
+from resfuse.backends import dispatch as registry
 from resfuse.cli import cases, model_table, models
 from resfuse.contract import Deviation
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from resfuse.backends import registry
+from resfuse.backends import dispatch as registry
 from resfuse.costs import Device, TensorInfo
 from resfuse.explain import machine
 from resfuse.explain.choice import Choice, choose

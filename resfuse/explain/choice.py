@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from resfuse.backends import registry
-from resfuse.backends.problem import AbsentDevice, Problem
+from resfuse.backends import dispatch as registry
+from resfuse.types import AbsentDevice, Problem
 from resfuse.costs import Operation
 from resfuse.explain.facts import PYTORCH
 from resfuse.surgery import FuseReport

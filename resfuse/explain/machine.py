@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from resfuse.backends.problem import AbsentDevice
+from resfuse.types import AbsentDevice
 from resfuse.costs import DEVICES, Device, describe, measure_device
 from resfuse.explain.choice import Place
 from resfuse.processor import processor_name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, cuda
 
-from resfuse.backends import registry
+from resfuse.backends import dispatch as registry
 from resfuse.explain.operators import function_for
 from resfuse.tracing import Call
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.functional import add_relu
-from resfuse.nn.fused_call import wants_pytorch_operators
+from resfuse.nn.fused_call import must_decompose
 
 
 class AddReLU(nn.Module):
@@ -18,6 +18,6 @@ class AddReLU(nn.Module):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        if wants_pytorch_operators(input):
+        if must_decompose(input):
             return torch.relu(input + residual)
         return add_relu(input, residual)

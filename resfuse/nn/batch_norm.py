@@ -1,11 +1,13 @@
-"""Which modules count as a batch norm, and what a fused call reads from one."""
+"""The modules that count as a batch norm, and the state that a fused call reads from one."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+
+from resfuse.types import BatchNorm
 
 
 class BatchNormKind(NamedTuple):
@@ -32,8 +34,6 @@ _FOREIGN = {
     ("timm.layers.norm_act", "SyncBatchNormAct"): BatchNormKind(activated=True, synchronised=True),
 }
 
-State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
-
 
 def register_kind(cls: type[nn.Module], kind: BatchNormKind) -> None:
     """Declare that instances of exactly this class are batch norms of that kind."""
@@ -47,10 +47,10 @@ def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
     return _FOREIGN.get((cls.__module__, cls.__qualname__)) if kind is None else kind
 
 
-def read_state(bn: nn.Module, frozen: bool) -> State:
-    """(running_mean, running_var, weight, bias, training, momentum, eps) for a functional call, as the module is now.
+def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
+    """The arguments of a functional call, as the module is now.
 
-    What `torch.nn.BatchNorm2d.forward` passes to `F.batch_norm`; the batch that is about to run is not yet in
+    Those that `torch.nn.BatchNorm2d.forward` passes to `F.batch_norm`; the batch that is about to run is not yet in
     `num_batches_tracked` (see `count_batch`).
 
     Raises:
@@ -59,18 +59,18 @@ def read_state(bn: nn.Module, frozen: bool) -> State:
     buffers = bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     if frozen:
-        return mean, var, buffers["weight"], buffers["bias"], False, 0.0, bn.eps  # type: ignore[return-value]
+        return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, bn.eps)  # type: ignore[arg-type]
     weight, bias = bn._parameters["weight"], bn._parameters["bias"]
     momentum = bn.momentum
     if not bn.training:
         batch_statistics = mean is None and var is None
-        return mean, var, weight, bias, batch_statistics, momentum or 0.0, bn.eps  # type: ignore[return-value]
+        return BatchNorm(mean, var, weight, bias, batch_statistics, momentum or 0.0, bn.eps)  # type: ignore[arg-type]
     if not bn.track_running_stats:
-        return None, None, weight, bias, True, momentum or 0.0, bn.eps  # type: ignore[return-value]
+        return BatchNorm(None, None, weight, bias, True, momentum or 0.0, bn.eps)  # type: ignore[arg-type]
     if momentum is None:  # the cumulative average
         count = buffers["num_batches_tracked"]
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-    return mean, var, weight, bias, True, momentum, bn.eps  # type: ignore[return-value]
+    return BatchNorm(mean, var, weight, bias, True, momentum, bn.eps)  # type: ignore[arg-type]
 
 
 def count_batch(bn: nn.Module, batches: int = 1) -> None:

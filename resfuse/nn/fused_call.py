@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _torch_module
 from torch.nn.parameter import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from resfuse import functional
-from resfuse.layout import conv_output_shape
+from resfuse import arguments, functional
 from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind, count_batch, read_state, synchronising_group
 
 _PLAIN_TENSORS = (Tensor, Parameter)
@@ -126,22 +127,22 @@ def own_bn_act(
     if residual is not None and residual.shape != input.shape:
         return None
     try:
-        mean, var, weight, bias, training, momentum, eps = read_state(bn, kind.frozen)
+        state = read_state(bn, kind.frozen)
     except KeyError:
         return None
-    if kind.frozen and (weight is None or weight.dtype is not input.dtype):
+    if kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
         return None
     group = synchronising_group(bn, kind)
     if not kind.frozen:
         count_batch(bn)
     if group is not None:
         return functional.sync_bn_act(
-            input, mean, var, weight, bias,
-            residual=residual, activation=activation, momentum=momentum, eps=eps, process_group=group,
+            input, *state[:4], residual=residual, activation=activation,
+            momentum=state.momentum, eps=state.eps, process_group=group,
         )  # fmt: skip
     return functional.bn_act(
-        input, mean, var, weight, bias,
-        residual=residual, activation=activation, training=training, momentum=momentum, eps=eps,
+        input, *state[:4], residual=residual, activation=activation,
+        training=state.training, momentum=state.momentum, eps=state.eps,
     )  # fmt: skip
 
 
@@ -203,30 +204,29 @@ def _own_conv_bn_act(
         return None
     try:
         conv_weight, conv_bias = conv._parameters["weight"], conv._parameters["bias"]
-        mean, var, weight, bias, training, momentum, eps = read_state(bn, kind.frozen)
+        state = read_state(bn, kind.frozen)
     except KeyError:
         return None
     if conv_weight is None or (type(conv_weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
         return None
-    if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, weight):
+    if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, state.weight):
         return None
-    stride: Any = conv.stride
-    dilation: Any = conv.dilation
     if not kind.frozen:
         count_batch(bn)  # before the call, as in BatchNorm2d: recomputation may end inside of it (checkpoint)
     try:
         return functional.conv_bn_act(
-            input, conv_weight, mean, var, weight, bias,
+            input, conv_weight, *state[:4],
             conv_bias=conv_bias, residual=residual, activation=_either(inner, activation),
-            stride=stride, padding=padding, dilation=dilation, groups=conv.groups,
-            training=training, momentum=momentum, eps=eps, overwrite_residual=overwrite_residual,
-            pad_residual=pad_residual,
+            stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,  # type: ignore[arg-type]
+            training=state.training, momentum=state.momentum, eps=state.eps,
+            overwrite_residual=overwrite_residual, pad_residual=pad_residual,
         )  # fmt: skip
     except ValueError:
         # Raised before anything is computed.  A residual that broadcasts is right for the modules; the rest is wrong.
         if not kind.frozen:
             count_batch(bn, -1)
-        expected = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+        settings: Any = (conv.stride, padding, conv.dilation, conv.groups)
+        _, expected = arguments.convolution(input.shape, conv_weight.shape, *settings)
         if residual is None or pad_residual or residual.shape == expected:
             raise
         return None
@@ -325,7 +325,7 @@ def _add_and_activate(
 
 def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
     """Whether the inputs and what PyTorch is doing at the moment allow for an operator in the modules' place."""
-    if wants_pytorch_operators(input) or input.dim() != 4:
+    if must_decompose(input) or input.dim() != 4:
         return False
     if residual is None:
         return True
@@ -334,8 +334,8 @@ def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
     return keeps_dtype(input, residual)
 
 
-def wants_pytorch_operators(input: Tensor) -> bool:
-    """Whether someone has to see PyTorch's own operators: a transformation, a tracer, an exporter, a tensor's class."""
+def must_decompose(input: Tensor) -> bool:
+    """Whether someone has to see PyTorch's own operators: a transformation, a tracer, a mode, a tensor's class."""
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():
@@ -345,7 +345,14 @@ def wants_pytorch_operators(input: Tensor) -> bool:
         or input.is_meta
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _function_mode_observes())
     )
+
+
+def _function_mode_observes() -> bool:
+    """Whether a TorchFunctionMode other than that of `torch.device` and `set_default_device` is active."""
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 _traced_as_pytorch = False

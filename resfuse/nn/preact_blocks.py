@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from resfuse.nn.blocks import check_basic_block, conv1x1, conv3x3, pads_with_zeros, plain_convolution
-from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, wants_pytorch_operators
+from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, must_decompose
 from resfuse.nn.zero_pad import ZeroPadShortcut
 
 
@@ -144,7 +144,7 @@ def _add_shortcut(
 ) -> Tensor:
     """conv(output) + shortcut, in the convolution's own output where nobody else can get hold of that one."""
     downsample, z = block.downsample, conv(output)
-    own = plain_convolution(conv) and not global_hooks() and not wants_pytorch_operators(z)
+    own = plain_convolution(conv) and not global_hooks() and not must_decompose(z)
     if own and pads_with_zeros(downsample) and z.dtype == input.dtype:
         residual = downsample.select(input)  # type: ignore[union-attr, operator]
         first = z[:, : residual.shape[1]]

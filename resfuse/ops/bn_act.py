@@ -7,26 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends import reference, registry
+from resfuse.backends import dispatch, reference
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
-from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
+from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.types import BatchNorm
 
 
-def forward(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float,
-    eps: float,
+def run(
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return backend_for("bn_act_forward", input).bn_act_forward(
-        input, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
-    )
+    """(output, mean, invstd); the last two are None with running statistics."""
+    if not through_dispatcher():
+        return backend_for("bn_act_forward", input).bn_act_forward(input, bn, residual, relu)
+    if bn.training:
+        return torch.ops.resfuse.bn_act_train(input, *bn[:4], residual, relu, bn.momentum, bn.eps)
+    return torch.ops.resfuse.bn_act_eval(input, *bn[:4], residual, relu, bn.eps), None, None
 
 
 def backward(
@@ -39,11 +35,13 @@ def backward(
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
-    request: str | None = IN_FORCE,
+    request: str | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    return backend_for("bn_act_backward", input, request=request).bn_act_backward(
-        grad_output, input, output, weight, mean, invstd, training, needs_input_grad, needs_residual_grad
-    )
+    """(grad_input, grad_weight, grad_bias, grad_residual); `request` is that of the forward."""
+    args = (grad_output, input, output, weight, mean, invstd, training, needs_input_grad, needs_residual_grad)
+    if through_dispatcher():
+        return torch.ops.resfuse.bn_act_backward(*args)
+    return backend_for("bn_act_backward", input, request=request).bn_act_backward(*args)
 
 
 def differentiable_backward(
@@ -75,20 +73,22 @@ def differentiable_backward(
 # gradient nobody needs is an empty one.
 
 
-def _train(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any) -> Any:
-    weight, bias, residual, relu, momentum, eps = rest
-    output, *statistics = forward(input, running_mean, running_var, weight, bias, residual, relu, True, momentum, eps)
+def _train(input: Tensor, *args: Any) -> Any:
+    mean, var, weight, bias, residual, relu, momentum, eps = args
+    bn = BatchNorm(mean, var, weight, bias, True, momentum, eps)
+    output, *statistics = backend_for("bn_act_forward", input).bn_act_forward(input, bn, residual, relu)
     return as_result(output, input), *statistics
 
 
-def _eval(input: Tensor, running_mean: Tensor, running_var: Tensor, *rest: Any) -> Tensor:
-    weight, bias, residual, relu, eps = rest
-    output, *_ = forward(input, running_mean, running_var, weight, bias, residual, relu, False, 0.0, eps)
-    return as_result(output, input)
+def _eval(input: Tensor, *args: Any) -> Tensor:
+    mean, var, weight, bias, residual, relu, eps = args
+    bn = BatchNorm(mean, var, weight, bias, False, 0.0, eps)
+    return as_result(backend_for("bn_act_forward", input).bn_act_forward(input, bn, residual, relu)[0], input)
 
 
-def _backward(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    grad_input, grad_weight, grad_bias, grad_residual = backward(grad_output, input, *rest)
+def _backward(grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    backend = backend_for("bn_act_backward", input)
+    grad_input, grad_weight, grad_bias, grad_residual = backend.bn_act_backward(grad_output, input, *args)
     grad_input, grad_residual = (
         input.new_empty(0) if grad is None else as_result(grad, input) for grad in (grad_input, grad_residual)
     )
@@ -104,17 +104,8 @@ def _fake_train(input: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty_result(input), *_fake_statistics(input, input.shape[1])
 
 
-def _fake_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    needs_input_grad: bool,
-    needs_residual_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, (needs_input_grad, needs_residual_grad) = args[2], args[-2:]
     return (
         empty_result(input) if needs_input_grad else input.new_empty(0),
         torch.empty_like(mean),
@@ -144,67 +135,48 @@ define(
 
 
 def gradient_of_residual(ctx: FunctionContext, grad: Tensor) -> Tensor:
-    """What of the masked gradient belongs to the residual: the channels it has."""
+    """The masked gradient in the channels that the residual has."""
     return grad if ctx.residual_channels == grad.shape[1] else grad[:, : ctx.residual_channels]
 
 
 class BNActFunction(torch.autograd.Function):
-    """Saves the input, mean and invstd, and, where there is a ReLU, the output as the source of its mask."""
+    """Saves the input, mean and invstd, and, where there is a ReLU, the output as the source of its mask.
+
+    `batch_norm` are the fields of a `BatchNorm`: autograd sees only tensors that are arguments themselves.
+    """
 
     @staticmethod
-    def forward(
-        ctx: FunctionContext,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: FunctionContext, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
+        bn = BatchNorm(*batch_norm)
+        output, mean, invstd = run(input, bn, residual, relu)
         if not torch.compiler.is_compiling():
-            output, mean, invstd = forward(
-                input, running_mean, running_var, weight, bias, residual, relu, training, momentum, eps
-            )
-            ctx.backend_request = registry.requested_backend()
-        elif training:
-            output, mean, invstd = torch.ops.resfuse.bn_act_train(
-                input, running_mean, running_var, weight, bias, residual, relu, momentum, eps
-            )
-        else:
-            output = torch.ops.resfuse.bn_act_eval(input, running_mean, running_var, weight, bias, residual, relu, eps)
-        if not training:
-            assert running_mean is not None and running_var is not None
-            mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
-        ctx.training, ctx.relu, ctx.eps = training, relu, eps
+            ctx.request = dispatch.requested_backend()
+        if not bn.training:
+            mean, invstd = reference.inference_statistics(bn)
+        ctx.training, ctx.relu, ctx.eps = bn.training, relu, bn.eps
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, output if relu else None, weight, mean, invstd)
+        ctx.save_for_backward(input, output if relu else None, bn.weight, mean, invstd)
         return output
 
     @staticmethod
     def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        needs_residual = needs[5] and ctx.relu  # without a ReLU the residual's gradient is grad_output itself
+        needs_input, needs_residual, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         args = (grad_output, input, output, weight, mean, invstd, ctx.training)
-        if torch.compiler.is_compiling():
-            grads = torch.ops.resfuse.bn_act_backward(*args, needs[0], needs_residual)
-        elif torch.is_grad_enabled():
-            grads = differentiable_backward(*args, ctx.eps)
-        else:
-            grads = backward(*args, needs[0], needs_residual, ctx.backend_request)
+        if must_differentiate(grad_output):
+            grads: Any = differentiable_backward(*args, ctx.eps)
+        else:  # without a ReLU the residual's gradient is grad_output itself
+            request = None if torch.compiler.is_compiling() else ctx.request
+            grads = backward(*args, needs_input, needs_residual and ctx.relu, request)
         grad_input, grad_weight, grad_bias, grad_residual = grads
         return (
-            grad_input if needs[0] else None,
+            grad_input if needs_input else None,
+            gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs_residual else None,
             None,
             None,
-            grad_weight if needs[3] else None,
-            grad_bias if needs[4] else None,
-            gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs[5] else None,
             None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
             None,
             None,
             None,

@@ -2,147 +2,125 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resfuse.backends import reference, registry
+from resfuse.backends import dispatch, reference
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
-from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
+from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.types import BatchNorm, Convolution
 
-Pair = tuple[int, int]
+NeedsGrad = tuple[bool, ...]
+"""Whether the input, the weight and the bias of a convolution need a gradient."""
 
 
-def forward(
+def run(
     input: Tensor,
     conv_weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm,
     residual: Tensor | None,
     relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    training: bool,
-    momentum: float,
-    eps: float,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    chosen = backend_for("conv_bn_act_forward", input, (conv_weight.shape, stride, padding, dilation, groups))
-    return chosen.conv_bn_act_forward(
-        input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-        stride, padding, dilation, groups, training, momentum, eps, overwrite_residual,
-    )  # fmt: skip
-
-
-def repeated(input: Tensor, *args: Any) -> Tensor | None:
-    """The output of an inference call that a backend knows from an earlier one to be valid, else None."""
-    run = registry.repeating_inference(registry.requested_backend())
-    return None if run is None else run(input, *args)
+    """(output, z, mean, invstd); the last three are None with running statistics."""
+    if not through_dispatcher():
+        backend = backend_for("conv_bn_act_forward", input, conv_weight.shape, convolution)
+        return backend.conv_bn_act_forward(
+            input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
+        )
+    args = (input, conv_weight, *bn[:4], conv_bias, residual, relu, *convolution)
+    if bn.training:
+        return torch.ops.resfuse.conv_bn_act_train(*args, bn.momentum, bn.eps)
+    return torch.ops.resfuse.conv_bn_act_eval(*args, bn.eps), None, None, None
 
 
 def conv_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    request: str | None = IN_FORCE,
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution, request: str | None
 ) -> Tensor:
-    conv = (conv_weight.shape, stride, padding, dilation, groups)
-    chosen = backend_for("conv_forward", input, conv, request)
-    return chosen.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    """z = conv(input); `request` is that of the forward."""
+    if through_dispatcher():
+        return torch.ops.resfuse.conv_forward(input, conv_weight, conv_bias, *convolution)
+    backend = backend_for("conv_forward", input, conv_weight.shape, convolution, request)
+    return backend.conv_forward(input, conv_weight, conv_bias, convolution)
 
 
 def conv_backward(
     grad_output: Tensor,
     input: Tensor,
     conv_weight: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    needs_grad: tuple[bool, bool, bool],
-    request: str | None = IN_FORCE,
+    convolution: Convolution,
+    needs_grad: NeedsGrad,
+    request: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    conv = (conv_weight.shape, stride, padding, dilation, groups)
-    chosen = backend_for("conv_backward", input, conv, request)
-    return chosen.conv_backward(grad_output, input, conv_weight, stride, padding, dilation, groups, needs_grad)
+    """(grad_input, grad_weight, grad_bias) of the convolution; `request` is that of the forward."""
+    if through_dispatcher():
+        return torch.ops.resfuse.conv_backward(grad_output, input, conv_weight, *convolution, needs_grad)
+    backend = backend_for("conv_backward", input, conv_weight.shape, convolution, request)
+    return backend.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
 
 
-def _train(
-    input: Tensor, conv_weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *rest: Any
-) -> Any:
-    weight, bias, conv_bias, residual, relu, stride, padding, dilation, groups, momentum, eps = rest
-    return forward(
-        input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-        tuple(stride), tuple(padding), tuple(dilation), groups, True, momentum, eps,
-    )  # fmt: skip
+# The registered operators have flat schemas, and return tensors only: an empty one for a gradient nobody needs.
 
 
-def _eval(input: Tensor, conv_weight: Tensor, running_mean: Tensor, running_var: Tensor, *rest: Any) -> Tensor:
-    weight, bias, conv_bias, residual, relu, stride, padding, dilation, groups, eps = rest
-    return forward(
-        input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual, relu,
-        tuple(stride), tuple(padding), tuple(dilation), groups, False, 0.0, eps,
-    )[0]  # fmt: skip
+def _pack(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Convolution:
+    return Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
 
-def _conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *rest: Any) -> Tensor:
-    stride, padding, dilation, groups = rest
-    return conv_forward(input, conv_weight, conv_bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+def _forward(training: bool, momentum: float, args: tuple[Any, ...]) -> Any:
+    input, conv_weight, mean, var, weight, bias, conv_bias, residual, relu, *settings, eps = args
+    convolution, bn = _pack(*settings), BatchNorm(mean, var, weight, bias, training, momentum, eps)
+    backend = backend_for("conv_bn_act_forward", input, conv_weight.shape, convolution)
+    return backend.conv_bn_act_forward(input, conv_weight, conv_bias, convolution, bn, residual, relu)
 
 
-def _conv_backward(grad_output: Tensor, input: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    stride, padding, dilation, groups, needs_grad = rest
-    conv = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    grads = conv_backward(grad_output, input, conv_weight, *conv, tuple(needs_grad))
-    # What the fake promises: gradients in the layout of what they are gradients of; empty ones where nobody needs them.
-    likes = (input, conv_weight, None)
+def _train(*args: Any) -> Any:
+    *rest, momentum, eps = args
+    return _forward(True, momentum, (*rest, eps))
+
+
+def _eval(*args: Any) -> Tensor:
+    return _forward(False, 0.0, args)[0]
+
+
+def _conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *settings: Any) -> Tensor:
+    convolution = _pack(*settings)
+    backend = backend_for("conv_forward", input, conv_weight.shape, convolution)
+    return backend.conv_forward(input, conv_weight, conv_bias, convolution)
+
+
+def _conv_backward(grad_output: Tensor, input: Tensor, conv_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *settings, needs_grad = args
+    convolution = _pack(*settings)
+    backend = backend_for("conv_backward", input, conv_weight.shape, convolution)
+    grads = backend.conv_backward(grad_output, input, conv_weight, convolution, tuple(needs_grad))
+    likes = (input, conv_weight, None)  # the fake promises gradients in the layout of their tensors
     return tuple(
         input.new_empty(0) if grad is None else grad if like is None else like_strides(grad, like)
         for grad, like in zip(grads, likes, strict=True)
     )
 
 
-def _fake_output(input: Tensor, conv_weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    shape = conv_output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=conv_memory_format(input, conv_weight)
-    )
+def _fake_output(input: Tensor, conv_weight: Tensor, *settings: Any) -> Tensor:
+    shape = conv_output_shape(input.shape, conv_weight.shape, _pack(*settings))
+    memory_format = conv_memory_format(input, conv_weight)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
-def _fake_train(input: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    stride, padding, dilation = rest[7:10]
-    output, z = (_fake_output(input, conv_weight, stride, padding, dilation) for _ in range(2))
+def _fake_train(input: Tensor, conv_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    output, z = (_fake_output(input, conv_weight, *args[7:11]) for _ in range(2))
     return output, z, *bn_act._fake_statistics(input, conv_weight.shape[0])
 
 
-def _fake_eval(input: Tensor, conv_weight: Tensor, *rest: Any) -> Tensor:
-    stride, padding, dilation = rest[7:10]
-    return _fake_output(input, conv_weight, stride, padding, dilation)
-
-
-def _fake_conv_forward(
-    input: Tensor, conv_weight: Tensor, conv_bias: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> Tensor:
-    return _fake_output(input, conv_weight, stride, padding, dilation)
-
-
 def _fake_conv_backward(
-    grad_output: Tensor, input: Tensor, conv_weight: Tensor, *rest: Any
+    grad_output: Tensor, input: Tensor, conv_weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs_input, needs_weight, needs_bias = rest[-1]
+    needs_input, needs_weight, needs_bias = args[-1]
     return (
         torch.empty_like(input) if needs_input else input.new_empty(0),
         torch.empty_like(conv_weight) if needs_weight else input.new_empty(0),
@@ -162,12 +140,12 @@ define(
     "conv_bn_act_eval(Tensor input, Tensor conv_weight, Tensor running_mean, Tensor running_var, "
     f"Tensor? weight, Tensor? bias, Tensor? conv_bias, Tensor? residual, bool relu, {_CONV}, float eps) -> Tensor",
     _eval,
-    _fake_eval,
+    lambda input, conv_weight, *args: _fake_output(input, conv_weight, *args[7:11]),
 )
 define(
     f"conv_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, {_CONV}) -> Tensor",
     _conv_forward,
-    _fake_conv_forward,
+    lambda input, conv_weight, conv_bias, *settings: _fake_output(input, conv_weight, *settings),
 )
 define(
     f"conv_backward(Tensor grad_output, Tensor input, Tensor conv_weight, {_CONV}, bool[3] needs_grad) "
@@ -189,122 +167,66 @@ class ConvBNActFunction(torch.autograd.Function):
         ctx: FunctionContext,
         input: Tensor,
         conv_weight: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
         conv_bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
-        stride: Pair,
-        padding: Pair,
-        dilation: Pair,
-        groups: int,
-        training: bool,
-        momentum: float,
-        eps: float,
+        convolution: Convolution,
+        *batch_norm: Any,
     ) -> Tensor:
-        tensors = (input, conv_weight, running_mean, running_var, weight, bias, conv_bias, residual)
-        conv = (stride, padding, dilation, groups)
-        z = mean = invstd = None
+        bn = BatchNorm(*batch_norm)
+        output, z, mean, invstd = run(input, conv_weight, conv_bias, convolution, bn, residual, relu)
         if not torch.compiler.is_compiling():
-            output, z, mean, invstd = forward(*tensors, relu, *conv, training, momentum, eps)
-            ctx.backend_request = registry.requested_backend()
-        elif training:
-            output, z, mean, invstd = torch.ops.resfuse.conv_bn_act_train(*tensors, relu, *conv, momentum, eps)
-        else:
-            output = torch.ops.resfuse.conv_bn_act_eval(*tensors, relu, *conv, eps)
-        if not training:
-            assert running_mean is not None and running_var is not None
-            mean, invstd = reference.inference_statistics(running_mean, running_var, eps)
-        ctx.training, ctx.relu, ctx.eps, ctx.conv = training, relu, eps, conv
+            ctx.request = dispatch.requested_backend()
+        if not bn.training:
+            mean, invstd = reference.inference_statistics(bn)
+        ctx.training, ctx.relu, ctx.eps, ctx.convolution = bn.training, relu, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, conv_weight, conv_bias, weight, output if relu else None, z, mean, invstd)
+        ctx.save_for_backward(input, conv_weight, conv_bias, bn.weight, output if relu else None, z, mean, invstd)
         return output
 
     @staticmethod
     def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
         input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
-        needs = ctx.needs_input_grad
-        needs_conv = (needs[0], needs[1], needs[6])
-        needs_residual = needs[7] and ctx.relu  # without a ReLU the residual's gradient is grad_output itself
+        *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
         grads: Any = (None, None, None)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
-            run_conv_forward, run_bn_act_backward, run_conv_backward = _backward_verbs(ctx)
-            if z is None and needs[4]:
-                z = run_conv_forward(input, conv_weight, conv_bias, *ctx.conv)
-            fused = _fused_backward(ctx, saved, grad_output, z, needs_conv, needs_residual)
-            if fused is not None:
-                grads, grad_weight, grad_bias, grad_residual = fused
-            else:
-                if z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
-                    z = grad_output
-                grad_z, grad_weight, grad_bias, grad_residual = run_bn_act_backward(
-                    grad_output, z, output, weight, mean, invstd, ctx.training, any(needs_conv), needs_residual
-                )
-                if any(needs_conv):
-                    grads = run_conv_backward(grad_z, input, conv_weight, *ctx.conv, needs_conv)
-        grad_input, grad_conv_weight, grad_conv_bias = grads
+            request = None if torch.compiler.is_compiling() else ctx.request
+            if z is None and needs_weight:
+                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, request)
+            elif z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
+                z = grad_output
+            # Without a ReLU the residual's gradient is grad_output itself.
+            grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
+                grad_output, z, output, weight, mean, invstd, ctx.training,
+                any(needs_conv), needs_residual and ctx.relu, request,
+            )  # fmt: skip
+            if grad_z is not None:
+                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), request)
         return (
-            grad_input if needs[0] else None,
-            grad_conv_weight if needs[1] else None,
+            *(grad if needed else None for grad, needed in zip(grads, needs_conv, strict=True)),
+            bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs_residual else None,
             None,
             None,
-            grad_weight if needs[4] else None,
-            grad_bias if needs[5] else None,
-            grad_conv_bias if needs[6] else None,
-            bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs[7] else None,
-            *(None,) * 8,
+            None,
+            None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            None,
+            None,
+            None,
         )
 
 
-def _backward_verbs(ctx: FunctionContext) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """conv_forward, bn_act_backward and conv_backward: registered while compiling, else on the forward's backend."""
-    if torch.compiler.is_compiling():
-        registered = torch.ops.resfuse
-        return registered.conv_forward, registered.bn_act_backward, registered.conv_backward
-    request = ctx.backend_request
-    return (
-        functools.partial(conv_forward, request=request),
-        functools.partial(bn_act.backward, request=request),
-        functools.partial(conv_backward, request=request),
-    )
-
-
-def _fused_backward(
-    ctx: FunctionContext,
-    saved: tuple[Any, ...],
-    grad_output: Tensor,
-    z: Tensor | None,
-    needs_conv: tuple[bool, bool, bool],
-    needs_residual: bool,
-) -> Any:
-    """What the verbs of `_backward_verbs` give, from a backend that has and prefers one verb for all of it, or None."""
-    if torch.compiler.is_compiling() or not any(needs_conv):
-        return None
-    input, conv_weight, _, weight, output, _, mean, invstd = saved
-    chosen = backend_for("conv_backward", input, (conv_weight.shape, *ctx.conv), ctx.backend_request)
-    run = getattr(chosen, "conv_bn_act_backward", None)
-    if run is None or backend_for("bn_act_backward", grad_output, request=ctx.backend_request) is not chosen:
-        return None
-    needs_sums = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-    return run(
-        grad_output, input, conv_weight, z, output, weight, mean, invstd, *ctx.conv, ctx.training,
-        needs_conv, needs_sums, needs_residual,
-    )  # fmt: skip
-
-
 def _differentiable_backward(ctx: FunctionContext, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
-    """The gradients as compositions of differentiable operations (create_graph=True), from the inputs themselves."""
+    """The gradients as compositions of differentiable operations, from the inputs themselves."""
     input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
-    stride, padding, dilation, groups = ctx.conv
-    z = reference.conv_forward(input, conv_weight, conv_bias, stride, padding, dilation, groups)
+    z = reference.conv_forward(input, conv_weight, conv_bias, ctx.convolution)
     grad_z, grad_weight, grad_bias, grad_residual = bn_act.differentiable_backward(
         grad_output, z, output, weight, mean, invstd, ctx.training, ctx.eps
     )
-    needs_conv = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[6])
-    grads = reference.conv_backward(grad_z, input, conv_weight, stride, padding, dilation, groups, needs_conv)
+    needs_conv = tuple(ctx.needs_input_grad[:3])
+    grads = reference.conv_backward(grad_z, input, conv_weight, ctx.convolution, needs_conv)
     return grads, grad_weight, grad_bias, grad_residual

@@ -1,6 +1,6 @@
 """sync_bn_act: bn_act with the batch statistics of all processes of a group.
 
-The four split verbs do the work on each process; between them stand two collectives, whatever the number of processes:
+The four split kernels do the work on each process; between them stand two collectives, for any number of processes:
 an all-gather of (mean, M2, count) per channel in forward, and an all-reduce of (sum g, sum g xhat) in backward.  Counts
 travel with the statistics, so that batches may have unequal sizes, or be empty on some of the processes, and stay on
 the device, so that no process waits for its GPU.
@@ -15,34 +15,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resfuse.backends import registry
+from resfuse.backends import dispatch
+from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import IN_FORCE, FunctionContext, backend_for, define
+from resfuse.ops.library import FunctionContext, define
+from resfuse.types import BatchNorm
 
 Group = Any
 """A ProcessGroup; while compiling, its name."""
 
 
-def statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: Group,
-) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(input: Tensor, bn: BatchNorm, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, invstd, count) over the inputs of all processes, bit for bit the same on each; updates the running ones.
 
     One all-gather.  `count`, the number of values per channel, is a tensor of one element.
     """
     channels = input.shape[1]
     mean, m2, count = merge(_all_gather(_own_statistics(input), group).view(-1, 2 * channels + 1))
-    if running_mean is not None:
-        _update(running_mean, mean, momentum)
-    if running_var is not None:
-        _update(running_var, m2 / (count - 1), momentum)
-    return mean, (m2 / count + eps).rsqrt(), count
+    if bn.running_mean is not None:
+        _update(bn.running_mean, mean, bn.momentum)
+    if bn.running_var is not None:
+        _update(bn.running_var, m2 / (count - 1), bn.momentum)
+    return mean, (m2 / count + bn.eps).rsqrt(), count
 
 
 def merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +91,7 @@ def _all_reduce(vector: Tensor, group: Group) -> Tensor:
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling():
+    if through_dispatcher():
         return torch.ops.resfuse.bn_statistics(input)
     return backend_for("bn_statistics", input).bn_statistics(input)
 
@@ -111,7 +106,7 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     args = (input, mean, invstd, weight, bias, residual, relu)
-    if torch.compiler.is_compiling():
+    if through_dispatcher():
         return torch.ops.resfuse.bn_apply(*args)
     return backend_for("bn_apply", input).bn_apply(*args)
 
@@ -120,7 +115,7 @@ def bn_backward_reduce(
     grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor, request: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     args = (grad_output, input, output, mean, invstd)
-    if not torch.compiler.is_compiling():
+    if not through_dispatcher():
         return backend_for("bn_backward_reduce", input, request=request).bn_backward_reduce(*args)
     sum_g, sum_g_xhat, masked = torch.ops.resfuse.bn_backward_reduce(*args)
     return sum_g, sum_g_xhat, grad_output if output is None else masked
@@ -136,9 +131,9 @@ def bn_backward_apply(
     mean_g_xhat: Tensor,
     request: str | None,
 ) -> Tensor:
-    """The verb with averages in place of sums, whose count is then one."""
+    """The kernel with averages in place of sums, whose count is then one."""
     vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
-    if torch.compiler.is_compiling():
+    if through_dispatcher():
         return torch.ops.resfuse.bn_backward_apply(grad_output, input, *vectors)
     chosen = backend_for("bn_backward_apply", input, request=request)
     return chosen.bn_backward_apply(grad_output, input, None, *vectors, 1)
@@ -213,7 +208,7 @@ class SyncBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
         if not torch.compiler.is_compiling():
-            ctx.backend_request = registry.requested_backend()
+            ctx.request = dispatch.requested_backend()
         ctx.relu, ctx.group = relu, group
         ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
         return output
@@ -222,7 +217,7 @@ class SyncBNActFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd, count = ctx.saved_tensors
-        request = IN_FORCE if torch.compiler.is_compiling() else ctx.backend_request
+        request = IN_FORCE if torch.compiler.is_compiling() else ctx.request
         grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, mean, invstd, request)
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:

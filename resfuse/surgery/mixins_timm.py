@@ -14,7 +14,7 @@ from resfuse.nn.fused_call import (
     conv_bn_act,
     global_hooks,
     unobserved,
-    wants_pytorch_operators,
+    must_decompose,
 )
 from resfuse.nn.sequential import sequential_forward
 from resfuse.surgery.fused import Fused
@@ -139,7 +139,7 @@ def _add_shortcut(block: Any, conv: nn.Module, input: Tensor, shortcut: Tensor) 
     z = conv(input)
     if activation_of(block.drop_path) != "identity":
         return block.drop_path(z) + shortcut
-    own = plain_convolution(conv) and not global_hooks() and not wants_pytorch_operators(z)
+    own = plain_convolution(conv) and not global_hooks() and not must_decompose(z)
     return z.add_(shortcut) if own and z.dtype is shortcut.dtype and z.shape == shortcut.shape else z + shortcut
 
 

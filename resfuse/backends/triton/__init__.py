@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resfuse.backends.problem import AbsentDevice, Problem, capability
+from resfuse.types import AbsentDevice, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
@@ -25,6 +25,7 @@ VERBS = (
     "conv_bn_act_forward", "conv_bn_act_backward", "conv_forward", "conv_backward",
     "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
+KERNELS = tuple(name for name in VERBS if "backward" not in name or "conv" not in name)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it
 
 
@@ -54,17 +55,17 @@ def only_on_request_reason() -> str | None:
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
-    if problem.verb not in VERBS:
-        reasons.append(f"{problem.verb} is not implemented")
+    if problem.kernel not in VERBS:
+        reasons.append(f"{problem.kernel} is not implemented")
     device_type = "cpu" if INTERPRETED and not isinstance(problem.device, AbsentDevice) else "cuda"
     if problem.device.type != device_type:
         reasons.append(f"tensors on {device_type} only, got {problem.device}")
-    elif device_type == "cuda" and capability(problem.device) < MINIMUM_CAPABILITY:
-        found = ".".join(map(str, capability(problem.device)))
+    elif device_type == "cuda" and problem.capability < MINIMUM_CAPABILITY:
+        found = ".".join(map(str, problem.capability))
         reasons.append(f"compute capability 8.0 or newer, got {found}")
     if problem.dtype not in DTYPES:
         reasons.append(f"float32, bfloat16 and float16 only, got {problem.dtype}")
-    if 0 in problem.shape or (problem.conv is not None and 0 in problem.conv[0]):
+    if 0 in problem.shape or 0 in (problem.weight_shape or ()):
         reasons.append("an empty tensor")
     return reasons
 

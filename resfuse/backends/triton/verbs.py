@@ -12,7 +12,7 @@ from resfuse.backends.triton.dgrad import dgrad
 from resfuse.backends.triton.fused_backward import conv_bn_act_backward
 from resfuse.backends.triton.split_sum import column_sum
 from resfuse.backends.triton.wgrad import wgrad
-from resfuse.backends.vectors import copy_back
+from resfuse.layout import copy_back
 from resfuse.layout import (
     channels_last,
     conv_memory_format,

@@ -1,0 +1,247 @@
+"""Which backend runs a problem: decided here, in one place, once per problem, and with reasons.
+
+Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `RANKING` names a faster one,
+and logs why it passed over the others.  An explicit request (`use_backend`, or the environment variable
+RESFUSE_BACKEND) that cannot be met raises; only a kernel that the requested backend does not declare goes to
+`reference`: the gradients of convolutions, which are cuDNN's on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from resfuse.types import AbsentDevice, Convolution, Problem
+
+logger = logging.getLogger("resfuse")
+
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
+
+PREDICTED = "predicted, not measured"
+
+
+class Backend(Protocol):
+    """What a backend module declares beside the kernel API, which `resfuse.backends.reference` specifies."""
+
+    KERNELS: tuple[str, ...]
+    """The functions of the kernel API that it implements."""
+
+    def unavailable_reason(self) -> str | None:
+        """Why it cannot be used on this machine, or None."""
+
+    def only_on_request_reason(self) -> str | None:
+        """Why automatic choice never takes it, or None."""
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Why it cannot run a problem, as far as dtype, device and shapes tell."""
+
+
+class Ranking(NamedTuple):
+    """`preferred` runs these kernels before `passed_over`, though it comes later in `PREFERENCE`."""
+
+    kernels: tuple[str, ...]
+    passed_over: str
+    preferred: str
+    majors: tuple[int, ...]
+    """CUDA devices with such a compute capability: 9 is Hopper."""
+    dtypes: tuple[torch.dtype, ...]
+    why: str
+    source: str = PREDICTED
+    """`PREDICTED`, or "measured on" and the device's name: the benchmark's CSV of that device has the figures."""
+
+    def __str__(self) -> str:
+        verb = "should be" if self.source == PREDICTED else "is"
+        return f"{self.preferred} {verb} faster: {self.why} ({self.source})"
+
+    def applies(self, name: str, problem: Problem) -> bool:
+        return (
+            self.passed_over == name
+            and problem.kernel in self.kernels
+            and problem.dtype in self.dtypes
+            and problem.device.type == "cuda"
+            and problem.capability[0] in self.majors
+        )
+
+
+# An entry moves nobody who asks for a backend by name, and counts only where the preferred backend can run the problem.
+RANKING = (
+    Ranking(
+        ("conv_bn_act_forward", "conv_forward"),
+        passed_over="cuda",
+        preferred="triton",
+        majors=(9, 10, 11),  # not 12, which has mma.sync alone
+        # For float32 it is true in TF32; without that neither uses tensor cores, and nothing is predicted.  The switch
+        # is not part of a problem: it can change between two calls.
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        why="it multiplies by wgmma or tcgen05, which are faster than the mma.sync of cuda",
+    ),
+)
+
+
+_registered: dict[str, Backend] = {}
+
+
+def register(name: str, module: Any) -> None:
+    """Add a backend from outside the package.  It has no rank: `use_backend` takes it, automatic choice never does.
+
+    Args:
+        name: the name for `use_backend`; a name that is taken stays with its owner.
+        module: a `Backend` with the functions that it declares in KERNELS.
+    """
+    if name in PREFERENCE or _registered.get(name, module) is not module:
+        raise ValueError(f"a backend named {name!r} exists already")
+    _registered[name] = module
+
+
+def validated(name: str | None) -> str | None:
+    """The name, if there is a backend of this name, or None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = (*PREFERENCE, *_registered)
+    if name is not None and name not in names:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
+    return name
+
+
+_from_environment = validated(os.environ.get("RESFUSE_BACKEND") or None)
+_request: ContextVar[str | None] = ContextVar("resfuse_backend", default=_from_environment)
+
+requested_backend = _request.get
+"""The backend asked for by `use_backend` or RESFUSE_BACKEND, None where the choice is automatic."""
+
+
+def backend(name: str) -> Any:
+    """The module that implements a backend's kernels."""
+    return _registered.get(name) or cast(Any, importlib.import_module(f"resfuse.backends.{name}"))
+
+
+def unavailable_reasons() -> dict[str, str | None]:
+    """Backend name -> None where it can be used on this machine, else why not."""
+    return {name: backend(name).unavailable_reason() for name in PREFERENCE}
+
+
+def available_backends() -> list[str]:
+    """Names of the backends usable on this machine, in order of preference: `["cpu", "reference"]` without a GPU.
+
+    Example:
+        >>> available_backends()[-1]
+        'reference'
+    """
+    return [name for name, reason in unavailable_reasons().items() if reason is None]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the context, and later its backward, on the named backend; `None` means automatic choice.
+
+    Args:
+        name: one of `available_backends()`, or None.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend cannot be used on this machine (the message says why).  An op that the backend
+            does not support raises the same error when it is called.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     requested_backend()
+        'reference'
+    """
+    if validated(name) is not None:
+        reason = backend(str(name)).unavailable_reason()
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    token = _request.set(name)
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
+    """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
+    name, _, rejected = choose(problem, request)
+    return name, {other: list(reasons) for other, reasons in rejected.items()}
+
+
+def through_dispatcher() -> bool:
+    """Whether a call has to pass PyTorch's dispatcher, because a compiler or a TorchDispatchMode wants to see it.
+
+    Otherwise the backend is called directly, which saves 6 to 11 us per call.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+IN_FORCE = "in force"
+
+
+def backend_for(
+    kernel: str,
+    input: Tensor,
+    weight_shape: torch.Size | None = None,
+    convolution: Convolution | None = None,
+    request: str | None = IN_FORCE,
+) -> Any:
+    """The backend that runs `kernel` on a tensor like `input`.
+
+    `request` is a backend's name or None for automatic choice: the one in force at the forward that a backward belongs
+    to, or, by default, the one in force now.
+    """
+    # A plain tuple hashes and compares like the Problem that `choose` makes of it, and is made faster.
+    problem = (kernel, input.device, input.dtype, input.shape, weight_shape, convolution)
+    return choose(problem, _request.get() if request is IN_FORCE else request)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict[str, tuple[str, ...]]]:
+    """(name, module) of the backend for a problem, and the reasons against those that were preferred to it.
+
+    `fields` are those of a `Problem`; `request` is a backend's name, or None for automatic choice.
+    """
+    problem = Problem(*fields)
+    names = PREFERENCE if request is None else (request,)
+    if request is not None and problem.kernel not in backend(request).KERNELS:
+        names = ("reference",)
+    rejected: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        reasons = _reasons_against(name, problem, automatic=request is None)
+        if not reasons and request is None:
+            reasons = tuple(  # another backend, which can run the problem, is preferred to this one
+                str(entry)
+                for entry in RANKING
+                if entry.applies(name, problem) and not _reasons_against(entry.preferred, problem, automatic=True)
+            )
+        if not reasons:
+            if rejected:
+                logger.debug("%s runs on %r: %s", problem, name, rejected)
+            return name, backend(name), rejected
+        rejected[name] = reasons
+    listed = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in rejected.items())
+    raise RuntimeError(f"no backend can run {problem}:\n{listed}")
+
+
+def forget_choices() -> None:
+    """Choose anew at the next call: a library has been loaded since."""
+    choose.cache_clear()
+
+
+def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
+    module = backend(name)
+    if problem.kernel not in module.KERNELS:
+        return (f"{name} does not implement {problem.kernel}",)
+    if not isinstance(problem.device, AbsentDevice):  # for which this machine does not matter
+        unavailable = module.unavailable_reason() or (module.only_on_request_reason() if automatic else None)
+        if unavailable:
+            return (unavailable,)
+    return tuple(module.unsupported_reasons(problem))
