@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+import resfuse
 from benchmarks import report, results
 from benchmarks.case import DTYPES, MODES, Case, Setting, dtype_name
 from benchmarks.providers import DEFAULT, PROVIDERS, QUICK
+from benchmarks.providers.fused import fuse
 from benchmarks.steps import Workload, make_workload
 from benchmarks.worker import ProviderError, UnsuitableError, Worker
+from resfuse.roofline import Device, measure_device
 
 LEFT_OUT = "left_out"
 """The metric of a provider without a speed: 1 where it failed or was wrong, 0 where it has nothing to offer."""
@@ -219,59 +222,31 @@ class Workers:
             self.end(name)
 
 
-def ceilings(device: str, dtypes: Sequence[torch.dtype], seconds: float) -> dict[str, float]:
-    """B/s of a large copy (read and written), and FLOP/s of the better of a matrix product and a convolution by dtype."""
-    from benchmarks.worker import _times  # the same clock as for the providers
+def cost(case: Case, setting: Setting, device: Device) -> dict[str, float]:
+    """Bytes, FLOPs and roofline time of a case where all that can be fused is, the same for all providers.
 
-    where = torch.device(device)
-    large = where.type == "cuda"
-
-    def fastest(call: Callable[[], object]) -> float:
-        return min(_times(call, where, torch.get_num_threads(), seconds))
-
-    source = torch.empty(1 << (30 if large else 26), dtype=torch.uint8, device=where).random_()
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.numel() / fastest(lambda: target.copy_(source))}
-    for dtype in dtypes:
-        n = 8192 if large else 1024
-        a, b = (torch.randn(n, n, device=where).to(dtype) for _ in range(2))
-        images, channels, extent = (64, 512, 28) if large else (4, 128, 28)
-        x = torch.randn(images, channels, extent, extent, device=where).to(dtype, memory_format=torch.channels_last)
-        w = torch.randn(channels, channels, 3, 3, device=where).to(dtype, memory_format=torch.channels_last)
-        with torch.inference_mode():
-            rates = [
-                2 * n**3 / fastest(lambda: a @ b),  # noqa: B023
-                2 * x.numel() * channels * 9 / fastest(lambda: torch.conv2d(x, w, padding=1)),  # noqa: B023
-            ]
-        found[dtype_name(dtype)] = max(rates)
-    return found
-
-
-def cost(case: Case, setting: Setting) -> dict[str, float]:
-    """Bytes moved and FLOPs of a case where all that can be fused is, the same for all providers; empty if unknown.
-
-    A training step counts forward and backward; loss and optimiser, a few percent of it, are not counted.
+    A training step counts forward and backward; loss and optimiser, a few percent of it, are not counted.  Empty where
+    the work is not known.
     """
     if setting.mode in ("forward", "backward"):
         return {}
-    import resfuse
-
-    module = case.build().train(setting.trains)
-    inputs = [torch.empty(shape, device="meta", requires_grad=setting.trains) for shape in case.shapes]
+    module = case.build().to("meta", setting.dtype).train(setting.trains)
+    module = module if case.op == "models" else fuse(module)
+    needs_grad = setting.trains and not case.image
+    inputs = [torch.empty(shape, device="meta", dtype=setting.dtype, requires_grad=needs_grad) for shape in case.shapes]
     try:
-        total = resfuse.explain(module.to("meta", setting.dtype), *(one.to(setting.dtype) for one in inputs)).total
+        total = resfuse.explain(module, *inputs, device=device).total
     except Exception as error:  # a figure beside the measured ones, which are worth having without it
         say(f"  no roofline: {type(error).__name__}: {error}")
         return {}
-    return {"bytes": total.bytes, "flops": total.flops}
+    return {"bytes": total.bytes, "flops": total.flops, "seconds": total.seconds}
 
 
-def add_roofline(rows: Sequence[dict[str, Any]], work: Mapping[str, float], reached: Mapping[str, float]) -> None:
+def add_roofline(rows: Sequence[dict[str, Any]], work: Mapping[str, float]) -> None:
     """Write into rows of times the work of the case, and the fraction of the roofline that the median reaches."""
     for row in rows:
         if work and row["metric"] in ("time", "graph_time"):
-            bound = max(work["bytes"] / reached["copy"], work["flops"] / reached[row["dtype"]])
-            row |= {**work, "roofline": bound / row["p50"]}
+            row |= {"bytes": work["bytes"], "flops": work["flops"], "roofline": work["seconds"] / row["p50"]}
 
 
 def main(op: str, argv: Sequence[str] | None = None) -> int:
@@ -294,7 +269,10 @@ def main(op: str, argv: Sequence[str] | None = None) -> int:
     if args.resume:
         todo = [one for one in todo if not _known(*one, results.read(path), conditions)]
         say(f"{len(todo)} cases are left")
-    reached = ceilings(args.device, [DTYPES[name] for name in args.dtype], 0.01 if args.quick else 0.5) if todo else {}
+    if not todo:
+        return 0
+    device = measure_device(torch.device(args.device), seconds=0.01 if args.quick else 0.5)
+    ceilings = {"copy": device.bandwidth, **{name: device.rate(DTYPES[name]) for name in args.dtype}}
     plan = Plan(args.rounds, args.turn, args.warmup, args.timeout, started + 0.95 * args.limit)
     workers, failed, longest = Workers(args.threads, keep=op != "models"), False, 0.0
     try:
@@ -307,8 +285,8 @@ def main(op: str, argv: Sequence[str] | None = None) -> int:
             comparison = Comparison(case, setting, able, plan, args.graph and setting.mode in ("inference", "full"))
             with workers.case():
                 rows = comparison.run(workers)
-            add_roofline(rows, cost(case, setting), reached)
-            machine = [_ceiling_row(setting, name, value) for name, value in reached.items()]
+            add_roofline(rows, cost(case, setting, device))
+            machine = [_ceiling_row(setting, name, value) for name, value in ceilings.items()]
             results.update(path, [row | conditions for row in [*machine, *rows]])
             say(report.case_text(rows))
             failed = failed or any(comparison.failed.values())
@@ -339,7 +317,7 @@ def _able(providers: Sequence[str], setting: Setting) -> list[str]:
 def _ceiling_row(setting: Setting, name: str, value: float) -> dict[str, Any]:
     unit = "B/s" if name == "copy" else "FLOP/s"
     return {
-        "op": results.CEILING, "name": "copy" if name == "copy" else "matmul or conv", "mode": setting.mode,
+        "op": results.CEILING, "name": "copy" if name == "copy" else "matmul", "mode": setting.mode,
         "dtype": "" if name == "copy" else name, "shape": "", "provider": "pytorch", "x": 0,
         "metric": "bandwidth" if name == "copy" else "rate", "unit": unit, **results.quantiles([value]),
     }  # fmt: skip

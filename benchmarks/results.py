@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import importlib.metadata
 import os
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+import resfuse
 from benchmarks.case import Case, Setting, dtype_name
 from benchmarks.worker import ROOT
+from resfuse.roofline import processor_name
 
 RESULTS = ROOT / "benchmarks" / "results"
 CASE = ["op", "name", "mode", "dtype", "shape"]
@@ -44,8 +45,6 @@ def row(case: Case, setting: Setting, provider: str, metric: str, unit: str, val
 
 def conditions(device: str, threads: int, packages: Iterable[str] = ()) -> dict[str, Any]:
     """The columns that tell a run: machine, versions, commit and the time of its beginning."""
-    import resfuse
-
     versions = {
         "torch": torch.__version__, "resfuse": f"{resfuse.__version__} ({', '.join(resfuse.available_backends())})",
     }  # fmt: skip
@@ -57,15 +56,6 @@ def conditions(device: str, threads: int, packages: Iterable[str] = ()) -> dict[
         "device": name, "threads": threads, "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
         "commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
-
-
-def processor_name() -> str:
-    """The processor's model, as the operating system names it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:
