@@ -19,9 +19,7 @@ def cases(names: Sequence[str], batch: int, size: int | None = None) -> list[Cas
             if layer.residual:
                 key = (layer.out_channels, *layer.output_extent)
                 found.setdefault(key, []).extend(f"{name} {path.rpartition('.')[0]}" for path in paths)
-    return [
-        Case("add_relu", f"{paths[0]} x{len(paths)}", (), ((batch, *shape),) * 2) for shape, paths in found.items()
-    ]
+    return [Case("add_relu", f"{paths[0]} x{len(paths)}", (), ((batch, *shape),) * 2) for shape, paths in found.items()]
 
 
 def build() -> nn.Module:

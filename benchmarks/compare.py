@@ -1,7 +1,7 @@
 """This tree against another commit: both in processes of their own, in turns, on one machine.
 
-BASE is checked out into a temporary git worktree, which is removed whatever happens.  Its C++ and CUDA libraries are this
-tree's where the sources are the same; else they are built there once and kept in build/compare.
+BASE is checked out into a temporary git worktree, which is removed whatever happens.  Its C++ and CUDA libraries are
+this tree's where the sources are the same; else they are built there once and kept in build/compare.
 """
 
 from __future__ import annotations
@@ -212,7 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     slower = []
     try:
-        with checked_out(args.base, args.device.startswith("cuda")) as (folder, commit), contextlib.ExitStack() as stack:
+        with (
+            checked_out(args.base, args.device.startswith("cuda")) as (folder, commit),
+            contextlib.ExitStack() as stack,
+        ):
             threads = 1 if args.overhead else args.threads
             sides = {
                 name: stack.enter_context(Worker("resfuse", tree, threads))

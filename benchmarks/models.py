@@ -112,8 +112,9 @@ def layers(name: str, size: int | None = None) -> dict[Layer, list[str]]:
 
 def _cifar(blocks: int) -> nn.Module:
     """The eager form of `resfuse.models.cifar_resnet`, with its state_dict keys."""
-    from resfuse.nn import ZeroPadShortcut
     from torchvision.models.resnet import BasicBlock
+
+    from resfuse.nn import ZeroPadShortcut
 
     children: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, 16, 3, 1, 1, bias=False)), ("bn1", nn.BatchNorm2d(16)), ("relu", nn.ReLU(inplace=True)),

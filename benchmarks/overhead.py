@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name, tiny in TINY.items():
             for mode in MODES:
-                sides = dict(zip(("resfuse", "eager_channels_last"), calls(tiny, mode, DTYPES[args.dtype], args.device)))
+                fused, plain = calls(tiny, mode, DTYPES[args.dtype], args.device)
+                sides = {"resfuse": fused, "eager_channels_last": plain}
                 check(*sides.values())
                 seconds: dict[str, list[float]] = {side: [] for side in sides}
                 for index in range(-3, rounds):  # three rounds of warm-up
@@ -148,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 case = Case("overhead", name, (), (tiny.shape,))
                 setting = Setting(mode, DTYPES[args.dtype], args.device, 1)
                 rows += [results.row(case, setting, side, "host_time", "s", found) for side, found in seconds.items()]
-                fused, plain = (results.quantiles(found)["p50"] * 1e6 for found in seconds.values())
-                table[f"{name}, {mode}"] = {"resfuse": fused, "eager": plain, "ratio": fused / plain}
+                ours, eagers = (results.quantiles(found)["p50"] * 1e6 for found in seconds.values())
+                table[f"{name}, {mode}"] = {"resfuse": ours, "eager": eagers, "ratio": ours / eagers}
     finally:
         torch.set_num_threads(threads)
     results.update(args.output / "overhead.csv", [row | conditions for row in rows])

@@ -64,7 +64,9 @@ def speed_ratios(rows: pd.DataFrame) -> plt.Figure | None:
     axis.axhline(1.0, color="#444444", linewidth=0.6)
     axis.set_xticks(range(len(cases)), [_title(key) for key, _ in cases], fontsize=8)
     axis.set_ylabel("speed relative to eager")
-    axis.set_title(f"{', '.join(timed['mode'].unique())}; {', '.join(timed['device'].unique())}; lines: p20 to p80", fontsize=9)
+    axis.set_title(
+        f"{', '.join(timed['mode'].unique())}; {', '.join(timed['device'].unique())}; lines: p20 to p80", fontsize=9
+    )
     axis.legend(fontsize=7, ncols=4)
     return figure
 
@@ -81,14 +83,18 @@ def roofline(rows: pd.DataFrame, op: str) -> plt.Figure | None:
         if provider in BASELINES or is_ours(provider):
             size, marker = (28, "o") if provider == OURS else (14, "x")
             rate = mine["flops"] / mine["p50"]
-            axis.scatter(mine["flops"] / mine["bytes"], rate, size, COLORS.get(provider, OTHER), marker, label=label(provider))
+            axis.scatter(
+                mine["flops"] / mine["bytes"], rate, size, COLORS.get(provider, OTHER), marker, label=label(provider)
+            )
     for (_, dtype), run in timed.groupby(["date", "dtype"]):
         reached = rows[(rows["op"] == CEILING) & rows["date"].isin(run["date"])]
         bandwidth = reached[reached["metric"] == "bandwidth"]["p50"].max()
         rate = reached[(reached["metric"] == "rate") & (reached["dtype"] == dtype)]["p50"].max()
         intensity = run["flops"] / run["bytes"]
         ends = [intensity.min() / 2, rate / bandwidth, max(intensity.max() * 2, 2 * rate / bandwidth)]
-        axis.plot(ends, [min(rate, bandwidth * end) for end in ends], color="#444444", linewidth=0.8, label=f"{dtype} roof")
+        axis.plot(
+            ends, [min(rate, bandwidth * end) for end in ends], color="#444444", linewidth=0.8, label=f"{dtype} roof"
+        )
     axis.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
     axis.set_title(f"{op}; {', '.join(timed['device'].unique())}", fontsize=9)
     axis.legend(fontsize=7)
@@ -99,7 +105,9 @@ def over_batch(rows: pd.DataFrame, metric: str) -> plt.Figure | None:
     """A quantity of models over the batch, where at least three batches were measured."""
     mine = rows[rows["op"].isin(["models", "memory"]) & (rows["metric"] == metric)]
     groups = [
-        (key, case) for key, case in mine.groupby(["name", "mode", "dtype", "device"], sort=False) if case["x"].nunique() > 2
+        (key, case)
+        for key, case in mine.groupby(["name", "mode", "dtype", "device"], sort=False)
+        if case["x"].nunique() > 2
     ]
     if not groups:
         return None
@@ -110,7 +118,14 @@ def over_batch(rows: pd.DataFrame, metric: str) -> plt.Figure | None:
     for axis, (key, case) in zip(axes.flat, groups, strict=False):
         for provider in ordered(case["provider"]):
             line = case[case["provider"] == provider].sort_values("x")
-            axis.plot(line["x"], line["p50"] * scale, ".-", color=COLORS.get(provider, OTHER), label=label(provider), linewidth=1)
+            axis.plot(
+                line["x"],
+                line["p50"] * scale,
+                ".-",
+                color=COLORS.get(provider, OTHER),
+                label=label(provider),
+                linewidth=1,
+            )
         axis.set_title(", ".join(key[:3]), fontsize=8)
         axis.set_xlabel("batch", fontsize=7)
         axis.set_ylabel(unit, fontsize=7)

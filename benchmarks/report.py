@@ -79,7 +79,7 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
         if name in table:
             eager = eager.fillna(table[name])
     peers = table[[name for name in table if not is_ours(name)]]
-    ours = table[OURS] if OURS in table else math.nan
+    ours = table.get(OURS, math.nan)
     return pd.DataFrame({"vs eager": eager / ours, "vs fastest peer": peers.min(axis=1) / ours})
 
 
@@ -98,6 +98,7 @@ def case_text(rows: Sequence[dict[str, Any]]) -> str:
     base = next((name for name in BASELINES if name in set(timed["provider"])), None)
     lines = {}
     for row in timed.itertuples():
+
         def other(metric: str, name: str = str(row.provider)) -> float:
             found = frame[(frame["provider"] == name) & (frame["metric"] == metric)]["p50"]
             return float(found.iloc[0]) if len(found) else math.nan
@@ -188,7 +189,9 @@ def _machine(device: str, rows: pd.DataFrame) -> str:
     ]  # fmt: skip
     table = pd.DataFrame(cells, index=[title for title, _ in shown], columns=[*head, "vs fastest peer"])
     spread = ((rows["p80"] - rows["p20"]) / rows["p50"]).max()
-    text = f"{_ranges(speeds)} Conditions: {conditions(rows)}. p80 and p20 are at most {spread:.0%} of the median apart."
+    text = (
+        f"{_ranges(speeds)} Conditions: {conditions(rows)}. p80 and p20 are at most {spread:.0%} of the median apart."
+    )
     title = f"ResNet-50 at 224x224, {device}, median milliseconds per step:"
     return "\n\n".join([title, markdown(table), "\n".join(textwrap.wrap(text, 120))])
 
@@ -235,7 +238,9 @@ def page(rows: pd.DataFrame, plots: Sequence[str]) -> str:
         reached = mine[mine["op"] == CEILING].groupby(["metric", "dtype"], sort=False)["p50"].max()
         if len(reached):
             texts = [
-                f"{number(value, 1e-9)} GB/s copied" if metric == "bandwidth" else f"{number(value, 1e-12)} TFLOP/s {dtype}"
+                f"{number(value, 1e-9)} GB/s copied"
+                if metric == "bandwidth"
+                else f"{number(value, 1e-12)} TFLOP/s {dtype}"
                 for (metric, dtype), value in reached.items()
             ]
             parts.append(f"Ceilings, the best of all runs: {', '.join(texts)}.")

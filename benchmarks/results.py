@@ -82,7 +82,9 @@ def read(*paths: Path) -> pd.DataFrame:
     for path in paths:
         if not path.exists():
             continue
-        frame = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in ("bytes", "flops", "roofline")})
+        frame = pd.read_csv(
+            path, keep_default_na=False, na_values={name: [""] for name in ("bytes", "flops", "roofline")}
+        )
         if missing := [name for name in COLUMNS if name not in frame]:
             raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
         frames.append(frame[COLUMNS])
@@ -92,7 +94,8 @@ def read(*paths: Path) -> pd.DataFrame:
 def update(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows into a file in place of those of the same cases, so that a case's rows come from one run.
 
-    Ceilings stay as long as a row of their run does.  The file is replaced at once: a run that is stopped leaves it whole.
+    Ceilings stay as long as a row of their run does.  The file is replaced at once, so that a run that is stopped leaves
+    it whole.
     """
     new, old = pd.DataFrame(rows).reindex(columns=COLUMNS), read(path)
     key = [*CASE, "device", "threads"]
@@ -100,7 +103,9 @@ def update(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     kept = old[~replaced | (old["op"] == CEILING)]
     frame = pd.concat([kept, new], ignore_index=True) if len(kept) else new
     measured = set(frame.loc[frame["op"] != CEILING, "date"])
-    frame = frame[(frame["op"] != CEILING) | frame["date"].isin(measured)].drop_duplicates([*key, "provider", "metric", "date"])
+    frame = frame[(frame["op"] != CEILING) | frame["date"].isin(measured)].drop_duplicates(
+        [*key, "provider", "metric", "date"]
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     frame.to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")

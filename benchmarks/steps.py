@@ -81,7 +81,10 @@ def named_results(results: Any, module: nn.Module, batch: Batch, setting: Settin
         return {"output": torch.as_tensor(results)[:CHECKED].detach()}
     if mode == "train":
         gradients = {f"grad {name}": parameter.grad for name, parameter in module.named_parameters()}
-        return {"loss": torch.as_tensor(results), **{name: grad for name, grad in gradients.items() if grad is not None}}
+        return {
+            "loss": torch.as_tensor(results),
+            **{name: grad for name, grad in gradients.items() if grad is not None},
+        }
     tensors = list(results)
     found = {"output": tensors.pop(0)[:CHECKED]} if mode == "full" else {}
     for name, tensor in zip(("input", "residual"), batch[:-1], strict=False):

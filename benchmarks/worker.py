@@ -186,7 +186,10 @@ class Runner:
         self._calls = {"time": fused}
 
     def warm_up(self, limit: float) -> None:
-        """Call until the time per call no longer falls, for at most `limit` seconds; a GPU's clocks need half a second."""
+        """Call until the time per call no longer falls, for at most `limit` seconds.
+
+        A GPU's clocks need half a second under load before they stay where they are.
+        """
         for call in self._calls.values():
             _warm_up(call, self._device, limit)
         if self._device.type == "cuda":
@@ -266,8 +269,6 @@ def _times(call: Callable[[], object], device: torch.device, threads: int, secon
 
 
 def _warm_up(call: Callable[[], object], device: torch.device, limit: float) -> None:
-    import time
-
     started, before = time.perf_counter(), float("inf")
     least = 0.5 if device.type == "cuda" else 0.0
     while True:

@@ -125,9 +125,7 @@ def describe(cudnn: Any, group: Group, **options: Any) -> tuple[Any, dict[str, A
     """
     types = cudnn.data_type
     io = getattr(types, DATA_TYPES[group.weight.dtype])
-    graph = cudnn.pygraph(
-        io_data_type=io, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT, **options
-    )
+    graph = cudnn.pygraph(io_data_type=io, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT, **options)
 
     def tensor(name: str, shape: tuple[int, ...]) -> Any:
         _, c, h, w = shape

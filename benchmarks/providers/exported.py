@@ -126,8 +126,8 @@ class OpenVino(Exported):
 class TensorRT(Exported):
     """TensorRT's engine for the exported module.
 
-    The network is strongly typed: it computes in the dtype of the model.  Kernels by trial at optimisation level 4 of 5,
-    as level 5 takes hours.  Calls go to a stream in order with torch's, as on the default stream TensorRT would
+    The network is strongly typed: it computes in the dtype of the model.  Kernels by trial at optimisation level 4 of
+    5, as level 5 takes hours.  Calls go to a stream in order with torch's, as on the default stream TensorRT would
     synchronise.  Written by the documentation of TensorRT 10; no test has run it, as it needs a GPU.
     """
 

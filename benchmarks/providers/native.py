@@ -33,9 +33,7 @@ class Inductor(Provider):
     into them, and on a CPU they are packed for oneDNN.
     """
 
-    def __init__(
-        self, name: str, layout: str = "channels_last", mode: str = "default", freezing: bool = False
-    ) -> None:
+    def __init__(self, name: str, layout: str = "channels_last", mode: str = "default", freezing: bool = False) -> None:
         super().__init__(name, layout)
         self._mode, self._freezing = mode, freezing
         self.graphs = mode == "default"
