@@ -33,7 +33,7 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[str]:
         names += _save(speed_ratios(models[models["mode"] == mode]), folder / f"model-{mode}.png")
     for op in ("conv_bn_act", "bn_act", "add_relu"):
         names += _save(roofline(rows, op), folder / f"{op}-roofline.png")
-    for metric, what in (("saved_bytes", "memory"), ("predicted_peak", "memory-peak"), ("time", "latency")):
+    for metric, what in (("saved_bytes", "memory"), ("peak_memory", "memory-peak"), ("time", "latency")):
         names += _save(over_batch(rows, metric), folder / f"{what}.png")
     return names
 
@@ -67,7 +67,8 @@ def speed_ratios(rows: pd.DataFrame) -> plt.Figure | None:
     axis.set_title(
         f"{', '.join(timed['mode'].unique())}; {', '.join(timed['device'].unique())}; lines: p20 to p80", fontsize=9
     )
-    axis.legend(fontsize=7, ncols=4)
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # room for the legend
+    axis.legend(fontsize=7, ncols=4, loc="upper left")
     return figure
 
 
@@ -84,7 +85,12 @@ def roofline(rows: pd.DataFrame, op: str) -> plt.Figure | None:
             size, marker = (28, "o") if provider == OURS else (14, "x")
             rate = mine["flops"] / mine["p50"]
             axis.scatter(
-                mine["flops"] / mine["bytes"], rate, size, COLORS.get(provider, OTHER), marker, label=label(provider)
+                mine["flops"] / mine["bytes"],
+                rate,
+                size,
+                COLORS.get(provider, OTHER),
+                marker=marker,
+                label=label(provider),
             )
     for (_, dtype), run in timed.groupby(["date", "dtype"]):
         reached = rows[(rows["op"] == CEILING) & rows["date"].isin(run["date"])]

@@ -97,18 +97,14 @@ def case_text(rows: Sequence[dict[str, Any]]) -> str:
         return "  no provider has a speed"
     base = next((name for name in BASELINES if name in set(timed["provider"])), None)
     lines = {}
-    for row in timed.itertuples():
-
-        def other(metric: str, name: str = str(row.provider)) -> float:
-            found = frame[(frame["provider"] == name) & (frame["metric"] == metric)]["p50"]
-            return float(found.iloc[0]) if len(found) else math.nan
-
-        reference = timed[(timed["provider"] == base) & (timed["metric"] == row.metric)]["p50"]
-        lines[f"{row.provider}{' (graph)' * (row.metric == 'graph_time')}"] = {
-            "ms": row.p50 * 1e3, "spread": (row.p80 - row.p20) / row.p50,
-            "vs eager": reference.iloc[0] / row.p50 if len(reference) else math.nan,
-            "roofline": getattr(row, "roofline", math.nan), "peak MB": other("peak_memory") / 1e6,
-            "error": pd.Series([other(f"error_{kind}") for kind in ("output", "loss", "grad")]).max(),
+    for (provider, metric), row in timed.set_index(["provider", "metric"])[["p20", "p50", "p80"]].iterrows():
+        eager = timed[(timed["provider"] == base) & (timed["metric"] == metric)]["p50"].min()
+        errors = frame[(frame["provider"] == provider) & frame["metric"].str.startswith("error_")]["p50"]
+        peak = frame[(frame["provider"] == provider) & (frame["metric"] == "peak_memory")]["p50"].min()
+        spread = (row["p80"] - row["p20"]) / row["p50"]
+        lines[f"{provider}, {metric}"] = {
+            "ms": row["p50"] * 1e3, "spread": spread, "vs eager": eager / row["p50"], "peak MB": peak / 1e6,
+            "error": errors.max(),
         }  # fmt: skip
     return textwrap.indent(pd.DataFrame(lines).T.to_string(float_format="%.3g", na_rep="-"), "  ")
 

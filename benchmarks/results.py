@@ -94,8 +94,7 @@ def read(*paths: Path) -> pd.DataFrame:
 def update(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows into a file in place of those of the same cases, so that a case's rows come from one run.
 
-    Ceilings stay as long as a row of their run does.  The file is replaced at once, so that a run that is stopped leaves
-    it whole.
+    Ceilings stay as long as a row of their run does.  The file is replaced at once: a stopped run leaves it whole.
     """
     new, old = pd.DataFrame(rows).reindex(columns=COLUMNS), read(path)
     key = [*CASE, "device", "threads"]

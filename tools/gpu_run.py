@@ -119,7 +119,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
             Command("memory", words(
                 "benchmarks.memory --model cifar_resnet20 --batch 2 --provider eager_channels_last"
                 if quick else "benchmarks.memory --model resnet50 --batch 64 256")
-                + words("--measure --output {work}/results --device {device}"), 4, 1.0),
+                + words("--peak --output {work}/results --device {device}"), 4, 1.0),
         ],
         "report": [Command("report", words("benchmarks.report {work}/results"), 1, 0.0)],
     }  # fmt: skip

@@ -47,7 +47,7 @@ def rewrite(module: nn.Module, examples: tuple[Tensor, ...], make_call: Callable
         UnsuitableError: there is no convolution with a batch norm in the module.
     """
     with torch.no_grad():
-        program = torch.export.export(fuse(module), examples).module()
+        program = torch.export.export(fuse(module), examples).module(check_guards=False)
     assert isinstance(program, GraphModule)
     found = program.graph.find_nodes(op="call_function", target=torch.ops.resfuse.conv_bn_act_eval.default)
     if not found:
@@ -59,7 +59,9 @@ def rewrite(module: nn.Module, examples: tuple[Tensor, ...], make_call: Callable
         with program.graph.inserting_before(node):
             residual = _padded(arguments["residual"], node)
             inputs = (arguments["input"],) if residual is None else (arguments["input"], residual)
-            node.replace_all_uses_with(program.graph.call_module(f"group_{index}", inputs))
+            call = program.graph.call_module(f"group_{index}", inputs)
+        call.meta = node.meta
+        node.replace_all_uses_with(call)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     program.recompile()

@@ -56,7 +56,7 @@ class _FusedOp(nn.Module):
 def fuse(module: nn.Module) -> nn.Module:
     """A model fused in place, or an op that makes resfuse's call."""
     if hasattr(module, "fused"):
-        return _FusedOp(module)
+        return _FusedOp(module).train(module.training)
     import resfuse
 
     resfuse.fuse_(module)
