@@ -1,4 +1,4 @@
-"""`explain`: per layer of a model, where it runs, what it costs at least, and how far from that it is."""
+"""`explain`: backend, cost and, where measured, lost time of each operator of a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def explain(
     measure: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Where each operator of a model runs and what it costs, per call and in total, fused and unfused.
+    """List a model's operators with backend, launches, FLOPs, bytes and roofline time, fused and unfused.
 
     For every call of the fused model: shape, backend and why that one, kernel launches, floating-point operations,
     bytes, and the roofline time, which these take at least on a machine with given ceilings.  With `measure` also the
@@ -85,7 +85,7 @@ def explain(
 
 
 class _Machine:
-    """Turns recorded operator calls into layers: who runs them, what they cost, and how long they take."""
+    """Makes layers of recorded operator calls: backend, cost, and measured time."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Machine:
         for kernel in found:
             limited["compute" if kernel.is_compute_bound(self._device) else "memory"] += kernel.seconds(self._device)
         name, reason = self._choice(runs[0], call.path)
-        gradients = [self._choice(run, call.path)[0] for run in call.backward]
+        gradients = [PYTORCH, *(self._choice(run)[0] for run in call.backward if run.func.namespace == "resfuse")]
         input, output = _main_tensor(runs[0].args, runs[0].output), _main_tensor(runs[0].output)
         return Layer(
             path=call.path,
@@ -122,9 +122,7 @@ class _Machine:
             output_shape=tuple(output.shape),
             dtype=input.dtype,
             backend=name,
-            backward_backend=next((name for name in reversed(gradients) if name != PYTORCH), PYTORCH)
-            if gradients
-            else None,
+            backward_backend=gradients[-1] if call.backward else None,
             reason=reason,
             launches=len(found),
             flops=sum(kernel.flops for kernel in found),
@@ -155,15 +153,12 @@ class _Machine:
     def _seconds(self, run: Run) -> float:
         """The median time of the operator, alone, on random tensors of such shapes and strides."""
         given = named_arguments(run.func, run.args, run.kwargs)
-        key = (run.func, repr([(name, _signature(value)) for name, value in given.items()]))
+        key = (run.func, repr([(v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in given.values()]))
         if key not in self._known:
             self._known[key] = 0.0
             if self._kernels(run):
-                with (
-                    dispatch.use_backend(self._request),
-                    torch.no_grad(),
-                    torch.autocast(self._device.type, enabled=False),
-                ):
+                no_casts = torch.autocast(self._device.type, enabled=False)
+                with dispatch.use_backend(self._request), torch.no_grad(), no_casts:
                     self._known[key] = self._timed(run.func, given)
         return self._known[key]
 
@@ -177,7 +172,10 @@ class _Machine:
 
         size = sum(value.nbytes for value in given.values() if isinstance(value, Tensor))
         count = min(_SETS, 2 + 2 * self._device.cache // max(size, 1))
-        names = {"func": func, "sets": itertools.cycle([_random(given, self._place) for _ in range(count)])}
+        sets = [_random(given, self._place) for _ in range(count)]
+        for values in sets:  # packs weights, chooses algorithms
+            func(**values)
+        names = {"func": func, "sets": itertools.cycle(sets)}
         timer = Timer("func(**next(sets))", globals=names, num_threads=torch.get_num_threads())
         return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
@@ -198,7 +196,7 @@ def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
 
 def _op(run: Run) -> str:
     name: str = run.func._overloadpacket.__name__
-    for suffix in ("_train", "_eval", "_forward", "_legit", "_"):
+    for suffix in ("_train", "_eval", "_forward", "_legit", "_with_indices", "_"):
         name = name.removesuffix(suffix)
     return name.removeprefix("_").removeprefix("native_")
 
@@ -226,10 +224,6 @@ def _detail(run: Run) -> str:
 def _main_tensor(*values: Any) -> Tensor:
     """The activation among arguments or results: the first of the tensors with most dimensions."""
     return max((leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)), key=lambda tensor: tensor.dim())
-
-
-def _signature(value: Any) -> Any:
-    return (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _random(value: Any, device: Any, name: str = "") -> Any:

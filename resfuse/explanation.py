@@ -14,7 +14,8 @@ from resfuse.roofline import Device
 
 PYTORCH = "pytorch"
 _SHOWN = 20
-_WIDTH = 110
+WIDTH = 110
+_DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW")  # in this order, where there is no room
 _LEFT = ("layer", "operation", "CxHxW", "backend")  # columns aligned to the left
 
 
@@ -25,16 +26,16 @@ class Layer:
     path: str
     """The module it belongs to, as in `model.named_modules()`: "layer1.0.conv2"."""
     op: str
-    """ "conv_bn_act", "bn_act", "add_relu", or ATen's name: "max_pool2d_with_indices", "addmm"."""
+    """ "conv_bn_act", "bn_act", "add_relu", or ATen's name: "max_pool2d", "addmm"."""
     detail: str
     """Kernel, stride, groups and residual: "3x3/2", "3x3 g32", "1x1 +res"."""
     shape: tuple[int, ...]
-    """Of its input."""
+    """The shape of the input."""
     output_shape: tuple[int, ...]
     dtype: torch.dtype
-    """Of its input."""
+    """The dtype of the input."""
     backend: str
-    """Of resfuse; "pytorch" for an operator that is not resfuse's."""
+    """The backend that runs the forward; "pytorch" for an operator that is not resfuse's."""
     backward_backend: str | None
     """The backend that computes most of the gradients, those of a convolution; None where there are none."""
     reason: str
@@ -64,9 +65,9 @@ class Totals:
     flops: int
     bytes: int
     seconds: float
-    """Of the roofline times."""
+    """The sum of the roofline times."""
     measured: float | None = None
-    """Of the measured times; None if they were not measured."""
+    """The sum of the measured times; None if they were not measured."""
 
     @classmethod
     def of(cls, layers: Iterable[Layer]) -> Totals:
@@ -81,11 +82,6 @@ class Totals:
             sum(times) if times and len(times) == len(layers) else None,
         )
 
-    @property
-    def lost(self) -> float | None:
-        """Seconds above the roofline; None if it was not measured."""
-        return None if self.measured is None else self.measured - self.seconds
-
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -94,18 +90,18 @@ class Explanation:
     layers: tuple[Layer, ...]
     """The operator calls of the fused model that move data, in the order in which they run."""
     total: Totals
-    """Of `layers`."""
+    """The sums over `layers`."""
     unfused: Totals
-    """Of the same model when PyTorch's operators run one by one, with weights in channels_last."""
+    """The same model in eager PyTorch, operator by operator, with weights in channels_last."""
     device: Device
     model: str
     """Its class."""
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     """Shape and dtype of each."""
     training: bool
-    """Whether the model was in training mode."""
+    """The model was in training mode."""
     backward: bool
-    """Whether backward is in the figures."""
+    """Gradients are in the figures."""
 
     @property
     def slowest(self) -> tuple[Layer, ...]:
@@ -122,13 +118,14 @@ class Explanation:
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, *, every_layer: bool = False, shown: int = _SHOWN) -> str:
+    def table(self, *, every_layer: bool = False, shown: int = _SHOWN, width: int = WIDTH) -> str:
         """Everything as text.
 
         Args:
             every_layer: each layer, in the order in which they run; otherwise equal layers together, those first that
                 lose most or, not measured, need most.
             shown: at most so many groups of equal layers.
+            width: columns of text; where they are few, the table leaves some of its own out.
         """
         groups = [[layer] for layer in self.layers] if every_layer else self._groups()
         kept = groups if every_layer else groups[:shown]
@@ -137,19 +134,22 @@ class Explanation:
         header = ["layer", "operation", "CxHxW", "backend", "n", "GFLOP", "MB", f"min {unit}", "by"]
         header += [unit, "lost"] if self.total.measured is not None else []
         rows = [header, *(_row(group, factor) for group in kept)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, ["-" * width for width in widths])
-        aligned = ["<" if name in _LEFT else ">" for name in header]
-        lines = [self._headline(), ""]
-        for row in rows:
-            cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
+        columns = list(zip(*rows, strict=True))
+        for name in _DISPENSABLE:
+            if sum(max(map(len, column)) + 2 for column in columns) - 2 > width:
+                columns = [column for column in columns if column[0] != name]
+        aligned = []
+        for head, *cells in columns:
+            size = max(map(len, (head, *cells)))
+            side = "<" if head in _LEFT else ">"
+            aligned.append([f"{cell:{side}{size}}" for cell in (head, "-" * size, *cells)])
+        lines = [self._headline(), "", *("  ".join(row).rstrip() for row in zip(*aligned, strict=True))]
         if len(kept) < len(groups):
             rest = Totals.of(layer for group in groups[shown:] for layer in group)
             time = _number(factor * (rest.measured or rest.seconds))
             lines.append(f"... and {len(groups) - shown} more rows, together {time} {unit}")
         for line in ("", *self._summary(), "", *self._reasons()):
-            lines += textwrap.wrap(line, _WIDTH, subsequent_indent=9 * " ", break_on_hyphens=False) or [""]
+            lines += textwrap.wrap(line, width, subsequent_indent=9 * " ", break_on_hyphens=False) or [""]
         return "\n".join(lines)
 
     def _groups(self) -> list[list[Layer]]:
@@ -167,7 +167,7 @@ class Explanation:
     def _summary(self) -> list[str]:
         fused, unfused = self.total, self.unfused
         saved = [
-            f"{100 * (1 - after / before) if before else 0:.0f} % of the {name}"
+            f"{round(100 * (1 - after / before)) if before else 0} % of the {name}"
             for name, before, after in (
                 ("launches", unfused.launches, fused.launches),
                 ("bytes", unfused.bytes, fused.bytes),
@@ -195,7 +195,7 @@ class Explanation:
         return line if total.measured is None else f"{line}, measured {_number(1e3 * total.measured)} ms"
 
     def _reasons(self) -> list[str]:
-        """Which backend runs what, and why."""
+        """A line for each backend and reason."""
         counts = Counter((layer.backend, layer.reason, layer.op) for layer in self.layers)
         grouped: dict[tuple[str, str], list[str]] = {}
         for (backend, reason, op), count in counts.items():
@@ -216,8 +216,8 @@ def _row(group: list[Layer], factor: float) -> list[str]:
         _number(factor * total.seconds),
         "mem" if layer.bound == "memory" else "math",
     ]
-    if total.measured is not None and total.lost is not None:
-        cells += [_number(factor * total.measured), _number(factor * total.lost)]
+    if total.measured is not None:
+        cells += [_number(factor * total.measured), _number(factor * (total.measured - total.seconds))]
     return cells
 
 

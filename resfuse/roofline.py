@@ -52,7 +52,7 @@ class Device:
     """The ceilings of a machine, measured or from its datasheet (`source` says which)."""
 
     name: str
-    """As its driver reports it: "NVIDIA H200"."""
+    """The name that its driver reports: "NVIDIA H200"."""
     type: str
     """ "cuda" or "cpu"."""
     bandwidth: float
@@ -108,10 +108,10 @@ class Kernel(NamedTuple):
     bytes: int
     """Bytes of device memory read plus bytes written."""
     dtype: torch.dtype = torch.float32
-    """Of the operands of the matrix product."""
+    """The dtype of the matrix product's operands."""
 
     def is_compute_bound(self, device: Device) -> bool:
-        """Whether its arithmetic takes longer than its traffic."""
+        """Its arithmetic takes longer than its traffic."""
         return self.flops / device.rate(self.dtype) > self.bytes / device.bandwidth
 
     def seconds(self, device: Device) -> float:
@@ -140,12 +140,10 @@ def kernels(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output:
         return _conv_gradients(given)
     if "batch_norm" in name:
         return [Kernel(0, moved) for moved in _batch_norm("backward" in name, given, device)]
-    written = {id(tensor): tensor for tensor in (*outputs, *_mutated(func, given))}
     if name in _OVERWRITES or ("pool" in name and name.endswith("_backward")):  # which takes the input for its shape
         del given["self"]
     read = {id(tensor): tensor for tensor in tree_leaves(given) if isinstance(tensor, Tensor)}
-    moved = sum(map(nbytes, read.values())) + sum(map(nbytes, written.values()))
-    moved += _read_again(name, given, outputs, device)
+    moved = sum(map(nbytes, (*read.values(), *outputs))) + _read_again(name, given, outputs, device)
     formula = _flop_formulas().get(func._overloadpacket)
     flops = 0 if formula is None else formula(*args, **kwargs, out_val=output)
     found = [Kernel(flops, moved, outputs[0].dtype)]
@@ -163,7 +161,7 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def is_view(func: Any) -> bool:
-    """Whether the operator's result shares the memory of an argument, and nothing is written."""
+    """The operator's result shares the memory of an argument, and nothing is written."""
     aliases = (found.alias_info for found in func._schema.returns)
     return torch.Tag.inplace_view in func.tags or any(alias is not None and not alias.is_write for alias in aliases)
 
@@ -177,7 +175,7 @@ def named_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 @functools.cache
 def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
-    """torch's registry, with resfuse's convolutions (not at import: it imports Triton)."""
+    """torch's registry with resfuse's convolutions in it.  Not made at import, because it imports Triton."""
     from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
     ops: Any = torch.ops.resfuse
@@ -187,18 +185,7 @@ def _flop_formulas() -> Mapping[Any, Callable[..., int]]:
         output: Any = out_shape[0] if isinstance(out_shape[0], torch.Size) else out_shape
         return conv_flop_count(input, conv_weight, output)
 
-    @register_flop_formula(ops.conv_backward)
-    def backward(dz: Any, input: Any, conv_weight: Any, *options: Any, **_: Any) -> int:
-        return conv_flop_count(input, conv_weight, dz) * sum(options[-1][:2])
-
     return flop_registry
-
-
-def _mutated(func: Any, given: Mapping[str, Any]) -> list[Tensor]:
-    names = (
-        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
-    )
-    return [given[name] for name in names if isinstance(given[name], Tensor)]
 
 
 def _read_again(name: str, given: Mapping[str, Any], outputs: list[Tensor], device: Device) -> int:

@@ -63,11 +63,14 @@ class Tracer:
     def __init__(self, model: nn.Module, inputs: Sequence[Input]) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not inputs:
+            raise ValueError("inputs: expected at least one tensor or shape, got none")
         self._mode = FakeTensorMode()
-        self._devices: dict[int, torch.device] = {}  # where the tensor of the model was that a meta tensor stands for
+        like: Tensor = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+        self._device = torch.device("cpu") if like.is_meta else like.device
         with torch.inference_mode(False):
-            self.inputs = self._fake_inputs(inputs, model)
-            self.model = self._copy(_unwrapped(model))
+            self.inputs = [self._fake(_as_tensor(*numbered, like.dtype)) for numbered in enumerate(inputs)]
+            self.model = _copy_on_meta(_unwrapped(model))
         cls = type(self.model)
         self.name: str = getattr(cls, "_resfuse_original", cls).__name__
         """The model's class, before it was fused."""
@@ -82,7 +85,8 @@ class Tracer:
         Raises:
             ValueError: the model cannot be traced, for example because its program depends on values.
         """
-        self._make_fake()
+        with torch.inference_mode(False):
+            self._make_fake()
         recorder = _Recorder(self.model)
         leaves = [tensor for tensor in (*self.model.parameters(), *self.inputs) if tensor.requires_grad]
         unfused = traced_as_pytorch() if as_pytorch else nullcontext()
@@ -92,7 +96,7 @@ class Tracer:
                     outputs = self.model(*self.inputs)
                 roots = [found for found in tree_leaves(outputs) if isinstance(found, Tensor) and found.requires_grad]
                 gradients = [torch.ones_like(root) for root in roots]
-                if roots and leaves:
+                if backward and roots and leaves:
                     with recorder:
                         torch.autograd.grad(roots, leaves, gradients, allow_unused=True)
         except Exception as error:
@@ -101,45 +105,11 @@ class Tracer:
             raise ValueError(f"model: {self.name} cannot be traced for inputs of shape {shapes}: {reason}") from error
         return recorder.calls
 
-    def _fake_inputs(self, inputs: Sequence[Input], model: nn.Module) -> list[Tensor]:
-        if not inputs:
-            raise ValueError("inputs: expected at least one tensor or shape, got none")
-        like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
-        tensors = []
-        for number, input in enumerate(inputs):
-            if not isinstance(input, Tensor):
-                input = torch.empty(_checked_shape(number, input), dtype=like.dtype, device="meta")
-                self._devices[id(input)] = _place(like)
-            tensors.append(input)
-        return [self._fake(tensor) for tensor in tensors]
-
-    def _copy(self, model: nn.Module) -> nn.Module:
-        """Hooks still keep a module of the copy from being fused, but do nothing."""
-        memo: dict[int, Any] = {id(hook): _do_nothing for hooks in _hooks_of(model) for hook in hooks.values()}
-        try:
-            for tensor in _tensors_of(model):
-                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                if isinstance(tensor, nn.Parameter):
-                    empty = nn.Parameter(empty, tensor.requires_grad)
-                memo[id(tensor)] = empty
-                self._devices[id(empty)] = _place(tensor)
-            copied = copy.deepcopy(model, memo)
-        except Exception as error:
-            raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
-        for hooks in _hooks_of(copied):
-            hooks.update(dict.fromkeys(hooks, _do_nothing))
-        for module in copied.modules():
-            if isinstance(module, _BatchNorm) and module.momentum is None:
-                module.momentum = 0.1  # the average would need a counter's value, and costs the same
-        self._kept = list(memo.values())  # ids stay theirs
-        return copied
-
     def _make_fake(self) -> None:
-        """Fake tensors on the devices of the original, in place of those on the meta device."""
+        """Fake tensors in place of those on the meta device, which fusing needs."""
         fakes: dict[int, Tensor] = {}
         for module in self.model.modules():
-            owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-            for owner in owners:
+            for owner in _owners(module):
                 for name, tensor in owner.items():
                     if isinstance(tensor, Tensor) and not hasattr(tensor, "fake_mode"):
                         if id(tensor) not in fakes:
@@ -147,9 +117,8 @@ class Tracer:
                         owner[name] = fakes[id(tensor)]
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        device = self._devices.get(id(tensor), _place(tensor))
         with self._mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
             if isinstance(tensor, nn.Parameter):
                 return nn.Parameter(fake, tensor.requires_grad)
             return fake.requires_grad_(tensor.requires_grad)
@@ -191,7 +160,8 @@ class _Recorder(TorchDispatchMode):
     def module_names(self) -> Iterator[None]:
         """Follow the calls of modules: not by hooks, which would keep them from being fused."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        call: Callable[..., Any] = nn.Module.__call__
+        module_class: Any = nn.Module
+        call: Callable[..., Any] = module_class.__call__
 
         def followed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._stack.append(names.get(id(module), self._stack[-1]))
@@ -200,14 +170,14 @@ class _Recorder(TorchDispatchMode):
             finally:
                 self._stack.pop()
 
-        nn.Module.__call__ = followed  # type: ignore[method-assign]
+        module_class.__call__ = followed
         try:
             yield
         finally:
-            nn.Module.__call__ = call
+            module_class.__call__ = call
 
     def _record(self, run: Run) -> None:
-        node: Any = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node: Any = torch._C._current_autograd_node()
         if node is not None:
             call = self._by_node.get(node._sequence_nr())
             if call is None:
@@ -234,12 +204,14 @@ def _as_if_compiling() -> Iterator[None]:
         torch.compiler._is_compiling_flag = before
 
 
-def _checked_shape(number: int, shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, str) or not isinstance(shape, Sequence) or not all(type(size) is int for size in shape):
-        raise TypeError(f"inputs[{number}]: expected a tensor or a shape of integers, got {shape!r}")
-    if any(size < 1 for size in shape):
-        raise ValueError(f"inputs[{number}]: expected sizes of at least 1, got {tuple(shape)}")
-    return tuple(shape)
+def _as_tensor(number: int, input: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(input, Tensor):
+        return input
+    if isinstance(input, str) or not isinstance(input, Sequence) or not all(type(size) is int for size in input):
+        raise TypeError(f"inputs[{number}]: expected a tensor or a shape of integers, got {input!r}")
+    if any(size < 1 for size in input):
+        raise ValueError(f"inputs[{number}]: expected sizes of at least 1, got {tuple(input)}")
+    return torch.empty(tuple(input), dtype=dtype, device="meta")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -253,20 +225,30 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes."""
-    for module in model.modules():
-        values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-        yield from (value for value in values if isinstance(value, Tensor))
+def _copy_on_meta(model: nn.Module) -> nn.Module:
+    """A copy without memory.  Hooks still keep its modules from being fused, but do nothing."""
+    memo: dict[int, Any] = {}
+    try:
+        for module in model.modules():
+            memo |= {id(hook): _do_nothing for name in _HOOKS for hook in getattr(module, name).values()}
+            for tensor in (value for owner in _owners(module) for value in owner.values() if isinstance(value, Tensor)):
+                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
+    for module in copied.modules():
+        for hooks in (getattr(module, name) for name in _HOOKS):
+            hooks.update(dict.fromkeys(hooks, _do_nothing))
+        if isinstance(module, _BatchNorm) and module.momentum is None:
+            module.momentum = 0.1  # the average would need a counter's value, and costs the same
+    return copied
 
 
-def _hooks_of(model: nn.Module) -> Iterator[dict[int, Any]]:
-    for module in model.modules():
-        yield from (getattr(module, name) for name in _HOOKS)
-
-
-def _place(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.is_meta else tensor.device
+def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Parameters, buffers and plain attributes, by name."""
+    return module._parameters, module._buffers, vars(module)
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:

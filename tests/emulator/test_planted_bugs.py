@@ -1,0 +1,172 @@
+"""Bugs that CUDA kernels have, planted one at a time into a copy of csrc/cuda: the emulator catches every one.
+
+What must notice: `numbers`, under one of a few schedules; `asan` and `tsan`, with a line of the file; or `emulator`, by
+its own message.  A pattern that no longer matches its file exactly once is an error: look for the bug's new place then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import build
+from tests.emulator.run import run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason())),
+]
+
+SEEDS = (1, 2, 3)
+CONVOLUTION, FORWARD, BACKWARD = ("conv_bf16.cu",), ("bn_act_forward.cu",), ("bn_act_backward.cu",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A pattern in a file of csrc/cuda, what stands there instead, and the cases that run it."""
+
+    file: str
+    pattern: str
+    replacement: str
+    caught_by: str
+    cases: str
+    files: tuple[str, ...]
+    """Of kernels, that include the file."""
+    message: str = ""
+    """The emulator's own, or in the sanitizer's report."""
+
+    @property
+    def variant(self) -> build.Variant:
+        return {"asan": build.ASAN, "tsan": build.TSAN}.get(self.caught_by, build.PLAIN)
+
+    def plant(self, folder: Path) -> Path:
+        """The library with the bug, built from a copy of csrc in `folder`."""
+        csrc = folder / "csrc"
+        shutil.copytree(build.CSRC, csrc)
+        path = csrc / "cuda" / self.file
+        text, matches = re.subn(self.pattern, self.replacement, path.read_text())
+        assert matches == 1, f"{matches} matches of {self.pattern!r} in {self.file}"
+        path.write_text(text)
+        return build.library(self.variant, csrc, self.files)
+
+
+WAIT = r"copy_async_wait<T::kStages - 2>\(\);"
+BUGS = {
+    "missing_barrier": Bug(
+        "conv_tile.cuh", rf"({WAIT}[^\n]*\n\s*)__syncthreads\(\);", r"\1", "numbers", "conv eval bf16 64x64",
+        CONVOLUTION,
+    ),
+    "missing_barrier_is_a_race": Bug(
+        "conv_tile.cuh", rf"({WAIT}[^\n]*\n\s*)__syncthreads\(\);", r"\1", "tsan", "conv eval bf16 64x64", CONVOLUTION,
+        "data race",
+    ),
+    "lax_wait": Bug(
+        "conv_tile.cuh", WAIT, "copy_async_wait<T::kStages - 1>();", "numbers", "conv eval bf16 64x64", CONVOLUTION
+    ),
+    "slot_refilled_too_early": Bug(
+        "conv_tile.cuh", rf"{WAIT}([^\n]*\n\s*__syncthreads\(\);[^\n]*\n\s*)fill_next\(\);",
+        r"fill_next(); copy_async_wait<T::kStages - 1>();\1", "numbers", "conv eval bf16 64x64", CONVOLUTION,
+    ),
+    "copies_not_committed": Bug(
+        "conv_tile.cuh", r"copy_async_commit\(\);", "", "numbers", "conv eval bf16 64x64", CONVOLUTION
+    ),
+    "line_beyond_the_padding": Bug(
+        "conv_tile.cuh", r"\(y\[i\] \+ dy\) < static_cast<unsigned>", "(y[i] + dy) <= static_cast<unsigned>", "asan",
+        "conv eval bf16 64x64", CONVOLUTION, "heap-buffer-overflow",
+    ),
+    "column_beyond_the_padding": Bug(
+        "conv_tile.cuh", r"\(x\[i\] \+ dx\) < static_cast<unsigned>", "(x[i] + dx) <= static_cast<unsigned>", "numbers",
+        "conv eval bf16 64x64", CONVOLUTION,
+    ),
+    "filter_beyond_the_last": Bug(
+        "conv_tile.cuh", r"T::kRowsPerPass < conv\.group_filters", "T::kRowsPerPass <= conv.group_filters", "asan",
+        "conv eval bf16 64x64", CONVOLUTION, "heap-buffer-overflow",
+    ),
+    "pixel_beyond_the_last": Bug(
+        "conv_kernels.cuh", r"if \(tile\.first_pixel \+ row < conv\.pixels\)",
+        "if (tile.first_pixel + row <= conv.pixels)", "asan", "conv eval bf16 64x64", CONVOLUTION,
+        "heap-buffer-overflow",
+    ),
+    "swizzle_off_by_a_bit": Bug(
+        "conv_tile.cuh", r"\(row / 2 % 4\)\) << 4\)", "(row / 2 % 4)) << 3)", "emulator", "conv eval bf16 64x64",
+        CONVOLUTION, "is not aligned to 16 bytes",
+    ),
+    "shuffle_of_half_a_warp": Bug(
+        "conv_statistics.cuh", r"(step \*= 2\)) sum \+= __shfl", r"\1 if (lane < 16) sum += __shfl", "emulator",
+        "conv train bf16 64x64", CONVOLUTION, "deadlock",
+    ),
+    "statistics_overwritten_too_early": Bug(
+        "conv_statistics.cuh", r"scratch\.centre\[channel\] = total\(0\) / rows;\n\s*__syncthreads\(\);",
+        "scratch.centre[channel] = total(0) / rows;", "numbers", "conv train bf16 64x64", CONVOLUTION,
+    ),
+    "missing_grid_barrier": Bug(
+        "conv_kernels.cuh", r"(Phase::both\) )cooperative_groups::this_grid\(\)\.sync\(\)(;\n  if)",
+        r"\1__syncthreads()\2", "numbers", "conv train bf16 64x64", CONVOLUTION,
+    ),
+    "missing_grid_barrier_is_a_race": Bug(
+        "reduce.cuh", r"cooperative_groups::this_grid\(\)\.sync\(\)", "__syncthreads()", "tsan",
+        "bn train bf16 vectors nhwc launches=1", FORWARD, "data race",
+    ),
+    "grid_barrier_of_some_blocks": Bug(
+        "reduce.cuh", r"if \(parts > 1\) {", "if (parts > 1 && blockIdx.x > 0) {", "emulator",
+        "bn train bf16 vectors nhwc launches=1", FORWARD, "grid.sync()",
+    ),
+    "all_blocks_write_the_statistics": Bug(
+        "bn_act_forward.cu", r"if \(share\.part == 0\) {", "{", "tsan", "bn train bf16 vectors nhwc launches=1",
+        FORWARD, "data race",
+    ),
+    "terms_read_before_they_are_there": Bug(
+        "bn_act_forward.cu", r"__syncthreads\(\);(\s*normalise<T, N, false>)", r"\1", "numbers",
+        "bn eval bf16 vectors nhwc", FORWARD,
+    ),
+    "scratch_overwritten_too_early": Bug(
+        "reduce.cuh", r"__syncthreads\(\);([^\n]*\n\s*if \(member >= half)", r"\1", "tsan",
+        "bn train bf16 vectors nhwc launches=1", BACKWARD, "data race",
+    ),
+    "sum_without_a_barrier": Bug(
+        "reduce.cuh", r"__syncthreads\(\);(\s*if \(member \+ half < count\))", r"\1", "numbers",
+        "bn train bf16 vectors nhwc launches=1", BACKWARD,
+    ),
+    "tail_not_reached": Bug(
+        "channel_tiles.cuh", r"if \(first < steps\) group", "if (first + 1 < steps) group", "numbers",
+        "bn eval bf16 vectors nhwc", FORWARD,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def libraries(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """Those of the bugs that are about to be tested, several compiled at a time."""
+    chosen = [
+        item.callspec.params["bug"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_is_caught
+    ]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
+        yield {name: pool.submit(BUGS[name].plant, tmp_path_factory.mktemp(name)) for name in chosen}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_is_caught(bug: str, libraries: dict[str, Future[Path]]) -> None:
+    planted = BUGS[bug]
+    done = run(planted.variant, libraries[bug].result(), SEEDS, planted.cases)
+    assert done.returncode != 0, "nobody noticed"
+    if planted.caught_by in ("asan", "tsan"):
+        assert planted.message in done.stderr
+        assert planted.file in done.stderr
+    elif planted.caught_by == "emulator":
+        assert planted.message in done.stdout
+        assert f"csrc/cuda/{planted.files[0]}" in done.stdout or f"csrc/cuda/{planted.file}" in done.stdout
+    else:
+        failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        assert failures
+        assert all(re.search(r"\): \w+: \S+ of \S+, \d+ elements", line) for line in failures), failures

@@ -1,0 +1,30 @@
+"""Every path of the CUDA kernels, executed under sanitizers and under several schedules, and that it is every path."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.emulator import build, coverage
+from tests.emulator.run import run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason())),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "seeds"),
+    [(build.PLAIN, range(6)), (build.ASAN, (0, 1)), (build.TSAN, (1,))],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_no_findings(variant: build.Variant, seeds: range | tuple[int, ...]) -> None:
+    done = run(variant, build.library(variant), tuple(seeds))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert ", 0 failed" in done.stdout
+
+
+def test_cases_reach_every_line() -> None:
+    lines = coverage.measure()
+    assert coverage.percent(lines) >= 98, coverage.table(lines)
+    assert {"csrc/cuda/add_relu.cu", "csrc/cuda/bn_act_backward.cu", "csrc/cuda/conv_tile.cuh"} <= lines.keys()
