@@ -83,15 +83,8 @@ def roofline(rows: pd.DataFrame, op: str) -> plt.Figure | None:
         mine = timed[timed["provider"] == provider]
         if provider in BASELINES or is_ours(provider):
             size, marker = (28, "o") if provider == OURS else (14, "x")
-            rate = mine["flops"] / mine["p50"]
-            axis.scatter(
-                mine["flops"] / mine["bytes"],
-                rate,
-                size,
-                COLORS.get(provider, OTHER),
-                marker=marker,
-                label=label(provider),
-            )
+            at, rate = mine["flops"] / mine["bytes"], mine["flops"] / mine["p50"]
+            axis.scatter(at, rate, size, COLORS.get(provider, OTHER), marker=marker, label=label(provider))
     for (_, dtype), run in timed.groupby(["date", "dtype"]):
         reached = rows[(rows["op"] == CEILING) & rows["date"].isin(run["date"])]
         bandwidth = reached[reached["metric"] == "bandwidth"]["p50"].max()

@@ -90,7 +90,8 @@ def test_a_wrong_provider_gets_no_speed(
     assert f"{name} is left out: wrong: " in capsys.readouterr().out
 
 
-def test_failing_and_having_nothing_to_offer_are_told_apart(planted: None) -> None:
+@pytest.mark.usefixtures("planted")
+def test_failing_and_having_nothing_to_offer_are_told_apart() -> None:
     comparison, rows, _ = run(["raises", "unsuitable", "eager_nchw"])
     assert comparison.failed == {"raises": True, "unsuitable": False}
     left_out = {row["provider"]: row["p50"] for row in rows if row["metric"] == "left_out"}
@@ -156,7 +157,7 @@ def test_cases_are_named_by_their_first_place() -> None:
     names = [case.name for case in conv_bn_act.cases(["resnet18"], 1)]
     assert names[:2] == ["resnet18 conv1 x1", "resnet18 layer1.0.conv1 x2"]
     ends = add_relu.cases(["resnet18"], 4)
-    assert [(case.name, case.shape) for case in ends][0] == ("resnet18 layer1.0 x2", "4x64x56x56")
+    assert (ends[0].name, ends[0].shape) == ("resnet18 layer1.0 x2", "4x64x56x56")
     assert all(len(case.shapes) == 2 and case.shapes[0] == case.shapes[1] for case in ends)
     assert bn_act.cases(["resnet18"], 4)[0].shape == "4x64x112x112"
 
@@ -287,7 +288,8 @@ def test_a_run_ends_within_its_limit(
 
 
 @pytest.mark.slow
-def test_a_run_in_processes(planted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("planted")
+def test_a_run_in_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Providers that are wrong, raise or hang are left out of a run whose exit status says so."""
     program = worker.PROGRAM.replace(
         "worker.serve", "from tests.benchmarks import made_up; made_up.plant()\nworker.serve"
