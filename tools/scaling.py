@@ -113,7 +113,7 @@ def resnet50() -> nn.Module:
 def main() -> None:
     """Print the table for a step time: milliseconds, thousands of images per second, GB/s of JPEGs, minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--step-time", type=float, default=24.64e-3, help="seconds on one GPU (default %(default)s)")
+    parser.add_argument("--step-time", type=float, default=24.1e-3, help="seconds on one GPU (default %(default)s)")
     parser.add_argument("--batch", type=int, default=256, help="images on each GPU (default %(default)s)")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 1024], help="default %(default)s")
     parser.add_argument("--sync-bn", type=int, default=1, metavar="GPUS", help="that share batch statistics")

@@ -43,15 +43,16 @@ def test_storages_count_once_and_parameters_do_not() -> None:
     assert memory.saved_bytes(step, linear.parameters()) == 4 * (8 * 4 + 8 * 4)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_a_fused_step_keeps_what_eager_keeps() -> None:
-    """As docs/memory.md says, and what it says of the compiled one."""
-    counted = {
-        provider: memory.kept("cifar_resnet20", provider, torch.bfloat16)[1]
-        for provider in (memory.EAGER, memory.COMPILED, memory.FUSED)
-    }
-    assert counted[memory.FUSED] == counted[memory.EAGER] == pytest.approx(0.760e6, abs=500)
-    assert counted[memory.COMPILED] == pytest.approx(0.756e6, abs=500)
+    """MB per image, as docs/memory.md says."""
+    counted = [memory.kept("cifar_resnet20", provider, torch.bfloat16)[1] for provider in (memory.EAGER, memory.FUSED)]
+    assert counted[0] == counted[1] == pytest.approx(0.760e6, abs=500)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiled_step_keeps_a_little_less() -> None:
+    assert memory.kept("cifar_resnet20", memory.COMPILED, torch.bfloat16)[1] == pytest.approx(0.756e6, abs=500)
 
 
 @pytest.mark.slow
