@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"])
     add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N", help="default 1 2 4 ... 512")
     add("--tables", action="store_true", help="also every convolution that tables may choose")
+    add("--convolutions", action="store_true", help="no other kernels")
     add("--quick", action="store_true", help="one layer of every configuration")
     add("--jobs", type=int, default=_build.usable_cores(), metavar="N", help="processes (default %(default)s)")
     cuda = commands.add_parser("cuda", help="read the CUDA library")
@@ -172,7 +173,7 @@ def convolution_specs(problem: ConvProblem, device: DeviceProperties, forced: Co
 
 
 def pointwise_specs(x: Tensor, device: DeviceProperties) -> list[Any]:
-    """The kernels of add_relu, bn_act and synchronised batch norm on one tensor, with everything optional and without."""
+    """The kernels of add_relu, bn_act and synchronised batch norm on a tensor, with all optional operands or none."""
     from resfuse.backends.triton import add_relu, bn_act, launch
 
     v = torch.empty(x.shape[1], device="meta")
@@ -180,13 +181,12 @@ def pointwise_specs(x: Tensor, device: DeviceProperties) -> list[Any]:
         add_relu.add_relu_forward(x, x)
         add_relu.add_relu_backward(x, x)
         bn_act.bn_statistics(x)
-        for y, residual, vector, training in itertools.product((x, None), (x, None), (v, None), (True, False)):
-            relu = y is not None
-            bn_act.bn_act_forward(x, BatchNorm(v, v, vector, vector, training, 0.1, 1e-5), residual, relu)
-            bn_act.bn_apply(x, v, v, vector, vector, residual, relu)
-            for needs_input in (True, False):
-                bn_act.bn_act_backward(x, x, y, vector, v, v, training, needs_input, residual is not None)
+        for (y, vector), training in itertools.product(((x, v), (None, None)), (True, False)):
+            bn_act.bn_act_forward(x, BatchNorm(v, v, vector, vector, training, 0.1, 1e-5), y, y is not None)
+            bn_act.bn_act_backward(x, x, y, vector, v, v, training, True, y is not None)
             bn_act.bn_backward_apply(x, x, y, vector, v, v, v, v, 7 if training else None)
+        bn_act.bn_apply(x, v, v, v, v, x, True)
+        bn_act.bn_backward_reduce(x, x, x, v, v)
     return specs
 
 
@@ -239,7 +239,7 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
                 tile = spec.constants["CONV"][-5:-2]
                 bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
                 yield layer, spec, bound
-        if p.kind == "forward" and dtype != "tf32":
+        if p.kind == "forward" and dtype != "tf32" and not args.convolutions:
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 x = torch.empty((p.n, p.k, p.oh, p.ow), dtype=p.dtype, device="meta", memory_format=memory_format)
                 for spec in pointwise_specs(x, device):

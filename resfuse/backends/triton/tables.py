@@ -159,6 +159,6 @@ def _problem(fields: dict[str, Any]) -> ConvProblem:
     sizes = (*problem[2:9], problem.groups)
     if problem.kind not in KINDS or problem.precision not in PRECISIONS or any(type(size) is not int for size in sizes):
         raise TypeError(f"not a convolution: {fields}")
-    if min(*sizes, *problem.stride, *problem.dilation, *problem.gemm) < 1 or problem.c % problem.groups:
+    if min(*sizes, *problem.stride, *problem.dilation) < 1 or min(problem.gemm) < 1 or problem.c % problem.groups:
         raise ValueError(f"impossible sizes: {fields}")
     return problem

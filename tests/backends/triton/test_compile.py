@@ -36,6 +36,8 @@ the epilogue spills, which takes all of them at once."""
 SPILL_OF_TABLES = 32
 """On sm_80 and sm_90, where only a table can choose: it has been measured then, spills and all."""
 
+LAYERS = ("--network", "resnet50", "--batch", "32")
+
 for_hours = pytest.mark.skipif(
     "RESFUSE_TEST_ALL_KERNELS" not in os.environ, reason="RESFUSE_TEST_ALL_KERNELS=1 runs it"
 )
@@ -105,14 +107,14 @@ def test_shapes_with_ones_pass_the_front_end() -> None:
     "arguments",
     [
         ("--arch", "90"),
-        ("--arch", "80", "100", "--network", "resnet50", "--batch", "32"),
-        ("--arch", "80", "90", "--dtype", "float16", "float32", "tf32", "--network", "resnet50", "--batch", "32"),
+        ("--convolutions", "--arch", "80", "100", *LAYERS),
+        ("--convolutions", "--arch", "80", "90", "--dtype", "float16", "float32", "tf32", *LAYERS),
     ],
     ids=["sm_90 bfloat16", "sm_80 and sm_100", "other dtypes"],
 )  # fmt: skip
 def test_one_layer_of_every_configuration(arguments: tuple[str, ...], tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--quick", *arguments)
-    assert {row["kernel"] for row in rows} == {*CONVOLUTIONS, *POINTWISE}
+    assert {row["kernel"] for row in rows} == {*CONVOLUTIONS, *(() if "--convolutions" in arguments else POINTWISE)}
     check(rows)
 
 
@@ -128,7 +130,7 @@ def test_every_kernel_of_every_layer(arch: str, dtype: str, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_configuration_that_a_table_may_choose(arch: str, tmp_path: Path) -> None:
-    check(compiled(tmp_path, "--quick", "--tables", "--arch", arch, "--batch", "32"), SPILL_OF_TABLES)
+    check(compiled(tmp_path, "--quick", "--tables", "--convolutions", "--arch", arch, "--batch", "32"), SPILL_OF_TABLES)
 
 
 def test_nothing_is_compiled_where_triton_interprets(tmp_path: Path) -> None:
