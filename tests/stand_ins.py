@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resfuse.calibration import calibrate_
 from torch import Tensor, nn
 
 from benchmarks.cases import networks
@@ -15,7 +16,6 @@ from benchmarks.cases.modules import ConvBNAddReLU, PreActBlock
 from benchmarks.providers import Setting
 from benchmarks.providers.cudnn_plans import Execute, describe
 from benchmarks.providers.groups import Group
-from resfuse.calibration import calibrate_
 
 SETTING = Setting("inference", torch.float64, torch.device("cpu"), 1, level="block")
 

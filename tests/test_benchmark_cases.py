@@ -10,11 +10,12 @@ from torch import nn
 
 pytest.importorskip("torchvision")
 
+from resfuse.calibration import calibrate_
+
 import resfuse
 from benchmarks.cases import Case, make_cases, networks
 from benchmarks.cases.modules import ConvSpec, PreActBlock
 from resfuse import contract, models
-from resfuse.calibration import calibrate_
 from resfuse.surgery.fused import is_fused
 
 NETWORKS = ("resnet18", "resnet50")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchvision")
 
+from resfuse.costs import DEVICES
+
 from benchmarks import ceilings, crew, presets, records, run, runner, workload
 from benchmarks.cases import make_cases
 from benchmarks.contest import Contest
@@ -26,7 +28,6 @@ from benchmarks.providers.native import Eager
 from benchmarks.records import CEILINGS, Record
 from benchmarks.terminal import Terminal
 from benchmarks.worker import LateError
-from resfuse.costs import DEVICES
 from tests.bench_workers import LocalWorker, recorder
 
 CPU = torch.device("cpu")

@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from resfuse.costs import DEVICES
+
 from benchmarks import ceilings
 from benchmarks.cases import make_cases
 from benchmarks.providers import Setting
 from benchmarks.worker import ProviderError, Worker
 from benchmarks.workload import Workload, make_workload
-from resfuse.costs import DEVICES
 
 CPU = torch.device("cpu")
 

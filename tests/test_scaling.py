@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torchvision")
 
+from resfuse.costs import describe
+
 from benchmarks import pages, records
 from benchmarks.records import Conditions, Subject
 from benchmarks.scaling import __main__ as command
@@ -22,7 +24,6 @@ from benchmarks.scaling.collectives import Cluster, all_gather, all_reduce
 from benchmarks.scaling.estimate import EPOCHS, IMAGES, JPEG, estimate, sync_bn
 from benchmarks.scaling.page import PAGE, page_tables
 from benchmarks.scaling.profile import Profile, roofline_profile
-from resfuse.costs import describe
 
 ROUND = Cluster(8, 100e9, 10e9)
 """With round figures: 100 GB/s within a node, 10 GB/s for each adapter."""

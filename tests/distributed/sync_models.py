@@ -60,21 +60,17 @@ def assert_model_equals_whole_batch(
 
 
 @scenario
-def conversion_before_fusing() -> None:
-    for block in (BasicBlock, Bottleneck):
-        eager = models.small_resnet(block)
-        fused = to_sync(copy.deepcopy(eager))
-        assert resfuse.fuse_(fused).fused_ops == resfuse.fuse_(copy.deepcopy(eager)).fused_ops
-        assert_model_equals_whole_batch(fused, eager)
-
-
-@scenario
-def conversion_after_fusing() -> None:
-    for block in (BasicBlock, Bottleneck):
+def conversion() -> None:
+    """Before or after `fuse_`, of either block."""
+    for block, first in ((BasicBlock, to_sync), (Bottleneck, resfuse.fuse_)):
         eager = models.small_resnet(block)
         fused = copy.deepcopy(eager)
-        resfuse.fuse_(fused)
-        fused = to_sync(fused)
+        if first is to_sync:
+            fused = to_sync(fused)
+            assert resfuse.fuse_(fused).fused_ops == resfuse.fuse_(copy.deepcopy(eager)).fused_ops
+        else:
+            resfuse.fuse_(fused)
+            fused = to_sync(fused)
         assert_model_equals_whole_batch(fused, eager)
         resfuse.unfuse_(fused)
         assert {type(module) for module in fused.modules()} >= {block, nn.SyncBatchNorm}
