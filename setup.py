@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_build_parameters() -> ModuleType:
-    """resfuse/_build.py without importing resfuse, which needs what is about to be built."""
+    """Import resfuse/_build.py by path: resfuse itself cannot be imported before it is built."""
     spec = importlib.util.spec_from_file_location("_resfuse_build", ROOT / "resfuse" / "_build.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -47,7 +47,7 @@ except build.BuildError as error:
 
 
 def write_record(package: Path) -> None:
-    """How this build was made: resfuse._extension explains with it what is missing, `resfuse info` prints it."""
+    """Record the build settings: resfuse._extension explains a missing library by them, `resfuse info` prints them."""
     (package / "_build_info.json").write_text(json.dumps(settings.as_info(), indent=2) + "\n")
 
 
@@ -59,7 +59,7 @@ class BuildPy(build_py):
         if self.editable_mode:
             super().run()
         else:
-            shutil.rmtree(package, ignore_errors=True)  # what an earlier build left must not get into a wheel
+            shutil.rmtree(package, ignore_errors=True)  # leftovers of an earlier build must not get into a wheel
             super().run()
             shutil.copytree(ROOT / "csrc", package / "csrc")
         write_record(package)

@@ -1,5 +1,5 @@
 // torch <-> resfuse.h for CUDA tensors, on torch's stable ABI: no Python.h, no ATen, one binary for many torch
-// versions. Schemas are defined in resfuse/backends/cuda.py; here are only the implementations.
+// versions. The schemas are in resfuse/backends/cuda.py.
 #include "bindings_cuda.h"
 
 namespace resfuse {
@@ -31,7 +31,7 @@ int64_t bn_workspace_size(const Tensor& input) {
   return cuda::bn_workspace_size(shape.channels);
 }
 
-// To be called with the device of `input` as the current one.
+// Requires the device of `input` to be current.
 float* checked_workspace(const Tensor& workspace, const Tensor& input, const Activation& shape) {
   check_same_device(workspace, "workspace", input, "input");
   STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.dim() == 1 && workspace.stride(0) == 1,

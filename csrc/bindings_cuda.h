@@ -1,6 +1,6 @@
-// What the bindings of the CUDA kernels share: checks that name the argument, device and stream. Compiled against the
-// emulator (RESFUSE_CUDA_EMULATOR) the same bindings register the same operators for CPU tensors: all that differs
-// stands here.
+// Shared by the bindings of the CUDA kernels: checks that name the argument, device and stream. Compiled against the
+// emulator (RESFUSE_CUDA_EMULATOR) the same bindings register the same operators for CPU tensors; all differences are
+// in this header.
 #pragma once
 #ifndef RESFUSE_CUDA_EMULATOR
 #include <torch/csrc/stable/accelerator.h>
@@ -50,7 +50,7 @@ inline void* current_stream(int32_t device) {
 
 #endif
 
-// Where a kernel runs: the device of `tensor`, made the current one, and torch's current stream there.
+// Makes the device of `tensor` current for its lifetime, and holds torch's current stream there.
 struct Place {
   DeviceGuard guard;
   void* stream;
@@ -72,8 +72,8 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
                   other_name);
 }
 
-// Device, dtype, shape and order in memory: what lets a kernel walk two tensors with one index. A stride along a
-// dimension of one element addresses nothing and may differ.
+// Same device, dtype, shape and element order, so that a kernel can index two tensors alike. The stride of a dimension
+// of size 1 addresses nothing and may differ.
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& other, const char* other_name) {
   check_same_device(tensor, name, other, other_name);
   STD_TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name);
@@ -86,15 +86,15 @@ inline void check_like(const Tensor& tensor, const char* name, const Tensor& oth
   }
 }
 
-// The memory of a tensor that is laid out as another, or null.
+// The memory of a tensor with the layout of another, or null.
 inline void* data_like(const OptionalTensor& tensor, const char* name, const Tensor& other, const char* other_name) {
   if (!tensor) return nullptr;
   check_like(*tensor, name, other, other_name);
   return tensor->data_ptr();
 }
 
-// A dense (N, C, H, W) tensor of either memory format. Where they are the same (one channel, one pixel) strides do not
-// matter.
+// A dense (N, C, H, W) tensor of either memory format. Where the two coincide (one channel, one pixel) strides are
+// ignored.
 inline Activation activation(const Tensor& tensor, const char* name) {
   check_device(tensor, name);
   STD_TORCH_CHECK(tensor.dim() == 4, name, " must have 4 dimensions");
@@ -128,7 +128,7 @@ inline ChannelVector channel_vector(const OptionalTensor& tensor, const char* na
   return tensor ? channel_vector(*tensor, name, shape, activations) : ChannelVector{nullptr, DType::float32};
 }
 
-// The same, where only float32 will do: what a kernel computes.
+// The same in float32 only: vectors that a kernel computes.
 inline float* float_vector(const Tensor& tensor, const char* name, const Activation& shape, const Tensor& activations) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
   return static_cast<float*>(channel_vector(tensor, name, shape, activations).data);

@@ -1,4 +1,4 @@
-// torch <-> resfuse.h for the convolutions of csrc/cuda; the schemas are defined in resfuse/backends/cuda_conv.py.
+// torch <-> resfuse.h for the convolutions of csrc/cuda; the schemas are in resfuse/backends/cuda_conv.py.
 #include "bindings_cuda.h"
 
 namespace resfuse {
@@ -49,7 +49,7 @@ Convolution convolution(const Tensor& input, const Tensor& weight, const Tensor&
           g.padding_w,    g.dilation_h,   g.dilation_w,   g.groups,      dtype,          tf32};
 }
 
-// Of the output's shape; null if absent.
+// A tensor with the output's shape; null if absent.
 void* operand_like_output(const OptionalTensor& tensor, const char* name, const Tensor& input, const Tensor& output) {
   if (!tensor) return nullptr;
   check_operand(*tensor, name, input);

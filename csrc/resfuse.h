@@ -1,5 +1,5 @@
-// What crosses the border between bindings and kernels: plain structs (pointers, sizes, strides) and launcher
-// prototypes. Bindings know torch and check arguments; kernels know only what stands here.
+// The interface between bindings and kernels: plain structs (pointers, sizes, strides) and launcher prototypes.
+// Bindings know torch and check arguments; kernels know only this header.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@ namespace resfuse {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
 
-// output = max(input + residual, 0) over `numel` elements that lie in the same order in all three tensors.
+// output = max(input + residual, 0) over `numel` elements, in the same order in all three tensors.
 struct AddReluForward {
   const void* input;
   const void* residual;
@@ -146,8 +146,8 @@ bool snapshot_matches(const SnapshotSource& source, const uint8_t* taken, int64_
 const char* instruction_set();
 }  // namespace cpu
 
-// Batch norm on a GPU: values per channel in either dtype, so that no launch converts them.  The workspace is float32
-// memory of `bn_workspace_size`; `launches` 1 or 2 is a request for tests, 0 takes one wherever that works.
+// Batch norm on a GPU: per-channel vectors in either dtype, so that no launch converts them.  The workspace has
+// `bn_workspace_size` floats; `launches` 1 or 2 is a request by tests, 0 takes one where the grid is resident.
 namespace cuda {
 
 // mean and m2 = sum (input - mean)^2 per channel.
@@ -174,7 +174,7 @@ struct BnTrainForward {
   int32_t launches;
 };
 
-// The same output by given statistics: `spread` is the variance, or invstd.
+// The same output with given statistics: `spread` is the variance, or invstd.
 struct BnApply {
   Activation shape;
   const void* input;
@@ -187,8 +187,8 @@ struct BnApply {
 };
 
 // With g = grad_output where output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g xhat,
-// grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) by statistics of the
-// batch, weight invstd g by running ones.
+// grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) with batch
+// statistics, weight invstd g with running ones.
 struct BnBackward {
   Activation shape;
   const void* grad_output;
@@ -203,7 +203,7 @@ struct BnBackward {
   int32_t launches;
 };
 
-// grad_input alone, by given sums over `count` values per channel; count 0: by running statistics, without the sums.
+// grad_input alone, with given sums over `count` values per channel; count 0: running statistics, the sums are unused.
 struct BnBackwardApply {
   Activation shape;
   const void* grad_output;
@@ -228,13 +228,13 @@ struct Convolution {
   bool tf32;  // float32 only: products of 11 significant bits, on tensor cores
 };
 
-// How a convolution is cut up: one of the tiles that csrc/cuda/conv_launch.cuh lists; `splits` blocks share the steps
-// of a tile (inference only); `launches` 1 or 2 is a request for tests, 0 takes one wherever all blocks are resident.
+// Tiling of a convolution: one of the tiles listed in csrc/cuda/conv_launch.cuh; `splits` blocks share the K steps of a
+// tile (inference only); `launches` 1 or 2 is a request by tests, 0 takes one where all blocks are resident.
 struct ConvConfig {
   int32_t block_m, block_n, splits, launches;
 };
 
-// output = act(BN(conv(input, weight) + conv_bias) + residual) with running statistics; all of BN may be absent.
+// output = act(BN(conv(input, weight) + conv_bias) + residual) with running statistics; BN may be absent.
 struct ConvInferenceForward {
   Convolution conv;
   ConvConfig config;
@@ -248,7 +248,7 @@ struct ConvInferenceForward {
   int64_t workspace_size;
 };
 
-// The same with the statistics of the batch: z = conv(input, weight) + conv_bias is kept, mean and invstd are float32.
+// The same with batch statistics: z = conv(input, weight) + conv_bias is stored; mean and invstd are float32.
 struct ConvTrainForward {
   Convolution conv;
   ConvConfig config;
@@ -263,7 +263,7 @@ struct ConvTrainForward {
   int64_t workspace_size;
 };
 
-// `stream` is a cudaStream_t; the CUDA types stay out of this header.
+// `stream` is a cudaStream_t; this header has no CUDA types.
 namespace cuda {
 void add_relu_forward(const AddReluForward& args, void* stream);
 void add_relu_backward(const AddReluBackward& args, void* stream);

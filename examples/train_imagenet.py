@@ -11,15 +11,15 @@ arXiv:1706.02677) and a cosine to zero (Loshchilov & Hutter 2017, arXiv:1608.039
 2016, arXiv:1512.00567), no weight decay for biases and batch norms (He et al. 2019, arXiv:1812.01187), an exponential
 moving average of the weights, channels_last, and automatic mixed precision.
 
-A run that was killed goes on where its last checkpoint is when the same command is given again, and ends with the same
-weights, bit for bit, as one that was not: checkpoints hold model, average, optimizer, schedule, loss scale, position in
-the epoch, and every process's random state; and what is random about a sample depends on nothing but the seed, the
-epoch and the sample.  (With three processes or more, and with kernels that are not deterministic, sums may be taken in
-another order.)  So torchrun can survive the loss of a process:
+A killed run resumes from its last checkpoint when the same command is given again, and ends with the same weights, bit
+for bit, as an uninterrupted one: checkpoints hold model, average, optimizer, schedule, loss scale, position in the
+epoch, and every process's random state; and the augmentation of a sample depends only on the seed, the epoch and the
+sample.  (With three or more processes, or kernels that are not deterministic, sums may be taken in another order.)  So
+torchrun can survive the loss of a process:
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts=3 --nproc-per-node=8 examples/train_imagenet.py DATA
 
-(Without that variable torch 2.11 may give the processes that it starts again the addresses of those that are gone.)
+(Without that variable torch 2.11 may give restarted processes the addresses of those that are gone.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ import resfuse
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Options that a run cannot change on its way.
+# Options that a resumed run cannot change.
 FIXED = ("model", "batch_size", "epochs", "warmup_epochs", "seed", "amp", "sync_bn", "image_size")
 
 
@@ -89,7 +89,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Processes:
-    """This process among those that train together: those of torchrun, or itself alone."""
+    """The processes that train together: those of torchrun, or this one alone."""
 
     def __init__(self) -> None:
         self.distributed = "RANK" in os.environ
@@ -115,13 +115,13 @@ class Processes:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all processes the first one's running statistics, before they evaluate."""
+        """Copy the first process's running statistics to all, before evaluation."""
         for buffer in model.buffers() if self.distributed else ():
             dist.broadcast(buffer, 0)
 
     def close(self) -> None:
         if self.distributed:
-            dist.barrier()  # gloo (torch 2.11) hangs if it is destroyed while it lets go of a collective's tensors
+            dist.barrier()  # gloo (torch 2.11) hangs if it is destroyed while it releases a collective's tensors
             dist.destroy_process_group()
 
 
@@ -129,7 +129,7 @@ class Processes:
 
 
 class SampleSeeded(Dataset[tuple[Tensor, int]]):
-    """A dataset whose random transformations depend on the seed, the epoch and the sample, and on nothing else.
+    """A dataset whose random transforms depend only on the seed, the epoch and the sample.
 
     Its keys are (epoch, index).
     """
@@ -145,7 +145,7 @@ class SampleSeeded(Dataset[tuple[Tensor, int]]):
 
 
 class ResumableSampler(DistributedSampler[tuple[int, int]]):
-    """Another permutation for each epoch, from a seed; yields (epoch, index), from a given position on."""
+    """A seeded permutation per epoch; yields (epoch, index), from a given position on."""
 
     start = 0
 
@@ -197,12 +197,12 @@ def _loader(dataset: Any, options: argparse.Namespace, processes: Processes, **e
         num_workers=options.workers,
         persistent_workers=options.workers > 0,
         pin_memory=processes.device.type == "cuda",
-        generator=torch.Generator(),  # of its own: starting a loader leaves the global one as it is
+        generator=torch.Generator(),  # its own: starting a loader must not advance the global one
         **extra,
     )
 
 
-# What is trained, and how
+# Model, optimizer and state
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate(step: int, warmup: int, total: int) -> float:
-    """The part of the highest learning rate at a step: linear up, a cosine down to zero."""
+    """The fraction of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
@@ -230,9 +230,8 @@ class Training:
         self.model = torchvision.models.get_model(options.model, weights=None, num_classes=classes).to(device)
         self.report = None if options.no_fuse else resfuse.fuse_(self.model)
         self.model.to(memory_format=torch.channels_last)
-        late_conversion = (
-            options.sync_bn and device.type == "cpu"
-        )  # DDP refuses SyncBatchNorm on a CPU, resfuse does not
+        # DDP rejects SyncBatchNorm on a CPU; resfuse runs it there, so convert after wrapping.
+        late_conversion = options.sync_bn and device.type == "cpu"
         if options.sync_bn and not late_conversion:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
@@ -280,7 +279,7 @@ class Training:
         return loss.detach()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds.  All processes have to call it."""
+        """The contents of a checkpoint.  All processes must call it."""
         return {
             "options": {name: getattr(self.options, name) for name in FIXED},
             "processes": self.processes.count,
@@ -296,10 +295,10 @@ class Training:
         }
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            SystemExit: it is of a run with other options, or with another number of processes.
+            SystemExit: it belongs to a run with other options, or with another number of processes.
         """
         state = torch.load(path, map_location=self.processes.device, weights_only=True)
         mine = {name: getattr(self.options, name) for name in FIXED} | {"processes": self.processes.count}
@@ -343,7 +342,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def write(value: Any, path: Path) -> None:
-    """Save; whoever is killed here leaves the file that was there before."""
+    """Save atomically: a process that is killed here leaves the previous file."""
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
     os.replace(partial, path)
@@ -381,7 +380,7 @@ def progress_bar(console: Console, visible: bool) -> Progress:
 
 
 def train_epoch(training: Training, loader: DataLoader[Any], sampler: ResumableSampler, console: Console) -> None:
-    """The rest of an epoch, with a checkpoint every so many steps."""
+    """Train the rest of an epoch, with a checkpoint every `save_every` steps."""
     options, processes = training.options, training.processes
     sampler.set_epoch(training.epoch)
     sampler.start = training.step_in_epoch * options.batch_size
@@ -457,7 +456,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = options.output / "checkpoint.pt"
     if checkpoint.exists():
         training.load(checkpoint)
-        console.print(f"going on in epoch {training.epoch + 1} after step {training.step_in_epoch}, from {checkpoint}")
+        console.print(f"resuming epoch {training.epoch + 1} after step {training.step_in_epoch}, from {checkpoint}")
     while training.epoch < options.epochs:
         begin = time.perf_counter()
         train_epoch(training, loader, sampler, console)

@@ -1,8 +1,8 @@
 """Build parameters of the two extension libraries, in one place.
 
-setup.py loads this file by path (resfuse itself can not be imported before it is built) and `resfuse.jit` imports it,
-so both builds compile the same sources with the same flags. It imports neither resfuse nor torch: what it needs to know
-about torch is passed in.
+setup.py loads this file by path (resfuse cannot be imported before it is built) and `resfuse.jit` imports it, so both
+builds compile the same sources with the same flags. It imports neither resfuse nor torch: facts about torch are
+passed in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("_cpu", "_cuda")
 
-# sm_80 code runs on 8.x, sm_90a on Hopper; the sm_80 PTX serves every GPU that is newer than both.
+# sm_80 code runs on 8.x, sm_90a on Hopper; newer GPUs compile the sm_80 PTX.
 DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
 
 # The stable ABI of torch 2.10: one binary then loads in every torch from 2.10 on. No -std: torch knows its own.
@@ -34,7 +34,7 @@ HOW_TO_GET_A_TOOLKIT = (
 
 
 class BuildError(RuntimeError):
-    """FORCE_CUDA=1 asked for the CUDA library and it can not be built."""
+    """FORCE_CUDA=1 is set, but the CUDA library cannot be built."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def flag_set(env: Mapping[str, str], name: str) -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: as many compilers run at once where MAX_JOBS does not say how many."""
+    """Number of cores that this process may run on: the default of MAX_JOBS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -115,14 +115,14 @@ def compile_flags(name: str, debug: bool, toolkit: Toolkit | None = None) -> dic
     """
     # -fno-math-errno and -fno-trapping-math let loops with sqrt and comparisons vectorise; neither changes a result.
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
-    # Messages of STD_TORCH_CHECK name their file: by its place in csrc, not in the directory of whoever built it.
+    # Messages of STD_TORCH_CHECK contain the file name: keep it relative to csrc, whatever the build directory.
     paths = f"-ffile-prefix-map={csrc_dir()}=csrc"
     # -Wno-psabi: vectors wider than the baseline ISA are passed only between functions that are always inlined.
     cxx = [*optimise, "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi", paths, *MACROS]
     if name == "_cpu":
         return {"cxx": cxx}
-    # -lineinfo changes no code: profilers and compute-sanitizer name the line. It doubles the size, which compression
-    # more than makes up for; what it makes, every driver that CUDA 13 runs on can read.
+    # -lineinfo lets profilers and compute-sanitizer name source lines, and changes no code. It doubles the size, which
+    # compression more than makes up for; every driver that CUDA 13 supports can decompress it.
     # USE_CUDA unlocks the stream and device-guard part of torch's stable ABI.
     nvcc = ["-O0" if debug else "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *MACROS, "-DUSE_CUDA"]
     if toolkit is not None and int(toolkit.major) >= 13:
@@ -163,7 +163,7 @@ def find_compiler(env: Mapping[str, str]) -> str | None:
 
 
 def candidate_homes(env: Mapping[str, str], site_packages: Sequence[str]) -> list[Path]:
-    """Where a CUDA toolkit may be, best first. An explicit CUDA_HOME or CUDA_PATH is the only candidate."""
+    """Candidate locations of a CUDA toolkit, best first. An explicit CUDA_HOME or CUDA_PATH is the only one."""
     explicit = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     if explicit:
         return [Path(explicit)]
@@ -177,7 +177,7 @@ def candidate_homes(env: Mapping[str, str], site_packages: Sequence[str]) -> lis
 
 
 def inspect_toolkit(home: Path) -> Toolkit | str:
-    """The toolkit at `home`, or the reason why it can not be used."""
+    """The toolkit at `home`, or the reason why it cannot be used."""
     nvcc = home / "bin" / "nvcc"
     if not nvcc.is_file():
         return f"{home} has no bin/nvcc"
@@ -222,7 +222,7 @@ def decide(
 ) -> Settings:
     """Choose what to build, and say why the rest is not.
 
-    Whether a GPU is present never matters: a build machine without one must not silently lose CUDA.
+    The presence of a GPU never matters: a build machine without one must not silently lose CUDA.
 
     Args:
         env: environment variables: RESFUSE_SKIP_CPU_BUILD, RESFUSE_SKIP_CUDA_BUILD, FORCE_CUDA, CUDA_HOME, CUDA_PATH,
@@ -232,7 +232,7 @@ def decide(
         site_packages: where to look for a toolkit installed by pip; sys.path if None.
 
     Raises:
-        BuildError: FORCE_CUDA=1 and the CUDA library can not be built.
+        BuildError: FORCE_CUDA=1 and the CUDA library cannot be built.
     """
     compiler = find_compiler(env)
     neither = None
@@ -255,7 +255,7 @@ def decide(
         found = find_toolkit(env, sys.path if site_packages is None else site_packages, torch_cuda)
         toolkit, cuda = (None, found) if isinstance(found, str) else (found, None)
     if cuda and flag_set(env, "FORCE_CUDA"):
-        raise BuildError(f"FORCE_CUDA=1, but the CUDA library can not be built: {cuda}")
+        raise BuildError(f"FORCE_CUDA=1, but the CUDA library cannot be built: {cuda}")
 
     reasons = {"_cpu": cpu, "_cuda": cuda}
     return Settings(
@@ -283,7 +283,7 @@ def build_environment(settings: Settings) -> Iterator[None]:
     try:
         from torch.utils import cpp_extension
 
-        # Computed when that module was first imported, which may have been before this function ran.
+        # Computed when that module was first imported, possibly before this function ran.
         home = cpp_extension.CUDA_HOME
         cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", home)
         try:
@@ -299,7 +299,7 @@ def build_environment(settings: Settings) -> Iterator[None]:
 
 
 def main() -> None:
-    """Print what a build would do here; the Makefile asks before it installs a toolkit."""
+    """Print the decision for this machine; the Makefile runs this before it installs a toolkit."""
     try:
         import torch
     except ImportError:

@@ -1,4 +1,4 @@
-"""Loads the compiled libraries. One that is missing is a reason to show, never an ImportError."""
+"""Loads the compiled libraries. A missing one yields a reason, never an ImportError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(name: str) -> str | None:
 
 
 def mark_loaded(name: str) -> None:
-    """Told by `resfuse.jit` that it has built and loaded this library into the process."""
+    """Record that `resfuse.jit` has built this library and loaded it into the process."""
     _outcome[name] = None
 
 
@@ -38,7 +38,7 @@ def build_info() -> dict[str, Any]:
 
 
 def _load(name: str) -> str | None:
-    # The record comes before the file: in a checkout, a library of an earlier build may still lie there.
+    # The record takes precedence over the file: a checkout may still contain a library of an earlier build.
     recorded = build_info().get("skipped", {}).get(name)
     if recorded:
         return f"not built: {recorded}"
@@ -53,7 +53,7 @@ def _load(name: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"built, but torch {torch.__version__} can not load it: {error}"
+        return f"built, but torch {torch.__version__} cannot load it: {error}"
     return None
 
 

@@ -1,16 +1,16 @@
 """The numerical contract: a fused operation is never noticeably less accurate than the eager ones it replaces.
 
 With ref the eager computation in float64 on the same (already rounded) inputs and E(t) = ||t - ref|| / ||ref||, every
-output, gradient and running statistic keeps to
+output, gradient and running statistic satisfies
 
     E(fused) <= 1.5 E(eager) + floor    and    max|fused - ref| <= 2 max|eager - ref| + tiny,
 
 where eager computes in the dtype of the fused operation, floor depends on that dtype, and tiny is floor, or half a unit
 in the last place if that is more, times the largest value.
 
-PyTorch's own accuracy depends on the memory format: a float32 3x3 convolution by oneDNN is off by twice as much in
-channels_last as in NCHW.  A fused operation may choose its format, so several eager results can be given: the bound is
-that of the least accurate one.
+PyTorch's own accuracy depends on the memory format: the error of oneDNN's float32 3x3 convolution is twice as large in
+channels_last as in NCHW.  A fused operation may choose its format, so several eager results can be given; the least
+accurate one sets the bound.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ELEMENT_FACTOR = 2.0
 FLOORS = {torch.float64: 1e-15, torch.float32: 1e-7, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 TF32_FLOOR = 2e-4
 
-# An eager result further off than this is no measure of rounding (torch's bfloat16 weight gradient on the CPU can be
-# uninitialised memory): it is then credited with one rounding only.
+# A larger eager error is not rounding (torch's bfloat16 weight gradient on the CPU can be uninitialised memory); it is
+# then replaced by that of a single rounding.
 _GARBAGE = 0.5
 
 
@@ -38,7 +38,7 @@ class ContractError(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Deviation:
-    """Distances of a fused and of the eager result from the float64 one, and how far the fused one may be.
+    """Errors of a fused and of the eager result against float64, and the limit of the fused one.
 
     `fused`, `eager` and `limit` are relative, by the norm; those with `_max` are absolute, of the worst element.
     """
@@ -53,7 +53,7 @@ class Deviation:
 
     @property
     def used(self) -> float:
-        """Part of the allowance that is used up, by the norm or by the worst element; over 1 is a violation."""
+        """Fraction of the limit that is used, by the norm or by the worst element; more than 1 is a violation."""
         return max(_ratio(self.fused, self.limit), _ratio(self.fused_max, self.limit_max))
 
     @property
@@ -73,7 +73,7 @@ def floor_of(dtype: torch.dtype, device: torch.device | str = "cpu", *, convolut
 
 
 def rounding_of(dtype: torch.dtype, device: torch.device | str = "cpu", *, convolution: bool = False) -> torch.dtype:
-    """The dtype whose precision a computation has, for `decided_by_rounding`: TF32 rounds as float16 does."""
+    """The dtype that has the precision of a computation, for `decided_by_rounding`: TF32 rounds as float16 does."""
     return torch.float16 if _uses_tf32(dtype, device, convolution) else dtype
 
 
@@ -83,7 +83,7 @@ def relative_error(tensor: Tensor, reference: Tensor, scale: float | None = None
     Args:
         tensor: any floating-point dtype.
         reference: float64, same shape.
-        scale: what to divide by instead of ||reference||, for a quantity that is zero but for cancellation.
+        scale: replaces ||reference||, for a quantity that would be zero but for rounding.
     """
     return _divide(torch.linalg.vector_norm(_difference(tensor, reference)).item(), _scale(reference, scale))
 
@@ -98,15 +98,15 @@ def measure(
     floor: float | None = None,
     scale: float | None = None,
 ) -> Deviation:
-    """Hold a fused result against the contract.
+    """Compare a fused result with the contract.
 
     Args:
         quantity: its name, for messages.
         fused: the result under test.
         eager: PyTorch's own result, or one per memory format.
         reference: the result in float64.
-        dtype: what the fused and the eager computation ran in (their results may be wider, as statistics are).
-        floor: the contract's floor, that of `dtype` if None.
+        dtype: of both computations (results such as statistics may be wider).
+        floor: of the contract; that of `dtype` if None.
         scale: see `relative_error`.
     """
     floor = FLOORS[dtype] if floor is None else floor
@@ -136,7 +136,7 @@ def check(
     floor: float | None = None,
     scale: float | None = None,
 ) -> Deviation:
-    """`measure`, and raise ContractError where the contract is broken."""
+    """`measure`, and raise ContractError on a violation."""
     deviation = measure(quantity, fused, eager, reference, dtype, floor=floor, scale=scale)
     if deviation.violated:
         raise ContractError(str(deviation))
@@ -144,11 +144,11 @@ def check(
 
 
 def decided_by_rounding(preactivation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where a ReLU's mask depends on rounding in `dtype`: there no gradient can be held to any bound.
+    """Mask of the elements whose ReLU gate depends on rounding in `dtype`: their gradients have no bound.
 
     Args:
         preactivation: the ReLU's argument, in float64.
-        dtype: what the computation under test runs in.
+        dtype: of the computation under test.
 
     Returns:
         A boolean mask; set grad_output to zero there before comparing gradients.

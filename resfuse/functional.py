@@ -86,9 +86,9 @@ def bn_act(
             (unbiased variance), instead of normalising by the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance.
-        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C, as if zeros followed: what is
-            added is `F.pad(residual, (0, 0, 0, 0, 0, C - C'))`, but no such tensor is made (the parameter-free
-            shortcut of He et al. 2016, arXiv:1512.03385, option A).
+        pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C: adds
+            `F.pad(residual, (0, 0, 0, 0, 0, C - C'))` without making that tensor (the parameter-free shortcut of He et
+            al. 2016, arXiv:1512.03385, option A).
 
     Returns:
         (N, C, H, W), dtype and layout of `input`.
@@ -115,7 +115,7 @@ def bn_act(
         arguments.check_values_per_channel(input.shape)
     if residual is not None:
         if _promotes(input, input.dtype, residual):
-            # Eager promotes the sum; the dtypes differ, so the addition stays outside of the fused operator.
+            # Eager promotes the sum; the dtypes differ, so the addition stays outside the fused operator.
             output = bn_act(input, *bn[:4], activation="identity", training=training, momentum=momentum, eps=eps)
             return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, input.shape, input, pad_residual)
@@ -138,7 +138,7 @@ def sync_bn_act(
     eps: float = 1e-5,
     process_group: Any = None,
 ) -> Tensor:
-    """`bn_act` in training, with the batch statistics of all processes of a group: what SyncBatchNorm does.
+    """`bn_act` in training, with batch statistics over a process group, as in SyncBatchNorm.
 
     Equivalent to the following, with `inputs` the concatenation of `input` over all processes, and this process's part
     of its output::
@@ -147,10 +147,10 @@ def sync_bn_act(
         output = output if residual is None else output + residual
         output = torch.relu(output) if activation == "relu" else output
 
-    All processes of the group have to call it, and then backward, in the same order: forward takes one all-gather of
+    All processes of the group must call it, and then backward, in the same order: forward takes one all-gather of
     2 C + 1 values per process, backward one all-reduce of 2 C (none where the input needs no gradient).  The gradients
     of weight and bias are those of this process's part of the batch, as for all other parameters; DDP averages them.
-    There is no second derivative.
+    Double backward is not supported.
 
     Args:
         input: (N, C, H, W), floating point; N, H and W may differ between processes, and be 0.
@@ -240,8 +240,8 @@ def conv_bn_act(
         stride, padding, dilation: one int, or (vertical, horizontal); padding is with zeros.
         groups: number of blocked connections from input to output channels.
         training, momentum, eps: as in `bn_act`.
-        overwrite_residual: allow the residual's memory to be used for the output, for a residual that nobody reads
-            afterwards; used only where no gradient is recorded.
+        overwrite_residual: allow the output to be written over the residual, which must not be read afterwards.
+            Ignored where a gradient is recorded, and for a residual that shares memory with `input`.
         pad_residual: let the residual have fewer channels, (N, K', OH, OW) with K' <= K, as in `bn_act`.
 
     Returns:
@@ -296,7 +296,7 @@ def conv_bn_act(
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """While compiling, a view in place of a tensor that has come before.
+    """While compiling, replace repeated tensors by views.
 
     torch.compile (2.11) loses one of the two gradients of a tensor that an autograd.Function takes twice.
     """
@@ -311,26 +311,26 @@ def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active():
-        # Inside of a transform tensors do not show that they need a gradient: it would silently be zero.
+        # Within a transform, tensors do not show that they need a gradient: it would silently be zero.
         raise RuntimeError("resfuse: torch.func transforms are not supported by the fused operators")
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return True  # an autograd.Function without a jvp raises; the backends would drop the tangents silently
-    # An exported graph has no backward, and no need of what only a backward reads.  The flag itself: for
-    # `torch.compiler.is_exporting()` torch.compile (2.11) has the constant True, and gradients would be lost.
+    # An exported graph has no backward and saves nothing for it.  Read the flag itself: torch.compile (2.11) takes
+    # `torch.compiler.is_exporting()` for the constant True, and gradients would be lost.
     if not torch.is_grad_enabled() or getattr(torch.compiler, "_is_exporting_flag", False):
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _autocast_enabled(input: Tensor) -> bool:
-    if not torch._C._is_any_autocast_enabled():  # the quick answer to the usual case
+    if not torch._C._is_any_autocast_enabled():  # fast path
         return False
     device = input.device.type
     return device != "meta" and torch.is_autocast_enabled(device)  # which raises for the meta device
 
 
 def _promotes(input: Tensor, dtype: torch.dtype, residual: Tensor) -> bool:
-    """Whether eager would promote the sum of a result in `dtype` and the residual, because autocast mixes dtypes."""
+    """True if eager would promote the sum of a result in `dtype` and the residual, because autocast mixes dtypes."""
     return isinstance(residual, Tensor) and residual.dtype != dtype and _autocast_enabled(input)
 
 

@@ -1,4 +1,4 @@
-"""Shapes and memory formats: what every layer of the package has to agree on."""
+"""Shapes and memory formats, shared by all layers of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resfuse.types import BatchNorm, Convolution
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a 4-D tensor's strides are those of NHWC memory (sliced or not), by PyTorch's own reading of strides.
+    """True if a 4-D tensor's strides are those of NHWC memory (sliced or not), by PyTorch's own reading of strides.
 
     A tensor that is both (one channel, or one pixel) counts as channels_last only if its strides say so.
     """
@@ -32,7 +32,7 @@ def conv_memory_format(input: Tensor, conv_weight: Tensor) -> torch.memory_forma
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor itself if its elements fill one block of memory in NCHW or NHWC order, else such a copy of it."""
+    """The tensor itself if it is dense in NCHW or NHWC order, else a copy that is."""
     return tensor if _is_dense(tensor) else tensor.contiguous(memory_format=memory_format_of(tensor))
 
 
@@ -41,14 +41,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor itself if it lies in dense NHWC memory, which the convolution kernels read, else such a copy of it."""
+    """The tensor itself if it is dense in NHWC order, as the convolution kernels require, else a copy that is."""
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def gapless(tensor: Tensor) -> Tensor:
-    """The tensor itself, of any rank, if its elements fill one block of memory in any order, else such a copy of it."""
+    """The tensor itself, of any rank, if its memory has no gaps or overlaps, else a copy that has none."""
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
-        return tensor  # the quick answer to the usual case
+        return tensor  # fast path
     if torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor
     return torch.empty_like(tensor).copy_(tensor)
@@ -59,31 +59,31 @@ def ordered_like(tensor: Tensor, like: Tensor) -> Tensor: ...
 @overload
 def ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None: ...
 def ordered_like(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """The tensor with the element order of `like`, whose memory has no gaps: by a copy where it has another."""
+    """The tensor with the element order of `like`, which is gapless; copied if its own order differs."""
     if tensor is None or tensor.stride() == like.stride():
         return tensor
     strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
-    if all(size <= 1 or stride == wanted for size, stride, wanted in strides):  # that of a single element is no matter
+    if all(size <= 1 or stride == wanted for size, stride, wanted in strides):  # size 1: any stride will do
         return tensor
     return torch.empty_like(like).copy_(tensor)
 
 
 def empty_result(input: Tensor) -> Tensor:
-    """An uninitialised result of batch norm: with the strides of its `input`, or dense where that is not."""
+    """An uninitialised result of batch norm, with the strides of `input` if that is dense, else dense."""
     if _is_dense(input):
         return torch.empty_like(input)
     return torch.empty_like(input, memory_format=memory_format_of(input))
 
 
 def as_result(tensor: Tensor, input: Tensor) -> Tensor:
-    """The tensor itself, or a copy of it, with the strides of `empty_result(input)`."""
+    """The tensor, or a copy of it, with the strides of `empty_result(input)`."""
     if _is_dense(input):
         return like_strides(tensor, input)
     return tensor.contiguous(memory_format=memory_format_of(input))
 
 
 def like_strides(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor itself, or a copy of it, with the strides that `torch.empty_like(like)` has."""
+    """The tensor, or a copy of it, with the strides of `torch.empty_like(like)`."""
     if tensor.stride() == like.stride():
         return tensor
     result = torch.empty_like(like, dtype=tensor.dtype)
@@ -91,9 +91,9 @@ def like_strides(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def place_padded(residual: Tensor, output: Tensor) -> Tensor:
-    """`output`, filled with a residual of fewer channels, and zeros in the others.
+    """Fill `output` with a residual of fewer channels, followed by zeros, and return it.
 
-    A kernel that reads a residual and writes the output element by element can take this one as both.
+    A kernel that reads the residual and writes the output element by element can take it as both.
     """
     channels = residual.shape[1]
     output[:, channels:].zero_()
@@ -102,7 +102,7 @@ def place_padded(residual: Tensor, output: Tensor) -> Tensor:
 
 
 def residual_for(output: Tensor, residual: Tensor | None) -> Tensor | None:
-    """The residual with the element order of `output`; one of fewer channels is placed, padded, in `output` itself."""
+    """The residual in the element order of `output`; one of fewer channels is written, padded, into `output` itself."""
     if residual is not None and residual.shape[1] < output.shape[1]:
         return place_padded(residual, output)
     return ordered_like(residual, output)

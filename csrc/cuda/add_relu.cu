@@ -1,9 +1,9 @@
 // output = relu(input + residual)                        reads 2, writes 1 element per element
 // grad_input = output <= 0 ? 0 : grad_output              reads 2, writes 1
 //
-// Both are bound by memory, so the one thing that matters is wide accesses, and enough of them under way: 16 bytes per
-// thread and step, neighbouring threads beside each other, kUnroll steps ahead. The arithmetic is fp32; the sum is
-// rounded to the tensor's type once, as in eager PyTorch.
+// Both are memory-bound, so all that matters is wide accesses, and enough of them in flight: 16 bytes per thread and
+// step, coalesced, kUnroll steps ahead. The arithmetic is fp32; the sum is rounded to the tensor's type once, as in
+// eager PyTorch.
 //
 //   |<- head ->|<------------- vectors of 16 bytes ------------->|<- tail ->|
 //   scalar, up to the first 16-byte boundary                      scalar
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  // Head and tail as one range of scalars, so that a grid of any size covers them.
+  // Head and tail form one range of scalars, which a grid of any size covers.
   const int64_t tail = head + vectors * N;
   for (int64_t i = first; i < numel - (tail - head); i += step) {
     const int64_t j = i < head ? i : i - head + tail;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Elements before the first 16-byte boundary that all three share; `numel`, so no vectors at all, where none is shared.
+// Elements before the first 16-byte boundary common to all three; `numel`, so no vectors at all, if there is none.
 template <class T>
 int64_t scalar_head(const T* a, const T* b, const T* out, int64_t numel) {
   const auto offset = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes; };

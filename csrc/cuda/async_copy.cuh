@@ -1,4 +1,4 @@
-// cp.async: from global to shared memory, without a detour through registers and without waiting (sm_80).
+// cp.async: asynchronous copies from global to shared memory that bypass registers (sm_80).
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -10,8 +10,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 #endif
 
-// 16 bytes or 8, to and from multiples of as many.  Without `valid` it writes zeros and reads nothing, so `from` may
-// point outside of everything.
+// 16 or 8 bytes, equally aligned at both ends.  Without `valid` it writes zeros and reads nothing, so `from` may be any
+// address.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   static_assert(kBytes == 8 || kBytes == 16);
@@ -19,7 +19,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
   emu::cp_async(to, from, kBytes, valid ? kBytes : 0);
 #else
   if constexpr (kBytes == 16) {
-    // .cg passes L1 by; the hint has L2 fetch the other half of a 128-byte line, which the next step of K wants.
+    // .cg bypasses L1; the hint makes L2 fetch the whole 128-byte line, whose other half the next step of K reads.
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(valid ? 16 : 0)
                  : "memory");
@@ -31,7 +31,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool vali
 #endif
 }
 
-// Closes a group: all copies that this thread has issued since the last one.
+// Commits a group: all copies that this thread has issued since the last commit.
 __device__ __forceinline__ void copy_async_commit() {
 #ifdef RESFUSE_CUDA_EMULATOR
   emu::cp_async_commit();
@@ -40,7 +40,7 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Until at most `kPending` of this thread's latest groups are under way.
+// Waits until at most the `kPending` latest groups of this thread are in flight.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
 #ifdef RESFUSE_CUDA_EMULATOR

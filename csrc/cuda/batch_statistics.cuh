@@ -1,4 +1,4 @@
-// What the kernels that take statistics of a batch have in common, those of batch norm and of convolutions.
+// Shared by the kernels that compute batch statistics: batch norm and convolutions in training.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace resfuse::cuda {
 enum class Phase : int32_t { both, first, second };
 
 // (count, mean, M2) of a set of values, M2 = sum (x - mean)^2, merged by Chan's formula (Chan, Golub, LeVeque 1983,
-// "Algorithms for computing the sample variance", (2.1)). M2 is a sum of thousands of positive terms, in which the
-// roundings of a float would add up to more than eager PyTorch is off by: what they took is kept beside it.
+// "Algorithms for computing the sample variance", (2.1)). M2 is a sum of thousands of positive terms, whose float
+// roundings would add up to more than eager PyTorch's error: a second float carries them.
 struct Moments {
   float count = 0.f, mean = 0.f, m2 = 0.f, m2_low = 0.f;
 

@@ -2,14 +2,14 @@
 // else 0, and xhat = (x - mean) invstd:
 //
 //   sum_g = sum g,  sum_g_xhat = sum g xhat,  dresidual = g
-//   dx = weight invstd (g - sum_g / count - xhat sum_g_xhat / count)     by statistics of the batch
-//   dx = weight invstd g                                                 by running ones
+//   dx = weight invstd (g - sum_g / count - xhat sum_g_xhat / count)     with batch statistics
+//   dx = weight invstd g                                                 with running statistics
 //
 // bn_backward         one cooperative launch: g and the sums of each block's part, dresidual, and dx where it needs no
-//                     sums | all blocks wait | merged in a fixed order, then dx. Reads dy, x and y; of g and x each
-//                     block keeps as much in shared memory as fits, the rest is read once more (dresidual for dy and
-//                     y), backwards: what was read last is still in L2. Bytes: 3 to 6 activations and what is written.
-// bn_backward_apply   dx by given sums. Reads dy, y and, by statistics of the batch, x; writes dx.
+//                     sums | grid barrier | sums merged in a fixed order, then dx. Reads dy, x and y. Each block keeps
+//                     as much of g and x in shared memory as fits and reads the rest again (dresidual in place of dy
+//                     and y), backwards, while it is still in L2. Bytes: 3 to 6 activations read, plus the writes.
+// bn_backward_apply   dx from given sums. Reads dy, y and, with batch statistics, x; writes dx.
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "two_pass.cuh"
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kApplyThreads = 256;
 template <int N>
-constexpr int kGroup = N == 1 ? 8 : 2;  // items under way, of up to three activations
+constexpr int kGroup = N == 1 ? 8 : 2;  // items in flight, from up to three activations
 
 // Per channel: dx = scale g - (x - mean) slope - shift.
 struct Gradient {
@@ -43,20 +43,20 @@ struct Gradients {
     }
   }
 
-  // g becomes dx by statistics of the batch.
+  // Turns g into dx, with batch statistics.
   __device__ __forceinline__ void apply(float (&g)[N], const float (&x)[N]) const {
 #pragma unroll
     for (int k = 0; k < N; ++k) g[k] = fmaf(scale[k], g[k], -fmaf(x[k] - mean[k], slope[k], shift[k]));
   }
 
-  // By running ones: x, which may be infinite, must not enter.
+  // With running statistics: x may be infinite and must not enter.
   __device__ __forceinline__ void apply(float (&g)[N]) const {
 #pragma unroll
     for (int k = 0; k < N; ++k) g[k] *= scale[k];
   }
 };
 
-// What dx takes from the sums of a channel over `count` values; once per channel, so in double precision.
+// The coefficients of dx from a channel's sums over `count` values; once per channel, so in double precision.
 template <class T, class Args>
 __device__ Gradient gradient(const Args& args, int channel, double sum_g, double sum_g_xhat, double count) {
   const float mean = channel_value<T>(args.mean, channel, 0.f), invstd = channel_value<T>(args.invstd, channel, 1.f);
@@ -65,7 +65,7 @@ __device__ Gradient gradient(const Args& args, int channel, double sum_g, double
   return {mean, static_cast<float>(scale), static_cast<float>(slope), static_cast<float>(shift)};
 }
 
-// What a thread reads of an item at a time: dy, y and x, of which `g` makes the masked gradient.
+// One item of dy, y and x in registers; `g` computes the masked gradient.
 template <class T, int N>
 struct Item {
   using E = Elements<T, N>;
@@ -89,8 +89,8 @@ struct Item {
   }
 };
 
-// Sums of g and of g (x - mean) over the thread's items; writes dresidual, and dx = scale g where asked. Of the first
-// `kept` items g and x stay in `keep`.
+// Sums of g and of g (x - mean) over the thread's items; writes dresidual, and dx = scale g if requested. g and x of
+// the first `kept` items stay in `keep`.
 template <class T, int N>
 __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const ThreadShare& share,
                             const Gradient* vectors, int kept, typename Elements<T, N>::Word* keep,
@@ -141,15 +141,15 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
       }
     }
   });
-  if (t.lanes == 1)  // NCHW: they are all of one channel
+  if (t.lanes == 1)  // NCHW: all belong to one channel
 #pragma unroll
     for (int half = N / 2; half > 0; half /= 2)
 #pragma unroll
       for (int k = 0; k < half; ++k) sums[k].merge(sums[k + half]);
 }
 
-// Writes dx for the thread's items, the last first; of the first `kept` g and x are in `keep`. y null: dy is g already;
-// x null: by running statistics.
+// Writes dx for the thread's items, the last first; g and x of the first `kept` are in `keep`. y null: dy is g already;
+// x null: running statistics.
 template <class T, int N, bool kSecondPass>
 __device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const ChannelTiles& t,
                                const ThreadShare& share, const Gradient* vectors, int kept,
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   }
   if (!second_pass) return;
   __syncthreads();
-  const auto* dresidual = static_cast<const T*>(args.grad_residual);  // is g, where there is one
+  const auto* dresidual = static_cast<const T*>(args.grad_residual);  // holds g, if present
   input_gradient<T, N, true>(dresidual != nullptr ? dresidual : static_cast<const T*>(args.grad_output),
                              dresidual != nullptr ? nullptr : static_cast<const T*>(args.output),
                              static_cast<const T*>(args.input), static_cast<T*>(args.grad_input), t, share,
@@ -265,7 +265,7 @@ void bn_backward(const BnBackward& args, void* stream) {
   with_elements(args.shape, all_aligned, [&](auto element, auto size) {
     using T = decltype(element);
     constexpr int N = decltype(size)::value;
-    const int words = args.batch_statistics && args.grad_input != nullptr ? 2 : 0;  // of an item: g and x
+    const int words = args.batch_statistics && args.grad_input != nullptr ? 2 : 0;  // per item: g and x
     launch_two_pass<T, N, Gradient, SumPair>(bn_backward_kernel<T, N>, args, words, stream);
   });
 }

@@ -2,12 +2,12 @@
 //
 //   y = act(weight (x - mean) invstd + bias + residual),   invstd = (variance + eps)^-1/2
 //
-// bn_train_forward   one cooperative launch: x -> (count, mean, M2) of each block's part | all blocks wait | merged in
-//                    a fixed order, running statistics, then y. Reads x, of which each block keeps as much in shared
-//                    memory as fits; the rest once more, backwards: what was read last is still in L2. Reads the
-//                    residual, writes y. Bytes: 2 to 3 activations, and the residual.
+// bn_train_forward   one cooperative launch: x -> (count, mean, M2) of each block's part | grid barrier | merged in a
+//                    fixed order, running statistics, then y. Reads x; each block keeps as much of it in shared memory
+//                    as fits and reads the rest again, backwards, while it is still in L2. Reads the residual, writes
+//                    y. Bytes: 2 to 3 activations, and the residual.
 // bn_statistics      its first half. Reads x.
-// bn_apply           y by given statistics: running ones, raw (nothing is folded ahead of time), or mean and invstd.
+// bn_apply           y with given statistics: raw running ones (nothing is folded ahead of time), or mean and invstd.
 //                    Reads x and the residual, writes y.
 #include <cmath>
 
@@ -21,16 +21,16 @@ namespace {
 
 constexpr int kApplyThreads = 256;
 
-// Per channel: y = act((x - mean) scale + shift + residual). Computed in double precision, which costs nothing there,
-// and leaves the error to what is computed per element.
+// Per channel: y = act((x - mean) scale + shift + residual). Computed in double precision, which is free at that rate
+// and leaves only the rounding of the per-element arithmetic.
 struct Affine {
   float mean, scale, shift;
 };
 
 __device__ float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
-// The median of three of a channel's values, the same for all parts: deviations from it are as small as those from the
-// mean and, where the mean is large, exact. A single outlier is never chosen.
+// The median of three values of a channel, the same for all parts: deviations from it are about as small as those from
+// the mean and, where the mean is large, exact. A single outlier is never chosen.
 template <class T>
 struct Pivot {
   const T* input;
@@ -47,15 +47,14 @@ struct Pivot {
   }
 };
 
-// Moments of the thread's items, the mean as its distance to the pivot. Of d = x - centre, where the centre is the
-// median of the thread's first three items, the sums S = sum d and Q = sum d^2 are enough: mean = centre + S / n and
-// M2 = Q - S^2 / n, which cancels only as far as the values drift within one thread. Of the first `kept` items x stays
-// in `keep`.
+// Moments of the thread's items, the mean relative to the pivot. With d = x - centre, where the centre is the median of
+// the thread's first three items, S = sum d and Q = sum d^2 suffice: mean = centre + S / n and M2 = Q - S^2 / n, which
+// cancels only as far as the values drift within one thread. x of the first `kept` items stays in `keep`.
 template <class T, int N>
 __device__ void thread_moments(const T* input, const Pivot<T>& pivot, const ChannelTiles& t, const ThreadShare& share,
                                int kept, typename Elements<T, N>::Word* keep, Moments (&moments)[N]) {
   using E = Elements<T, N>;
-  constexpr int kGroup = N == 1 ? 16 : 4;  // items under way: bytes for the latency of memory
+  constexpr int kGroup = N == 1 ? 16 : 4;  // items in flight, to cover the latency of memory
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   float centre[N] = {}, sum[N] = {}, squares[N] = {};
   Walk walk(t, share, 0);
@@ -99,7 +98,7 @@ __device__ void thread_moments(const T* input, const Pivot<T>& pivot, const Chan
     const float mean = sum[k] / count, to_pivot = centre[k] - pivot(share.channel + (t.lanes == 1 ? 0 : k));
     moments[k] = {count, to_pivot + mean, fmaf(-sum[k], mean, squares[k])};
   }
-  if (t.lanes == 1)  // NCHW: they are all of one channel
+  if (t.lanes == 1)  // NCHW: all belong to one channel
 #pragma unroll
     for (int half = N / 2; half > 0; half /= 2)
 #pragma unroll
@@ -120,7 +119,7 @@ __device__ void part_moments(const T* input, const Pivot<T>& pivot, const Channe
         store_part(workspace, t, share.part, share.channel + k, moments[k].mean, moments[k].m2 + moments[k].m2_low);
 }
 
-// Thread c gets those of channel c of the block's tile.
+// The moments of channel c of the block's tile, in thread c.
 __device__ Moments whole_moments(const float* workspace, const ChannelTiles& t, const ThreadShare& share,
                                  Moments* scratch) {
   return merge_parts<Moments>(workspace, t, share, scratch, [&](int part, float mean, float m2) {
@@ -128,8 +127,8 @@ __device__ Moments whole_moments(const float* workspace, const ChannelTiles& t, 
   });
 }
 
-// Writes y for the thread's items, the last first; of the first `kept` x is in `keep`. Of two passes the second reads
-// for the last time, and what it writes should not push out what it has yet to read.
+// Writes y for the thread's items, the last first; x of the first `kept` is in `keep`. The second of two passes reads
+// for the last time, and its writes should not evict what it has yet to read.
 template <class T, int N, bool kSecondPass>
 __device__ void normalise(const T* input, const T* residual, T* output, bool with_relu, const ChannelTiles& t,
                           const ThreadShare& share, const Affine* affine, int kept,
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
     const float centre = pivot(channel), mean = centre + moments.mean;
-    const double mean_low = (static_cast<double>(centre) - mean) + moments.mean;  // what rounding took from it
+    const double mean_low = (static_cast<double>(centre) - mean) + moments.mean;  // lost by rounding
     const double variance = moments.sum_of_squares() / moments.count;
     const double invstd = inverse_deviation(variance, args.eps);
     const double scale = invstd * channel_value<T>(args.weight, channel, 1.f);

@@ -1,6 +1,6 @@
-// How the kernels of batch norm cut an activation, NHWC or NCHW as it lies. A block has one tile of channels and one
-// part of the positions, for `slots` x `members` threads. A slot is what lies side by side in channels; an item is what
-// a thread reads at a time, N elements; the members of a slot take its items in turns.
+// Partition of an activation, NHWC or NCHW, by the batch norm kernels. A block has one tile of channels and one part of
+// the positions, for `slots` x `members` threads. A slot is a group of adjacent channels; an item is the N elements
+// that a thread reads at a time; the members of a slot take its items in turn.
 //
 //   NHWC, a slot is N channels, its items are the positions        NCHW, a slot is one channel, its items N positions
 //
@@ -42,12 +42,12 @@ struct ChannelTiles {
   __host__ int threads() const { return slots * members; }
   __host__ unsigned grid() const { return static_cast<unsigned>(tiles) * static_cast<unsigned>(parts); }
 
-  // The most items that a thread has.
+  // Maximum number of items per thread.
   __host__ int most_steps() const { return static_cast<int>((items_per_part + members - 1) / members); }
 
   __device__ int64_t offset(int64_t item) const { return item / run * image_stride + item % run * item_stride; }
 
-  // How many values per channel a part has.
+  // Number of values per channel in a part.
   __device__ int64_t part_count(int64_t part) const {
     const int64_t rest = items - part * items_per_part;
     return (rest < items_per_part ? rest : items_per_part) * lane_items;
@@ -56,7 +56,7 @@ struct ChannelTiles {
   __device__ int64_t count() const { return items * lane_items; }
 };
 
-// What a thread has of it.
+// A thread's share of it.
 struct ThreadShare {
   int tile_channel;  // the first channel of the block's tile
   int channel;       // the first of the thread's
@@ -81,12 +81,12 @@ struct ThreadShare {
   }
 };
 
-// Goes through the items of a thread in either direction, without a division.
+// Iterates over the items of a thread in either direction, without a division.
 struct Walk {
   int64_t offset;
   int position;  // in the run
 
-  // In front of item number `step` of the thread, which need not exist.
+  // Positioned at item number `step` of the thread, which need not exist.
   __device__ Walk(const ChannelTiles& t, const ThreadShare& share, int step) {
     const int64_t item = share.first + static_cast<int64_t>(step) * t.members;
     offset = share.base + t.offset(item);
@@ -112,8 +112,8 @@ struct Walk {
   }
 };
 
-// Calls group(first, full) for every kGroup steps, to be loaded together. `full`, a type, says that all of them exist:
-// a loop that need not ask is a third shorter.
+// Calls group(first, full) for every kGroup steps, to be loaded together. `full`, a type, says that all of them exist,
+// which makes the loop without bounds checks a third shorter.
 template <int kGroup, class Group>
 __device__ __forceinline__ void for_each_group(int steps, const Group& group) {
   int first = 0;
@@ -121,7 +121,7 @@ __device__ __forceinline__ void for_each_group(int steps, const Group& group) {
   if (first < steps) group(first, std::false_type{});
 }
 
-// One pixel is NHWC, one channel NCHW with a single image, whatever the strides said.
+// One pixel counts as NHWC, one channel as NCHW with a single image, whatever the strides.
 inline Activation simplified(Activation shape) {
   if (shape.pixels == 1) shape.channels_last = true;
   if (shape.channels == 1 && shape.batch * shape.pixels < 1 << 30)
@@ -129,7 +129,7 @@ inline Activation simplified(Activation shape) {
   return shape;
 }
 
-// Whether an item can be 16 bytes: channels (NHWC) or planes (NCHW) are made of those, and all memory is aligned.
+// True if an item can be 16 bytes: channels (NHWC) or planes (NCHW) are multiples of that, and all memory is aligned.
 template <class T>
 bool has_vectors(const Activation& any_shape, bool all_aligned) {
   const Activation shape = simplified(any_shape);
@@ -172,7 +172,7 @@ inline ChannelTiles cut(const Activation& any_shape, int n, int threads, int64_t
     t.tiles = static_cast<int>(divided(slots, std::clamp<int64_t>(divided(slots, blocks), 1, kTileChannels)));
   }
   t.slots = static_cast<int>(divided(slots, t.tiles));
-  // At least as many threads as channels: one of them gets the totals of each.
+  // At least as many threads as channels: each channel's totals end up in one of them.
   t.members = static_cast<int>(std::max<int64_t>(std::min<int64_t>(threads / t.slots, t.items), t.lanes));
   t.parts = static_cast<int>(std::clamp<int64_t>(blocks / t.tiles, 1, divided(t.items, t.members)));
   t.items_per_part = divided(t.items, t.parts);

@@ -1,4 +1,5 @@
-// From a tile's accumulators to memory: which values a thread has, per-channel vectors, batch norm, residual, ReLU.
+// Epilogue, from a tile's accumulators to memory: layout of a thread's values, per-channel vectors, batch norm,
+// residual, ReLU.
 #pragma once
 #include "../resfuse.h"
 #include "batch_statistics.cuh"
@@ -7,7 +8,7 @@
 
 namespace resfuse::cuda {
 
-// kRun neighbouring channels of a pixel are what a thread loads and stores at a time.
+// A thread loads and stores kRun neighbouring channels of a pixel at a time.
 constexpr int kRun = 8;
 
 // `count` of them are inside; `wide`: all are, and 16-byte accesses are possible.
@@ -44,8 +45,8 @@ constexpr int kSlabs = T::kMmaN / 4;
 template <class T>
 constexpr int kSlabRows = T::kMmaM * 2;
 
-// Calls body(slab, slab row, row, channel, values) for every piece; row and the first channel are the tile's, and what
-// body leaves in `values` goes back to the accumulators.
+// Calls body(slab, slab row, row, channel, values) for every piece; row and first channel are relative to the tile, and
+// `values` is written back to the accumulators.
 template <class T, class Body>
 __device__ __forceinline__ void for_each_run(Accumulators<T>& acc, const Body& body) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -64,7 +65,7 @@ __device__ __forceinline__ void for_each_run(Accumulators<T>& acc, const Body& b
     }
 }
 
-// Where a tile's results go.
+// Destination of a tile's results.
 template <class E>
 struct Output {
   const E* residual;  // or null; may be `output`

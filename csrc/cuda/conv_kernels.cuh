@@ -1,4 +1,4 @@
-// The two kernels of conv_bn_act: with the statistics given (inference), and with those of the batch (training).
+// The two kernels of conv_bn_act: with running statistics (inference), and with batch statistics (training).
 #pragma once
 #include <cooperative_groups.h>
 
@@ -20,7 +20,7 @@ struct ConvInference {
   float* partial;  // [tiles][splits][pieces][kRun / 4][threads] of 4 floats
 };
 
-// Neighbouring blocks share kGroupM tiles of M for all tiles of N, so that both operands are found in L2.
+// Neighbouring blocks share kGroupM tiles of M for all tiles of N, so that both operands hit L2.
 __device__ __forceinline__ void rasterize(const ConvGeometry& conv, unsigned block, int& tile_m, int& tile_n) {
   constexpr unsigned kGroupM = 8;
   const unsigned group = block / (kGroupM * conv.tiles_n), within = block % (kGroupM * conv.tiles_n);
@@ -31,9 +31,8 @@ __device__ __forceinline__ void rasterize(const ConvGeometry& conv, unsigned blo
 
 // output = act((conv(input, weight) + conv_bias - mean) invstd weight + bias + residual), rounded once.
 //
-// Block (tile, split) of a grid [tiles][splits] convolves its share of the steps.  With one split that is all; else it
-// leaves partial sums in the workspace and, when all have, adds those of its share of the tile's pieces in the order
-// of the splits.
+// Block (tile, split) of a grid [tiles][splits] computes its share of the steps of K.  With several splits it writes
+// partial sums to the workspace and, once all have, adds up its share of the tile's pieces in the order of the splits.
 //
 // Reads input, weight and residual, writes output: itemsize (N H W C + K R S C / groups + 2 M K) bytes at best.
 template <class Math, class T, Copies kCopies>
@@ -111,10 +110,10 @@ struct ConvTraining {
 
 // z = conv(input, weight) + conv_bias; output = act((z - mean) invstd weight + bias + residual) with z's statistics.
 //
-// Block (part, column) convolves the tiles of its part one after the other, stores z and leaves the moments of what it
-// stored in the workspace.  When all have, every block merges its column's parts in their order and normalises its
-// tiles, the latest first: that one is still in the accumulators, the others are likely in L2.  With one tile per block
-// z is never read again.  The first part writes mean, invstd and the running statistics.
+// Block (part, column) computes the tiles of its part in turn, stores z and writes the moments of the stored values to
+// the workspace.  Once all have, every block merges its column's parts in order and normalises its tiles, the latest
+// first: that one is still in the accumulators, the others are likely in L2.  With one tile per block z is never read
+// again.  The first part writes mean, invstd and the running statistics.
 //
 // Reads input, weight and residual, writes z and output: itemsize (N H W C + K R S C / groups + 3 M K) bytes at best.
 template <class Math, class T, Copies kCopies>

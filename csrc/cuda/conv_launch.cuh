@@ -1,5 +1,5 @@
-// Launchers of one element type: checks of the request, the geometry in the kernels' terms, the form of the launch.
-// conv_bf16.cu and its three siblings instantiate them, one file per type so that they compile side by side.
+// Launchers for one element type: checks of the request, the geometry in the kernels' terms, the kind of launch.
+// conv_bf16.cu and its three siblings instantiate them, one file per type so that they compile in parallel.
 #pragma once
 #include <climits>
 
@@ -7,9 +7,9 @@
 
 namespace resfuse::cuda {
 
-// The tiles, by the names (block_m, block_n) that ConvConfig asks for.  Multiply-add on the ordinary cores keeps more
-// in registers than an mma, so there the large tiles have more threads, or fewer blocks per processor.  Where values
-// are not copied 16 bytes at a time the kind of copy decides, whatever was asked for: loading takes the time there.
+// The tiles, by the (block_m, block_n) of ConvConfig.  FMA on CUDA cores needs more registers than mma, so there the
+// large tiles have more threads, or fewer blocks per multiprocessor.  Where values are not copied 16 bytes at a time
+// the kind of copy determines the tile, whatever was requested: loading dominates there.
 template <class Math>
 struct Tiles {
   using Of128x128 = std::conditional_t<Math::kTensorCores, Tile<128, 128, 2, 2, 2>, Tile<128, 128, 2, 4, 1>>;
@@ -20,7 +20,7 @@ struct Tiles {
   using OfValues = Of64x64;
 };
 
-// Whether a filter row is one tap: its pixels lie side by side in memory, and have few channels.
+// True if a filter row counts as one tap: its pixels are contiguous in memory, and have few channels.
 inline bool packs_rows(const Convolution& conv) {
   return conv.groups == 1 && conv.channels < 16 && conv.kernel_w > 1 && conv.dilation_w == 1;
 }
@@ -93,7 +93,7 @@ inline void check_workspace(int64_t needed, int64_t given) {
                              std::to_string(needed));
 }
 
-// One cooperative launch of phase `both`, or one each of `first` and `second`.
+// One cooperative launch of phase `both`, or one launch each of `first` and `second`.
 template <class Kernel>
 void in_phases(int requested, bool resident, const Kernel& launch_phase) {
   if (requested == 1 && !resident)
@@ -143,7 +143,7 @@ void launch_train(const ConvTrainForward& args, void* stream) {
                         static_cast<float*>(args.workspace)};
   const auto out = output_of<typename Math::Element>(args.conv, args.residual, args.output, args.z, args.relu);
   auto* kernel = conv_training_kernel<Math, T, kCopies>;
-  // As many blocks as are resident, the same in both forms, so that both give the same bits.
+  // As many blocks as are resident, with one launch or two, so that both give the same bits.
   const int resident = resident_blocks(kernel, T::kThreads, sizeof(ConvShared<T>));
   const int columns = std::max(1, resident / conv.tiles_n);
   const int tiles_per_part = (conv.tiles_m + columns - 1) / columns;
@@ -162,7 +162,7 @@ void with_tile(const ConvConfig& config, Copies copies, const Run& run) {
   const auto is = [&](int m, int n) { return config.block_m == m && config.block_n == n; };
   constexpr std::integral_constant<Copies, Copies::vectors> vectors;
   if (!is(128, 128) && !is(128, 64) && !is(64, 64) && !is(32, 64))
-    throw std::runtime_error("convolution: there is no tile of " + std::to_string(config.block_m) + " x " +
+    throw std::runtime_error("convolution: unsupported tile " + std::to_string(config.block_m) + " x " +
                              std::to_string(config.block_n));
   if (copies == Copies::halves)
     return run(typename Tiles<Math>::OfHalves{}, std::integral_constant<Copies, Copies::halves>{});

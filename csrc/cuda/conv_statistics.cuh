@@ -1,20 +1,20 @@
 // Batch statistics of a convolution's output as (count, mean, M2), M2 = sum (z - mean)^2: per tile from the
-// accumulators, then merged in a fixed order.  A block's tiles are merged to one part, parts travel through a workspace
-// [parts][2][filters].
+// accumulators, then merged in a fixed order.  A block's tiles are merged into one part; parts are exchanged through a
+// workspace [parts][2][filters].
 #pragma once
 #include "batch_statistics.cuh"
 #include "conv_epilogue.cuh"
 
 namespace resfuse::cuda {
 
-// Shared memory of a block's reductions.
+// Shared memory for a block's reductions.
 template <class T>
 struct StatisticsScratch {
   float sums[2][T::kWarpsM][T::kBlockN];
   float centre[T::kBlockN];
 };
 
-// Adds `sums`, one per channel of the thread's runs, over the rows of a warp and leaves the results in `to`.
+// Adds `sums`, one per channel of the thread's runs, over the rows of a warp and writes the results to `to`.
 template <class T>
 __device__ __forceinline__ void sum_rows(float (&sums)[kSlabs<T>][kRun], float (&to)[T::kWarpsM][T::kBlockN]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void tile_moments(Accumulators<T>& acc, int rows, Sta
   sum_rows<T>(squares, scratch.sums[1]);
   __syncthreads();
   if (channel < T::kBlockN) {
-    // The centre is as large as the mean and rounded accordingly: what it is off by shows in the deviations.
+    // The centre is as large as the mean and rounded accordingly; the sum of the deviations corrects for that.
     const float error = total(0) / rows;
     mean = scratch.centre[channel] + error;
     m2 = total(1) - rows * error * error;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void tile_moments(Accumulators<T>& acc, int rows, Sta
   __syncthreads();  // the scratch is free again
 }
 
-// How the tiles of a column (the same channels) are dealt to blocks.
+// Assignment of the tiles of a column (the same channels) to blocks.
 struct TrainPlan {
   int parts;           // blocks of a column
   int tiles_per_part;  // neighbouring tiles of M; the last part may have fewer

@@ -13,7 +13,7 @@
 // ldmatrix reads lie in 8 different groups of banks.
 //
 // A slot's weight row r holds output channel `permuted(r)`, so that the accumulators of four neighbouring mma tiles
-// are 8 consecutive channels in one thread: outputs and residuals travel as 16 bytes without a detour.
+// are 8 consecutive channels in one thread: outputs and residuals are accessed 16 bytes at a time, without a shuffle.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -23,7 +23,7 @@
 
 namespace resfuse::cuda {
 
-// What the kernels know of a convolution, as the launcher derives it: see `geometry` in conv_launch.cuh.
+// A convolution in the kernels' terms, as derived by `geometry` in conv_launch.cuh.
 struct ConvGeometry {
   const void* input;   // NHWC
   const void* weight;  // K, R, S, C / groups
@@ -38,7 +38,7 @@ struct ConvGeometry {
   int steps;
 };
 
-// The larger the tile, the fewer bytes per product; the smaller, the more tiles to go round.
+// Larger tiles load fewer bytes per product; smaller ones give more blocks.
 template <int kBlockM_, int kBlockN_, int kWarpsM_, int kWarpsN_, int kBlocksPerProcessor_>
 struct Tile {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
@@ -57,7 +57,7 @@ using Accumulators = float[T::kMmaM][T::kMmaN][4];
 __device__ __forceinline__ int permuted(int row) { return (row & ~31) + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2; }
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 64 + ((chunk ^ (row / 2 % 4)) << 4); }
 
-// Which pixels and channels a tile has.
+// The pixels and channels of a tile.
 struct TileIndex {
   int64_t first_pixel;
   int group, first_filter;  // the latter within the group
@@ -69,7 +69,7 @@ __device__ __forceinline__ TileIndex tile_index(const ConvGeometry& conv, int ti
           tile_n % conv.group_tiles_n * T::kBlockN};
 }
 
-// How operands get to shared memory.
+// Kinds of copy to shared memory.
 enum class Copies {
   vectors,  // by cp.async, 16 bytes at a time: a tap's values are a multiple of that and so are all addresses
   halves,   // by cp.async, 8 bytes at a time: the same for 8
@@ -111,7 +111,7 @@ struct Loader {
       const int64_t at = (((image + images) * conv.height + y[i]) * conv.width + x[i]) * conv.channels;
       input[i] =
           static_cast<const unsigned char*>(conv.input) + (at + tile.group * conv.group_channels + chunk) * kSize;
-      if (tile.first_pixel + row + i * T::kRowsPerPass >= conv.pixels) y[i] = INT32_MIN / 2;  // outside of every image
+      if (tile.first_pixel + row + i * T::kRowsPerPass >= conv.pixels) y[i] = INT32_MIN / 2;  // outside every image
     }
     const int filter = tile.first_filter + permuted(row);
     const int64_t filter_bytes = static_cast<int64_t>(conv.taps_h) * conv.taps_w * conv.run * kSize;
@@ -177,7 +177,7 @@ struct Loader {
       const int dx = s * conv.dilation_w;
 #pragma unroll
       for (int i = 0; i < T::kPassesA; ++i) {
-        // Of the run's pixels, those within the line.
+        // The run's pixels that lie within the line.
         const int first = max(0, -(x[i] + dx)), last = min(conv.span, max(0, conv.width - (x[i] + dx)));
         copy_chunk(to_input + i * kPassBytes, input[i] + input_step, first * conv.group_channels,
                    input_valid >> i & 1 ? last * conv.group_channels : 0);
@@ -244,10 +244,10 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
       }
     }
   } else {
-    // The same outputs per thread as an mma has: 2 kMmaM rows, 2 kMmaN columns, 4 values of k at a time.  Those are
-    // summed by themselves: one addition more, and a sum of n products is rounded n / 4 times at its full size.
+    // The same outputs per thread as an mma: 2 kMmaM rows, 2 kMmaN columns, 4 values of k at a time.  Those are summed
+    // separately: one more addition, and a sum of n products is rounded only n / 4 times at its full size.
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 1  // or operands are loaded so far ahead that accumulators no longer fit the registers
+#pragma unroll 1  // else operands are loaded so far ahead that the accumulators spill
     for (int chunk = 0; chunk < 4; ++chunk) {
       float4 rows[T::kMmaM][2];
 #pragma unroll
@@ -273,7 +273,7 @@ __device__ __forceinline__ void multiply_slot(Accumulators<T>& acc, const unsign
   }
 }
 
-// acc = the products of steps [first, last) of the tile, by way of kStages * kSlotBytes of shared memory.
+// acc = the products of steps [first, last) of the tile, through kStages * kSlotBytes of shared memory.
 template <class Math, class T, Copies kCopies>
 __device__ __forceinline__ void convolve(Accumulators<T>& acc, const ConvGeometry& conv, const TileIndex& tile,
                                          int first, int last, unsigned char* slots) {

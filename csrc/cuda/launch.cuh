@@ -1,5 +1,5 @@
-// The only place that launches a kernel, and the only one that knows how dynamic shared memory is named, so that the
-// same kernels can also be compiled against an emulation of CUDA (RESFUSE_CUDA_EMULATOR) by an ordinary C++ compiler.
+// All launches and all declarations of dynamic shared memory go through this header, so that a C++ compiler can compile
+// the same kernels against an emulation of CUDA (RESFUSE_CUDA_EMULATOR).
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -23,7 +23,7 @@
 
 namespace resfuse::cuda {
 
-// The name of a kernel as it is written in the source, for messages: without namespaces in parentheses and parameters.
+// The name of a kernel as in the source, for messages: without anonymous namespaces and parameters.
 inline std::string kernel_name(const void* kernel) {
   const char* mangled = nullptr;
   if (cudaFuncGetName(&mangled, kernel) != cudaSuccess || mangled == nullptr) return "a kernel";
@@ -31,7 +31,7 @@ inline std::string kernel_name(const void* kernel) {
   char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
   std::string name = demangled == nullptr ? mangled : demangled;
   std::free(demangled);
-  if (name.rfind("void ", 0) == 0) name.erase(0, 5);  // of templates the type of the result is part of the name
+  if (name.rfind("void ", 0) == 0) name.erase(0, 5);  // a template's name includes its return type
   const std::string unnamed = "(anonymous namespace)::";
   for (size_t at = name.find(unnamed); at != std::string::npos; at = name.find(unnamed)) name.erase(at, unnamed.size());
   int depth = 0;
@@ -44,7 +44,7 @@ inline std::string kernel_name(const void* kernel) {
 
 inline void check(cudaError_t status, const char* call, const void* kernel = nullptr) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // clear it: the error is reported here, not again by the next innocent call
+  cudaGetLastError();  // clear it, so that the next call does not report it again
   const std::string of = kernel == nullptr ? "" : " of " + kernel_name(kernel);
   throw std::runtime_error(call + of + ": " + cudaGetErrorString(status));
 }
@@ -56,11 +56,11 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// The most dynamic shared memory that a kernel without static shared memory is given: a KiB less than a block can have,
-// for what CUDA reserves per block is counted with the kernel's own on sm_90.
+// The limit of dynamic shared memory for kernels without static shared memory: a KiB less than the device's opt-in
+// limit, because sm_90 counts the memory that CUDA reserves per block as part of it.
 inline size_t shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024; }
 
-// More than 48 KiB of dynamic shared memory have to be asked for; once per kernel and device all there is.
+// More than 48 KiB of dynamic shared memory must be requested: all there is, once per kernel and device.
 inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return;
   static std::mutex mutex;
@@ -96,8 +96,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx", function);
 }
 
-// The largest grid of which all blocks are resident at once on the current device. Remembered: a call should not wait
-// for the driver to count again.
+// The largest grid whose blocks are all resident at once on the current device. Cached, because the driver is slow to
+// compute it.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
   static std::mutex mutex;
@@ -117,7 +117,7 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_by
   return blocks;
 }
 
-// Whether blocks of a grid can wait for each other.
+// True if the blocks of a grid can wait for each other.
 inline bool can_cooperate() { return device_attribute(cudaDevAttrCooperativeLaunch) != 0; }
 
 }  // namespace resfuse::cuda

@@ -30,7 +30,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], const vo
 #endif
 }
 
-// What a product of two elements is: `Element` in memory, `prepare` applied to each register of a fragment, and the
+// The arithmetic of a product: `Element` in memory, `prepare` applied to each register of a fragment, and the
 // instruction.
 struct Bf16 {
   using Element = __nv_bfloat16;
@@ -67,7 +67,7 @@ struct Fp16 {
 struct Tf32 {
   using Element = float;
   static constexpr bool kTensorCores = true;
-  // To the nearest of 10 bits of mantissa: the instruction itself would cut the others off, which biases every sum.
+  // Round to nearest, 10 bits of mantissa: the instruction itself truncates, which biases every sum.
   static __device__ __forceinline__ uint32_t prepare(uint32_t bits) {
 #ifdef RESFUSE_CUDA_EMULATOR
     const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
@@ -90,7 +90,7 @@ struct Tf32 {
   }
 };
 
-// IEEE float32 by fused multiply-add on the ordinary cores.
+// IEEE float32 by FMA on CUDA cores.
 struct Fp32 {
   using Element = float;
   static constexpr bool kTensorCores = false;

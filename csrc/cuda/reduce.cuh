@@ -18,14 +18,14 @@ struct SumPair {
   }
 };
 
-// Shared memory that `merge_members` needs for `lanes` values per thread: half of the threads hand theirs over.
+// Shared memory that `merge_members` needs for `lanes` values per thread: half of the threads write theirs.
 template <class Value>
 __host__ __device__ size_t merge_bytes(int slots, int members, int lanes) {
   return sizeof(Value) * lanes * slots * ((members + 1) / 2);
 }
 
-// The first `lanes` values of member 0 become the merger over all members of its slot: in every round the second half
-// of the members hands its values to the first.
+// Merges the first `lanes` values over all members of a slot into member 0: in every round the second half of the
+// members passes its values to the first.
 template <class Value, int N>
 __device__ void merge_members(Value (&values)[N], int lanes, int slot, int slots, int member, int members,
                               Value* scratch) {
@@ -61,8 +61,8 @@ __device__ inline void store_part(float* workspace, const ChannelTiles& t, int p
   row[t.channels + channel] = second;
 }
 
-// Thread c gets channel c of the block's tile, merged over all parts; what the others get is of no use. load(part,
-// first, second) makes a Value of a part's two. They are read past L1, which may not see what other processors wrote.
+// Channel c of the block's tile, merged over all parts, in thread c; undefined in the others. load(part, first, second)
+// makes a Value from a part's two numbers. They are read past L1, which may be stale.
 template <class Value, class Load>
 __device__ Value merge_parts(const float* workspace, const ChannelTiles& t, const ThreadShare& share, Value* scratch,
                              const Load& load) {

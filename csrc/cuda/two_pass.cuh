@@ -1,14 +1,14 @@
-// Kernels that go over an activation twice, because the second time needs sums over all of it: one cooperative launch
-// whose blocks wait for each other in the middle, or two launches.
+// Kernels that pass over an activation twice, because the second pass needs sums over all of it: one cooperative launch
+// with a grid barrier in the middle, or two launches.
 #pragma once
 #include "reduce.cuh"
 
 namespace resfuse::cuda {
 
-// One block per processor: the fewer parts, the less there is to merge.
+// One block per multiprocessor: fewer parts mean less to merge.
 constexpr int kTwoPassThreads = 512;
 
-// A block's shared memory: a Vector per channel of the tile, room for merging Values, and what was kept of the items.
+// A block's shared memory: a Vector per channel of the tile, scratch for merging Values, and the items that are kept.
 //
 //   | vectors [channels of a tile] | scratch | kept [items][threads] ...
 template <class T, int N, class Vector, class Value>

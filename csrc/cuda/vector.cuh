@@ -1,4 +1,4 @@
-// How kernels read and write activations: 16 bytes of elements in one access, or one element; and values per channel.
+// Access to activations, 16 bytes of elements or one element at a time, and to per-channel values.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,16 +35,16 @@ __device__ __forceinline__ T from_float(float x) {
 // max(x, 0) that keeps a NaN, as torch.relu does and fmaxf does not.
 __device__ __forceinline__ float relu(float x) { return x <= 0.f ? 0.f : x; }
 
-// The gradient of `relu` by its output.
+// The gradient of `relu`, given its output.
 __device__ __forceinline__ float masked(float gradient, float output) { return output <= 0.f ? 0.f : gradient; }
 
-// N elements that lie side by side: one, or a vector of 16 bytes. A `Word` is what one access moves.
+// N adjacent elements: one, or a vector of 16 bytes. A `Word` is the unit of one access.
 template <class T, int N>
 struct Elements {
   static_assert(N == 1 || N == kVectorSize<T>, "one element, or 16 bytes of them");
   using Word = std::conditional_t<N == 1, T, uint4>;
 
-  // kLast: nobody reads it again soon, it may leave the caches first.
+  // kLast: not read again soon, evict first.
   template <bool kLast = false>
   static __device__ __forceinline__ Word load(const T* from) {
     const auto* word = reinterpret_cast<const Word*>(from);
@@ -134,7 +134,7 @@ void with_dtype(DType dtype, const Function& function) {
   }
 }
 
-// Whether pointers (null counts) can be read as 16-byte vectors.
+// True if all pointers (null ones included) can be read as 16-byte vectors.
 template <class... Pointers>
 bool aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);

@@ -1,4 +1,4 @@
-"""The images that the experiments learn: scikit-learn's digits, or CIFAR-10 where its files are."""
+"""The images of the experiments: scikit-learn's digits, or CIFAR-10 from its binary files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resfuse.cli import digits
+from examples import demo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Images:
     test_images: Tensor
     test_labels: Tensor
     augmented: bool
-    """Shifted and mirrored while training, as the paper does with CIFAR-10 (digits can not be mirrored)."""
+    """Shifted and mirrored while training, as the paper does with CIFAR-10 (digits cannot be mirrored)."""
 
     @property
     def channels(self) -> int:
         return self.train_images.shape[1]
 
     def limited(self, count: int | None) -> Images:
-        """The first so many of each part."""
+        """The first `count` images of each part."""
         parts = {field: getattr(self, field)[:count] for field in ("train_images", "train_labels")}
         parts |= {field: getattr(self, field)[:count] for field in ("test_images", "test_labels")}
         return dataclasses.replace(self, **parts)
@@ -40,17 +40,14 @@ def load(cifar10: Path | None, device: torch.device) -> Images:
     Args:
         cifar10: None, or the folder of CIFAR-10's binary version with data_batch_1.bin to data_batch_5.bin and
             test_batch.bin (https://www.cs.toronto.edu/~kriz/cifar.html).
-        device: where the images are to be.
+        device: of the images.
 
     Raises:
-        FileNotFoundError: a file of CIFAR-10 is not there.
-        ValueError: one has another size.
+        FileNotFoundError: a file of CIFAR-10 is missing.
+        ValueError: a file has an unexpected size.
     """
     if cifar10 is None:
-        found = digits.load(device)
-        return Images(
-            "digits", found.train_images, found.train_labels, found.test_images, found.test_labels, augmented=False
-        )
+        return Images("digits", *demo.load_digits(device), augmented=False)
     batches = [_read_batch(cifar10 / f"data_batch_{i}.bin") for i in range(1, 6)]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     test_images, test_labels = _read_batch(cifar10 / "test_batch.bin")
@@ -71,7 +68,7 @@ def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to four pixels, with zeros behind it, and mirrored with a chance of one half."""
+    """Each image shifted by up to four pixels (zero padding) and mirrored with probability one half."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     corners = torch.randint(0, 9, (count, 2), generator=generator).tolist()

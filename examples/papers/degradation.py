@@ -13,21 +13,13 @@ from rich.console import Console
 
 from examples.papers import experiment
 from examples.papers.experiment import Value
-from examples.papers.training import Run, train_all
-from resfuse.models import cifar_plain, cifar_resnet
-
-KINDS = {"plain": cifar_plain, "resnet": cifar_resnet}
+from examples.papers.training import train_all
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = experiment.parser(__doc__ or "", epochs=15, seeds=2, depths=(20, 56)).parse_args(arguments)
     console, images = Console(), experiment.load(options)
-    runs = [
-        Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))
-        for kind, build in KINDS.items()
-        for depth in options.depths
-        for seed in range(options.seeds)
-    ]
+    runs = experiment.plain_and_residual(options, images)
     train_all(runs, images, options.epochs, options.learning_rate, console)
     experiment.show_results(runs, console)
     values, facts = experiment.curves(runs), experiment.conditions(options, images)
@@ -39,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def plot(values: Sequence[Value], depths: Sequence[int], facts: dict[str, object], path: Path) -> None:
     """The training loss by epoch: left the plain networks, right the residual ones."""
     figure, axes = experiment.new_figure(2, facts, sharey=True)
-    for panel, kind in zip(axes, KINDS, strict=True):
+    for panel, kind in zip(axes, experiment.KINDS, strict=True):
         for color, depth in zip(experiment.COLORS, depths, strict=False):
             name = f"{kind}-{depth}"
             experiment.plot_mean(panel, values, name, "train_loss", color=color, label=name)

@@ -1,4 +1,4 @@
-"""What the experiments share: options, a tidy CSV, plots of one look, and a table of results."""
+"""Shared by the experiments: options, networks, a tidy CSV, plots of one style, and a table of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from rich.table import Table
 import resfuse
 from examples.papers import data
 from examples.papers.training import Run
+from resfuse.models import cifar_plain, cifar_resnet
 
+KINDS = {"plain": cifar_plain, "resnet": cifar_resnet}
 COLORS = ("#1b6ca8", "#d9622b", "#6aa84f", "#8e63b0", "#b58900", "#7f7f7f")
 
 
@@ -34,27 +36,37 @@ class Value(NamedTuple):
 
 
 def parser(description: str, *, epochs: int, seeds: int, depths: Sequence[int]) -> argparse.ArgumentParser:
-    """The options that all experiments have."""
+    """The options of all experiments."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--cifar10", type=Path, help="folder of CIFAR-10's binary version; without it, digits")
     options.add_argument("--epochs", type=int, default=epochs)
-    options.add_argument("--seeds", type=int, default=seeds, help="how often each network is trained")
+    options.add_argument("--seeds", type=int, default=seeds, help="trainings of each network")
     options.add_argument("--depths", type=int, nargs="+", default=list(depths), help="layers of the networks")
     options.add_argument("--width", type=int, default=8, help="channels of the first stage (the paper: 16)")
     options.add_argument("--learning-rate", type=float, default=0.1)
-    options.add_argument("--images", type=int, help="train and test with only so many images")
+    options.add_argument("--images", type=int, metavar="N", help="train and test with only N images")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options.add_argument("--output", type=Path, default=Path("out"), help="folder for the CSV and the plot")
     return options
 
 
 def load(arguments: argparse.Namespace) -> data.Images:
-    """The images that the options ask for."""
+    """The images that the options select."""
     return data.load(arguments.cifar10, torch.device(arguments.device)).limited(arguments.images)
 
 
+def plain_and_residual(options: argparse.Namespace, images: data.Images) -> list[Run]:
+    """Networks of both kinds, of all depths, from all seeds."""
+    return [
+        Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))
+        for kind, build in KINDS.items()
+        for depth in options.depths
+        for seed in range(options.seeds)
+    ]
+
+
 def conditions(arguments: argparse.Namespace, images: data.Images) -> dict[str, object]:
-    """What the figures depend on, for the CSV and the plot."""
+    """Conditions of the figures, for the CSV and the plot."""
     return {
         "data": images.name,
         "epochs": arguments.epochs,
@@ -86,7 +98,7 @@ def write_csv(path: Path, values: Iterable[Value], facts: dict[str, object]) -> 
 
 
 def new_figure(columns: int, facts: dict[str, object], *, sharey: bool = False) -> tuple[Any, Any]:
-    """A figure with so many axes side by side, and its conditions below."""
+    """A figure with several axes side by side, and its conditions below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,7 +113,7 @@ def new_figure(columns: int, facts: dict[str, object], *, sharey: bool = False) 
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, and forget it."""
+    """Write a figure and close it."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)

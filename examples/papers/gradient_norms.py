@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from examples.papers import experiment, training
 from examples.papers.experiment import Value
 from examples.papers.training import Run, train_all
-from resfuse.models import cifar_plain, cifar_resnet
-
-KINDS = {"plain": cifar_plain, "resnet": cifar_resnet}
 
 
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
@@ -35,12 +32,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[flo
 def main(arguments: Sequence[str] | None = None) -> None:
     options = experiment.parser(__doc__ or "", epochs=3, seeds=1, depths=(20, 56, 110)).parse_args(arguments)
     console, images = Console(), experiment.load(options)
-    runs = [
-        Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))
-        for kind, build in KINDS.items()
-        for depth in options.depths
-        for seed in range(options.seeds)
-    ]
+    runs = experiment.plain_and_residual(options, images)
     batch = training.sample(images, 256)
     values: list[Value] = []
 
@@ -60,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment.write_csv(options.output / "gradient_norms.csv", values, facts)
     figure, axes = experiment.new_figure(2, facts)
     for panel, when in zip(axes, ("initial", "trained"), strict=True):
-        for j, kind in enumerate(KINDS):
+        for j, kind in enumerate(experiment.KINDS):
             for i, depth in enumerate(options.depths):
                 name = f"{kind}-{depth}"
                 style = {"color": experiment.COLORS[j], "linestyle": ("-", "--", ":")[i % 3], "label": name}

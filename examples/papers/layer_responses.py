@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from examples.papers import experiment, training
 from examples.papers.experiment import Value
-from examples.papers.training import Run, train_all
-from resfuse.models import cifar_plain, cifar_resnet
-
-KINDS = {"plain": cifar_plain, "resnet": cifar_resnet}
+from examples.papers.training import train_all
 
 
 @torch.no_grad()
@@ -44,12 +41,7 @@ def responses(model: nn.Module, images: Tensor) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = experiment.parser(__doc__ or "", epochs=8, seeds=1, depths=(20, 56)).parse_args(arguments)
     console, images = Console(), experiment.load(options)
-    runs = [
-        Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))
-        for kind, build in KINDS.items()
-        for depth in options.depths
-        for seed in range(options.seeds)
-    ]
+    runs = experiment.plain_and_residual(options, images)
     train_all(runs, images, options.epochs, options.learning_rate, console)
     experiment.show_results(runs, console)
     values = experiment.curves(runs)
@@ -71,7 +63,7 @@ def plot(values: Sequence[Value], depths: Sequence[int], facts: dict[str, object
     for panel, quantity, title in zip(
         axes, ("response_std", "sorted_response_std"), ("by layer", "sorted by size"), strict=True
     ):
-        for j, kind in enumerate(KINDS):
+        for j, kind in enumerate(experiment.KINDS):
             for i, depth in enumerate(depths):
                 name = f"{kind}-{depth}"
                 style = {"color": experiment.COLORS[j], "linestyle": ("-", "--", ":")[i % 3], "label": name}

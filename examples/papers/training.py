@@ -1,4 +1,4 @@
-"""How the experiments train: SGD as in the paper, an epoch at a time, with a progress bar."""
+"""Training of the experiments: SGD as in the paper, with a progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What an epoch ended with; the training figures are means over its batches."""
+    """The results of an epoch; those of training are means over its batches."""
 
     train_loss: float
     train_error: float
@@ -81,7 +81,7 @@ def epochs(run: Run, images: Images, count: int, learning_rate: float) -> Iterat
 
 @torch.no_grad()
 def test_error(model: nn.Module, images: Images) -> float:
-    """Part of the test images that are classified wrongly."""
+    """The fraction of the test images that is misclassified."""
     model.eval()
     wrong = 0
     for batch, labels in zip(images.test_images.split(500), images.test_labels.split(500), strict=True):
@@ -90,7 +90,7 @@ def test_error(model: nn.Module, images: Images) -> float:
 
 
 def train_all(runs: Sequence[Run], images: Images, count: int, learning_rate: float, console: Console) -> None:
-    """Train every network in turn; a diverged one is ended, its last epochs are NaN."""
+    """Train every network in turn; one that diverges is stopped, and its remaining epochs are NaN."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
@@ -111,6 +111,6 @@ def train_all(runs: Sequence[Run], images: Images, count: int, learning_rate: fl
 
 
 def sample(images: Images, count: int) -> tuple[Tensor, Tensor]:
-    """The first so many training images, for measurements."""
+    """The first `count` training images and labels, for measurements."""
     chosen = images.train_images[:count].contiguous(memory_format=torch.channels_last)
     return chosen, images.train_labels[:count]

@@ -1,4 +1,4 @@
-"""Show what resfuse found on this machine: versions, devices, backends and why some are missing (for bug reports)."""
+"""`resfuse info`: versions, devices, backends, build settings, and why something is missing, for bug reports."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 import os
 import platform
 import re
+import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import dispatch as registry
+from resfuse.backends import dispatch
 from resfuse.roofline import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
@@ -29,27 +28,23 @@ PREFIXES = ("RESFUSE_", "ONEDNN_", "DNNL_")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON, to paste into a bug report")
+    parser.add_argument("--json", action="store_true", help="print JSON, to paste into a bug report")
 
 
 def run(args: argparse.Namespace) -> int:
     facts = collect()
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        show(facts, Console(highlight=False))
+    print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0
 
 
 def collect() -> dict[str, Any]:
-    """Everything a bug report needs, as plain JSON values; what is missing has a reason or is None."""
-    reasons = registry.unavailable_reasons()
+    """Everything a bug report needs, as JSON values; what is missing has a reason or is None."""
     return {
         "versions": _versions(),
         "machine": _machine(),
         "gpus": _gpus(),
-        "backends": {name: reason or "available" for name, reason in reasons.items()},
-        "exceptions": [_condition(entry) for entry in ranking.TABLE],
+        "backends": {name: reason or "available" for name, reason in dispatch.unavailable_reasons().items()},
+        "exceptions": [_exception(entry) for entry in dispatch.RANKING],
         "libraries": {name: _extension.load(name) or "loaded" for name in _build.LIBRARIES},
         "build": _extension.build_info(),
         "environment": {
@@ -60,57 +55,51 @@ def collect() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(facts: dict[str, Any], console: Console) -> None:
-    """Print what `collect` returned."""
-    _print_section(console, "versions", facts["versions"], missing="not installed")
-    _print_section(console, "machine", facts["machine"], missing="unknown")
-    gpus = {f"cuda:{index}": gpu for index, gpu in enumerate(facts["gpus"])}
-    _print_section(console, "GPUs", gpus or {"none": "torch.cuda sees no device"})
-    _print_section(console, "backends, best first", facts["backends"], good="available")
-    exceptions = {str(number): text for number, text in enumerate(facts["exceptions"], 1)}
-    _print_section(console, "exceptions to that order", exceptions)
-    _print_section(console, "compiled libraries", facts["libraries"], good="loaded")
-    _print_section(console, "build settings", _flatten(facts["build"]) or {"none": "this copy was never built"})
-    _print_section(console, "environment variables", facts["environment"] or {"none": "nothing that resfuse reads"})
+def _text(facts: dict[str, Any], width: int = 80) -> str:
+    build = {name: value for name, value in facts["build"].items() if name != "skipped"}
+    build |= {f"{name} skipped": reason for name, reason in facts["build"].get("skipped", {}).items()}
+    sections: dict[str, Mapping[str, object]] = {
+        "versions": {name: version or "not installed" for name, version in facts["versions"].items()},
+        "machine": facts["machine"],
+        "GPUs": {f"cuda:{index}": gpu for index, gpu in enumerate(facts["gpus"])}
+        or {"none": "torch.cuda sees no device"},
+        "backends, by preference": facts["backends"],
+        "exceptions to that order": {str(number): text for number, text in enumerate(facts["exceptions"], 1)},
+        "compiled libraries": facts["libraries"],
+        "build settings": build or {"none": "this copy was never built"},
+        "environment variables": facts["environment"] or {"none": "none that resfuse reads"},
+    }
+    lines: list[str] = []
+    for title, rows in sections.items():
+        lines += ["", title] if lines else [title]
+        for name, value in rows.items():
+            first = f"  {name:<20}"
+            lines += textwrap.wrap("unknown" if value is None else str(value), width, initial_indent=first,
+                                   subsequent_indent=" " * len(first), break_on_hyphens=False)  # fmt: skip
+    return "\n".join(lines)
 
 
-def _print_section(
-    console: Console, title: str, rows: dict[str, str | None], missing: str = "none", good: str | None = None
-) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2))
-    table.add_column(min_width=18, no_wrap=True, style="cyan")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        text = escape(str(value)) if value is not None else f"[dim]{missing}[/]"
-        if good is not None:
-            text = f"[green]{text}[/]" if value == good else f"[yellow]{text}[/]"
-        table.add_row(name, text)
-    console.print(table)
-    console.print()
-
-
-def _condition(entry: ranking.Entry) -> str:
+def _exception(entry: dispatch.Ranking) -> str:
     majors = ", ".join(f"{major}.x" for major in entry.majors)
     dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in entry.dtypes)
-    where = f"{' and '.join(entry.verbs)} on compute capability {majors} in {dtypes}"
-    return f"{entry.preferred} before {entry.passed_over} for {where}: {entry}"
+    kernels = f"{' and '.join(entry.kernels)} on compute capability {majors} in {dtypes}"
+    return f"{entry.preferred} before {entry.passed_over} for {kernels}: {entry}"
 
 
 def _versions() -> dict[str, str | None]:
-    installed = {name: package_version(name) for name in PACKAGES}
-    onednn = re.search(r"MKL-DNN v([\d.]+)|oneDNN v([\d.]+)", torch.__config__.show())
+    onednn = re.search(r"(?:MKL-DNN|oneDNN) v([\d.]+)", torch.__config__.show())
     return {
         "resfuse": resfuse.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch CUDA": torch.version.cuda,
-        "oneDNN": next(filter(None, onednn.groups())) if onednn else None,
-        **installed,
+        "oneDNN": onednn[1] if onednn else None,
+        **{name: _installed_version(name) for name in PACKAGES},
     }
 
 
-def package_version(name: str) -> str | None:
-    """A distribution's version without importing it; None where it is not installed."""
+def _installed_version(name: str) -> str | None:
+    """A distribution's version, read without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -135,17 +124,9 @@ def _instruction_set() -> str | None:
 
 
 def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         gpus.append(f"{properties.name}, compute {properties.major}.{properties.minor}, {memory:.0f} GiB")
     return gpus
-
-
-def _flatten(build: dict[str, Any]) -> dict[str, str | None]:
-    """Build settings with one row per library that was left out."""
-    rows = {name: None if value is None else str(value) for name, value in build.items() if name != "skipped"}
-    return rows | {f"{name} left out": reason for name, reason in build.get("skipped", {}).items()}

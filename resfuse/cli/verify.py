@@ -1,167 +1,184 @@
-"""Hold the fused operators of every backend of this machine against the numerical contract; exit code 1 if broken."""
+"""`resfuse verify`: hold every backend of this machine against the numerical contract; exit code 1 for a violation."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
+import sys
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from torch import Tensor, nn
 
+import resfuse
 from resfuse import contract
-from resfuse.backends import dispatch as registry
-from resfuse.cli import cases, model_table, models
+from resfuse.backends import dispatch
+from resfuse.cli import cases, networks
 from resfuse.contract import Deviation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RULE = (
+    f"E(fused) <= {contract.FACTOR:g} E(eager) + floor, worst element <= {contract.ELEMENT_FACTOR:g} x eager's, "
+    "both against float64"
+)
 Finding = tuple[str, Deviation]
-"""What was run, and how far off it is."""
+"""A description of a run, and one of its deviations."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", action="append", choices=registry.PREFERENCE, help="only this (repeatable)")
-    parser.add_argument("--op", action="append", choices=tuple(cases.VERBS), help="only this (repeatable)")
+    parser.add_argument("--backend", action="append", choices=dispatch.PREFERENCE, help="only this (repeatable)")
+    parser.add_argument("--op", action="append", choices=tuple(cases.KERNELS), help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this (repeatable)")
-    parser.add_argument("--model", metavar="NAME", help="also fuse a torchvision model, e.g. resnet50, and compare")
     parser.add_argument(
-        "--models",
-        nargs="*",
-        metavar="PATTERN",
-        help="instead: fuse every listed model of torchvision and timm (whose name has a pattern in it, such as "
-        "timm/resnetv2), and compare forward, gradients and statistics; takes minutes",
+        "--model", metavar="NAME", help="also compare a network, fused: resnet50 (torchvision), timm/NAME, resfuse/NAME"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table of --models to this .csv")
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console(highlight=False)
-    if args.models is not None:
-        return model_table.run(args.models, args.output, console)
-    if args.model and (objection := _model_objection(args.model)):
-        console.print(f"--model: {objection}", markup=False, soft_wrap=True)
+    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = _calibrated(args.model, device) if args.model else None
+    except (ModuleNotFoundError, ValueError) as error:
+        print(f"verify: {error}", file=sys.stderr)
         return 1
-    unavailable = registry.unavailable_reasons()
-    wanted = args.backend or list(registry.PREFERENCE)
-    backends = [name for name in wanted if unavailable[name] is None]
+    unavailable = dispatch.unavailable_reasons()
+    wanted = args.backend or list(dispatch.PREFERENCE)
     for name in wanted:
         if unavailable[name] is not None:
-            console.print(f"[yellow]{name} is left out:[/] {escape(str(unavailable[name]))}")
-    if not backends:
-        console.print("[red]None of the backends asked for can be used here.[/]")
-        return 1
-    started = time.perf_counter()
-    plan = list(cases.runs(backends, args.op or list(cases.VERBS), [DTYPES[name] for name in args.dtype or DTYPES]))
-    findings, skipped = _execute(plan, console)
-    for title, group in findings.items():
-        console.print(_table(title, group))
-    for reason, names in skipped.items():
-        console.print(f"[yellow]Not run:[/] {', '.join(sorted(names))}: {escape(reason)}")
-    everything = [finding for group in findings.values() for finding in group]
-    if args.model:
-        model_findings = _verify_model(args.model, console)
-        console.print(_table(f"{args.model}, fused by resfuse.fuse_", model_findings))
-        everything += model_findings
-    return _conclude(everything, time.perf_counter() - started, console)
+            print(f"{name} is skipped: {unavailable[name]}")
+    backends = [name for name in wanted if unavailable[name] is None]
+    dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
+    findings = _verify_ops(list(cases.runs(backends, args.op or list(cases.KERNELS), dtypes)))
+    if model is not None:
+        for dtype in (torch.float32, torch.bfloat16):
+            compared = list(_verify_model(*model, dtype))
+            _print_table(f"{args.model}, fused by resfuse.fuse_, on {device.type}, {_name(dtype)}", compared)
+            findings += compared
+    return _conclude(findings, time.perf_counter() - started)
 
 
-def _execute(plan: list[cases.Run], console: Console) -> tuple[dict[str, list[Finding]], dict[str, set[str]]]:
-    """All findings by backend and dtype, and what could not be run by reason."""
-    findings: dict[str, list[Finding]] = {}
+def _verify_ops(runs: Sequence[cases.Run]) -> list[Finding]:
+    """Run everything and print a table for each device, dtype and backend as soon as it is complete."""
+    findings: list[Finding] = []
     skipped: dict[str, set[str]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=console.is_terminal) as progress:
-        task = progress.add_task("fused, eager, float64", total=len(plan))
-        for case in plan:
-            dtype = str(case.dtype).removeprefix("torch.")
-            reasons = case.reasons_against()
+    done = itertools.count(1)
+    for (device, dtype), group in itertools.groupby(runs, key=lambda run: (run.device, run.dtype)):
+        by_backend: dict[str, list[Finding]] = {}
+        for run in group:
+            if sys.stderr.isatty():
+                print(f"\r{next(done)} of {len(runs)}", end="\r", file=sys.stderr, flush=True)
+            reasons = run.unsupported_reasons()
             for reason in reasons:
-                skipped.setdefault(reason, set()).add(f"{case.case.op} on {case.backend}")
+                skipped.setdefault(reason, set()).add(f"{run.case.op} on {run.backend}")
             if not reasons:
-                group = findings.setdefault(f"{case.backend} backend on {case.device.type}, {dtype}", [])
-                group += _findings(case)
-            progress.advance(task)
-    return dict(sorted(findings.items())), skipped
-
-
-def _findings(case: cases.Run) -> list[Finding]:
-    """How far off the case is; a backend that raises is as far off as can be, and the rest is still verified."""
-    try:
-        return [(str(case), deviation) for deviation in case.deviations()]
-    except Exception as error:
-        message = f"raised {type(error).__name__}: {error}"
-        return [(str(case), Deviation(message.partition("\n")[0], *[math.nan] * 6))]
-
-
-def _model_objection(name: str) -> str | None:
-    """Why a model can not be verified, None if it can."""
-    missing = models.missing_packages()
-    if missing:
-        return f"needs {', '.join(missing)}: pip install 'resfuse[demo]'"
-    from torchvision.models import list_models
-
-    return None if name in list_models() else f"torchvision has no model {name!r}"
-
-
-def _verify_model(name: str, console: Console) -> list[Finding]:
-    """Findings about a whole torchvision model on the CPU, in float32 and bfloat16."""
-    findings = []
-    for dtype in ("float32", "bfloat16"):
-        with console.status(f"{name}, {dtype}"):
-            for mode, deviation in models.deviations(name, DTYPES[dtype], torch.device("cpu")):
-                findings.append((f"{dtype}, {name}, {mode}", deviation))
+                by_backend.setdefault(run.backend, []).extend(_findings(run))
+        for backend, found in by_backend.items():
+            _print_table(f"{backend} backend on {device.type}, {_name(dtype)}", found)
+            findings += found
+    for reason, names in skipped.items():
+        print(f"not run: {', '.join(sorted(names))}: {reason}")
     return findings
 
 
-def _table(title: str, findings: list[Finding]) -> Table:
-    """The worst finding of every quantity of every operator."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
-    table.add_column("op", style="cyan", no_wrap=True)
-    table.add_column("quantity", no_wrap=True, max_width=24)
-    for heading in ("E(fused)", "E(eager)", "limit", "used"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = ""
-    for (op, quantity), group in _by_quantity(findings):
-        worst = max((deviation for _, deviation in group), key=lambda deviation: deviation.used)
-        errors = (f"{value:.1e}" for value in (worst.fused, worst.eager, worst.limit))
-        if previous and op != previous:
-            table.add_section()
-        color = "bold red" if worst.violated else "green"
-        used = f"{worst.used:.0%}" if math.isfinite(worst.used) else "inf"
-        table.add_row("" if op == previous else op, escape(quantity), *errors, f"[{color}]{used}[/]")
-        previous = op
-    return table
+def _findings(run: cases.Run) -> list[Finding]:
+    """The deviations of a run; a backend that raises is a violation, and does not stop the others."""
+    try:
+        return [(str(run), deviation) for deviation in run.deviations()]
+    except Exception as error:
+        message = f"raised {type(error).__name__}: {error}"
+        return [(str(run), Deviation(message.partition("\n")[0], *[math.nan] * 6))]
 
 
-def _by_quantity(findings: list[Finding]) -> Iterable[tuple[tuple[str, str], list[Finding]]]:
-    """Groups by (operator, quantity), in the order in which they first appear."""
-    keyed = [((what.partition(",")[0], deviation.quantity), (what, deviation)) for what, deviation in findings]
-    order = {key: index for index, key in enumerate(dict.fromkeys(key for key, _ in keyed))}
-    by_op = {op: index for index, op in enumerate(dict.fromkeys(op for op, _ in order))}
-    keyed.sort(key=lambda item: (by_op[item[0][0]], order[item[0]]))
-    for key, group in itertools.groupby(keyed, key=lambda item: item[0]):
-        yield key, [finding for _, finding in group]
+@torch.no_grad()
+def _calibrated(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """A network whose batch norms have random affine parameters and the statistics of a batch, and other images for it.
+
+    The 0 and 1 of fresh batch norms would hide mistakes, and so would statistics that are those of the images already.
+    Dropout is switched off, for its mask depends on the memory format.
+
+    Raises:
+        ModuleNotFoundError, ValueError: see `networks.build`; or the output is not a tensor.
+    """
+    torch.manual_seed(0)
+    model, (channels, height, width) = networks.build(name, meta=False)
+    images = torch.randn(8, channels, min(height, 96), min(width, 96), generator=torch.Generator().manual_seed(0))
+    momenta = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.BatchNorm2d):
+            momenta[module], module.momentum = module.momentum, None  # None: the statistics of this batch alone
+            module.reset_running_stats()
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+    output = model.to(device).train()(images.to(device))
+    if not isinstance(output, Tensor):
+        raise ValueError(f"model: expected a network whose output is a tensor, {name} returns {type(output).__name__}")
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    return model, (1.5 * images.flip(2) + 0.5).to(device)
 
 
-def _conclude(findings: list[Finding], seconds: float, console: Console) -> int:
-    rule = (
-        f"E(fused) <= {contract.FACTOR:g} E(eager) + floor, worst element <= {contract.ELEMENT_FACTOR:g} x eager's, "
-        "both against float64"
-    )
+def _verify_model(eager: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Finding]:
+    """Compare the output and the running statistics of the fused network with those of the eager one."""
+    eager, images = copy.deepcopy(eager).to(dtype), images.to(dtype)
+    fused = copy.deepcopy(eager)
+    resfuse.fuse_(fused)
+    channels_last: nn.Module = copy.deepcopy(eager).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    permuted = images.contiguous(memory_format=torch.channels_last)
+    floor = contract.floor_of(dtype, images.device, convolution=True)
+    for training in (True, False):
+        found = _results(fused, permuted, training)
+        with resfuse.use_backend("reference"):  # the networks of resfuse.models are made of fused modules
+            exact = _results(copy.deepcopy(eager).double(), images.double(), training)
+            eagers = [_results(eager, images, training), _results(channels_last, permuted, training)]
+        for name in exact:
+            references = [result[name] for result in eagers]
+            mode = f"model, {_name(dtype)}, {'training' if training else 'inference'}"
+            yield mode, contract.measure(name, found[name], references, exact[name], dtype, floor=floor)
+
+
+@torch.no_grad()
+def _results(model: nn.Module, images: Tensor, training: bool) -> dict[str, Tensor]:
+    """The output and, in training, each kind of running statistic in one vector; the model itself does not change."""
+    model = copy.deepcopy(model).train(training)
+    found = {"output": model(images)}
+    for statistic in ("running_mean", "running_var") if training else ():
+        buffers = [buffer.flatten() for name, buffer in model.named_buffers() if name.endswith(statistic)]
+        found |= {statistic: torch.cat(buffers)} if buffers else {}
+    return found
+
+
+def _print_table(title: str, findings: Sequence[Finding]) -> None:
+    """The worst finding of every quantity of every op."""
+    worst: dict[tuple[str, str], Deviation] = {}
+    for name, deviation in findings:
+        key = (name.partition(",")[0], deviation.quantity)
+        worst[key] = max(worst.get(key, deviation), deviation, key=lambda one: one.used)
+    print(f"\n{title}\n  {'op':<12} {'quantity':<18}{'E(fused)':>10}{'E(eager)':>10}{'limit':>10}{'used':>8}")
+    for (op, quantity), found in sorted(worst.items(), key=lambda item: item[0][0]):
+        errors = "".join(f"{value:10.1e}" for value in (found.fused, found.eager, found.limit))
+        print(f"  {op:<12} {quantity:<18.40}{errors}{found.used:8.0%}{'  VIOLATION' if found.violated else ''}")
+
+
+def _conclude(findings: Sequence[Finding], seconds: float) -> int:
     violations = [finding for finding in findings if finding[1].violated]
-    for what, deviation in violations:
-        console.print(f"[bold red]violation[/] {escape(what)}\n  {escape(str(deviation))}", soft_wrap=True)
+    for name, deviation in violations:
+        print(f"violation: {name}\n  {deviation}")
     if not findings:
-        console.print("[red]Nothing could be compared.[/]")
+        print("Nothing could be compared.")
         return 1
     if violations:
-        console.print(f"[bold red]{len(violations)} of {len(findings)} comparisons break the contract[/]: {rule}.")
+        print(f"\n{len(violations)} of {len(findings)} comparisons break the contract: {RULE}.")
         return 1
-    console.print(f"[bold green]All {len(findings)} comparisons keep the contract[/] ({seconds:.0f} s): {rule}.")
+    print(f"\nAll {len(findings)} comparisons keep the contract ({seconds:.0f} s): {RULE}.")
     return 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The residual networks of the papers, of fused blocks; those that torchvision has load its weights."""
+"""The residual networks of the papers, built from fused blocks; torchvision's weights load where it has the network."""
 
 from resfuse.models.cifar import CifarResNet, cifar_plain, cifar_resnet
 from resfuse.models.cifar_preact import CifarPreActResNet, cifar_preact_resnet

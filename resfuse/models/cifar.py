@@ -1,4 +1,4 @@
-"""The CIFAR family: residual networks of 6n + 2 layers for small images, and their plain twins."""
+"""The CIFAR family: residual networks of 6n + 2 layers for small images, and their plain counterparts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class CifarResNet(nn.Module):
             The paper's CIFAR networks have A.
         zero_init_residual: start with every block as the identity, see `resfuse.models.initialization`.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: compute activations again in backward, keeping the input of every so many blocks; see `Stage`.
+        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
 
     Raises:
         ValueError: `shortcut` is none of the three, or a size is not positive.
@@ -120,7 +120,7 @@ def cifar_plain(depth: int, **options: Any) -> CifarResNet:
 
 
 def blocks_per_stage(depth: int, layers_per_n: int) -> int:
-    """The n of a network of `layers_per_n * n + 2` layers."""
+    """n, for a network of `layers_per_n * n + 2` layers."""
     n, rest = divmod(depth - 2, layers_per_n)
     if rest or n < 1:
         examples = ", ".join(str(layers_per_n * n + 2) for n in (3, 9, 18))

@@ -25,8 +25,8 @@ _BLOCKS: dict[str, type[PreActBasicBlock] | type[PreActBottleneck]] = {
 class CifarPreActResNet(nn.Module):
     """A pre-activation network for images of about 32x32, of fused blocks in three stages.
 
-    The first BN and ReLU come right after the stem's convolution, before the paths part, and fuse with it; so the first
-    block has none of its own.  After the last addition comes one more BN and ReLU.
+    The first BN and ReLU follow the stem's convolution, before the paths split, and fuse with it, so the first block
+    has none of its own.  One more BN and ReLU follow the last addition.
 
     Shapes: input (N, in_channels, H, W), of any H and W; output (N, num_classes).
 
@@ -46,7 +46,7 @@ class CifarPreActResNet(nn.Module):
             with zeros for the additional channels.  "C": the convolution in every block, which the paper found worse.
         zero_init_residual: start with the last convolution of every block at zero, so that the block is its shortcut.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: compute activations again in backward, keeping the input of every so many blocks; see `Stage`.
+        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
 
     Raises:
         ValueError: `shortcut` is none of the three, or a size is not positive.
@@ -110,7 +110,7 @@ def cifar_preact_resnet(depth: int, block: str | None = None, **options: Any) ->
 
     Args:
         depth: 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
-        block: "basic" or "bottleneck"; None is what the paper has: bottlenecks from 164 layers on.
+        block: "basic" or "bottleneck"; None chooses as the paper does: bottlenecks from 164 layers on.
         options: of `CifarPreActResNet`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a network costs by its shape alone: parameters and multiply-adds, as the papers count them."""
+"""Parameters and multiply-adds of a network, as the papers count them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Complexity(NamedTuple):
     """Size and work of a network."""
 
     parameters: int
-    """Numbers in its parameters, each shared one once."""
+    """Number of elements of its parameters; shared ones count once."""
     multiply_adds: int
     """Multiply-adds of the convolutions and linear layers for one input; the papers call them FLOPs."""
 
@@ -22,8 +22,8 @@ class Complexity(NamedTuple):
 def complexity(model: nn.Module, input_shape: tuple[int, ...] = (3, 224, 224)) -> Complexity:
     """Parameters of a network, and multiply-adds of its convolutions and linear layers for one input.
 
-    Nothing is computed: the model runs once, in `eval()`, on tensors without memory (the meta device).  It may be on
-    any device itself, that one too, and is left as it was.
+    Nothing is computed: the model runs once, in `eval()`, on the meta device.  The model itself may be on any device,
+    meta included, and is left unchanged.
 
     Args:
         model: any module with one input.

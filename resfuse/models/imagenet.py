@@ -1,4 +1,4 @@
-"""The ImageNet family: ResNet-18 to -152 and the plain networks, with torchvision's names and weights layout."""
+"""The ImageNet family: ResNet-18 to -152 and the plain networks, with torchvision's names and state_dict keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ResNet(nn.Module):
     """A residual network for images of about 224x224, of fused blocks.
 
     With `shortcut="B"` its children and state_dict keys are those of `torchvision.models.ResNet`, and checkpoints load
-    in both directions.  Made from the same seed it also starts with the same weights.
+    in both directions.  Constructed from the same seed it also starts with the same weights.
 
     Shapes: input (N, in_channels, H, W), of any H and W; output (N, num_classes).
 
@@ -41,7 +41,7 @@ class ResNet(nn.Module):
         shortcut: "A", "B" or "C" as in the paper, see `resfuse.models.shortcuts`; blocks without shortcuts ignore it.
         zero_init_residual: start with every block as the identity, see `resfuse.models.initialization`.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: compute activations again in backward, keeping the input of every so many blocks; see `Stage`.
+        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
 
     Raises:
         ValueError: `shortcut` is none of the three, `layers` are not four positive numbers, or a size is not positive.
@@ -167,7 +167,7 @@ def plain18(**options: Any) -> ResNet:
 def plain34(**options: Any) -> ResNet:
     """ResNet-34 without its shortcuts; `options` are the keyword arguments of `ResNet`.
 
-    The network whose training error is higher than that of the shallower `plain18`: degradation.
+    Its training error is higher than that of the shallower `plain18`: the degradation problem.
     """
     return ResNet(PlainBlock, (3, 4, 6, 3), **options)
 

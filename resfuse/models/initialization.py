@@ -1,4 +1,4 @@
-"""How a new network starts: He initialisation, and optionally every block as the identity."""
+"""Initialisation of a network: He initialisation, optionally with every block starting as the identity."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def initialize(model: nn.Module, zero_init_residual: bool = False) -> None:
     """Draw every convolution's weight from N(0, 2 / (out_channels * kernel area)); batch norms start as 1 and 0.
 
     Args:
-        model: whatever contains the convolutions.
+        model: the network.
         zero_init_residual: call `zero_init_last` of every block that has one, so that each starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
 

@@ -1,4 +1,4 @@
-"""The shortcut options of the ResNet paper: what a block adds to its convolutions' output where the shape changes."""
+"""The shortcut options A, B and C of the ResNet paper, for blocks that change the shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPTIONS = ("A", "B", "C")
 
 
 def check_shortcut(option: str) -> None:
-    """Raise ValueError where there is no such option."""
+    """Raise ValueError for an unknown option."""
     if option not in OPTIONS:
         raise ValueError(f'shortcut: expected "A", "B" or "C", got {option!r}')
 
@@ -32,7 +32,7 @@ def make_shortcut(
             "B": there a 1x1 convolution and batch norm.  "C": these in every block.
         in_channels, out_channels, stride: of the block.
         norm_layer: for the batch norm of a projection.
-        projection: makes another projection, from the channels and the stride.
+        projection: called with the channels and the stride, in place of `Projection`.
 
     Source: He et al. 2016 (arXiv:1512.03385), section 3.3, and "Identity vs. projection shortcuts" in section 4.1.
     """

@@ -1,4 +1,4 @@
-"""Stage: blocks one after the other, whose activations can be computed again in backward instead of being kept."""
+"""Stage: residual blocks in sequence, with optional activation checkpointing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from resfuse.nn.sequential import sequential_forward, sequential_item
 
 
 class Stage(nn.Sequential):
-    """A Sequential of residual blocks; in inference a block may write its output over its input, which nobody else has.
+    """A Sequential of residual blocks; in inference a block may write its output over an input without other readers.
 
-    Shapes: those of its blocks, each of which takes what the one before returned.
+    Shapes: those of its blocks, each taking the output of the one before.
 
     Equivalent to `torch.nn.Sequential(*blocks)`, whose state_dict keys it has.
 
     Args:
         blocks: the modules.
-        checkpoint: 0, or a number of blocks: where gradients are recorded, only the input of every so many blocks is
-            kept, and backward computes the rest again (`torch.utils.checkpoint`; Chen et al. 2016, arXiv:1604.06174).
-            Gradients are the same, and so are running statistics: what a batch norm does when it is run again is
-            forgotten.  `torch.compile`, which decides itself what to keep, ignores it.
+        checkpoint: checkpoint every N blocks, 0 for never: where gradients are recorded, only the inputs of these
+            segments are saved, and backward recomputes the rest (`torch.utils.checkpoint`; Chen et al. 2016,
+            arXiv:1604.06174).  Gradients and running statistics are the same: updates by the recomputation are
+            discarded.  `torch.compile`, which decides itself what to save, ignores it.
 
     Raises:
         ValueError: `checkpoint` is negative.
@@ -58,12 +58,12 @@ class Stage(nn.Sequential):
 
 
 def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """What the forward and what its repetition run in."""
-    return nullcontext(), _BuffersAside(blocks)
+    """Contexts of the forward and of its recomputation."""
+    return nullcontext(), _TemporaryBuffers(blocks)
 
 
-class _BuffersAside:
-    """Copies stand in for the buffers of some modules, so that what is done to them is without effect."""
+class _TemporaryBuffers:
+    """Replaces the buffers of some modules by copies, so that updates to them are discarded."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules

@@ -1,4 +1,4 @@
-"""Modules: drop-in parts of a ResNet that run fused, with the state_dict keys of the modules they stand for."""
+"""Modules: drop-in parts of a ResNet that run fused, with the state_dict keys of the modules they replace."""
 
 from resfuse.nn.add_relu import AddReLU
 from resfuse.nn.blocks import BasicBlock, Bottleneck

@@ -12,7 +12,7 @@ from resfuse.nn.fused_call import must_decompose
 class AddReLU(nn.Module):
     """`relu(input + residual)` in one pass over memory; see `resfuse.add_relu`.
 
-    Shapes: input and residual have the same one, any; so has the output.
+    Shapes: input, residual and output have the same shape, of any rank.
 
     Equivalent to `torch.relu(input + residual)`.
     """

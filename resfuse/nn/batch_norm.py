@@ -1,4 +1,4 @@
-"""The modules that count as a batch norm, and the state that a fused call reads from one."""
+"""Modules recognised as batch norm, and the state that a fused call reads from them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from resfuse.types import BatchNorm
 
 
 class BatchNormKind(NamedTuple):
-    """How a class of batch norm modules behaves."""
+    """Behaviour of a class of batch norm modules."""
 
     frozen: bool = False
     """Its affine parameters and statistics are buffers that never change (torchvision's FrozenBatchNorm2d)."""
     activated: bool = False
     """It applies an activation of its own, the child `act` (after the child `drop`, where there is one)."""
     synchronised: bool = False
-    """Its batch statistics are those of all processes of a group (see `synchronising_group`)."""
+    """Its batch statistics are taken over a process group (see `synchronising_group`)."""
 
 
 _KINDS: dict[type[nn.Module], BatchNormKind] = {
@@ -26,7 +26,7 @@ _KINDS: dict[type[nn.Module], BatchNormKind] = {
     nn.SyncBatchNorm: BatchNormKind(synchronised=True),
 }
 
-# Classes of libraries that may not be imported here, by module and qualified name.
+# Classes of libraries that are not imported here, by module and qualified name.
 _FOREIGN = {
     ("torchvision.ops.misc", "FrozenBatchNorm2d"): BatchNormKind(frozen=True),
     ("timm.layers.norm_act", "BatchNormAct2d"): BatchNormKind(activated=True),
@@ -41,20 +41,19 @@ def register_kind(cls: type[nn.Module], kind: BatchNormKind) -> None:
 
 
 def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
-    """The kind of a batch norm; None for every other module, subclasses among them."""
+    """The kind of a batch norm; None for every other module, including subclasses."""
     cls = type(module)
     kind = _KINDS.get(cls)
     return _FOREIGN.get((cls.__module__, cls.__qualname__)) if kind is None else kind
 
 
 def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
-    """The arguments of a functional call, as the module is now.
+    """The arguments that `torch.nn.BatchNorm2d.forward` would pass to `F.batch_norm` now.
 
-    Those that `torch.nn.BatchNorm2d.forward` passes to `F.batch_norm`; the batch that is about to run is not yet in
-    `num_batches_tracked` (see `count_batch`).
+    The batch that is about to run is not yet counted in `num_batches_tracked` (see `count_batch`).
 
     Raises:
-        KeyError: a parameter or buffer was replaced by something else, which only the module itself can use.
+        KeyError: a parameter or buffer was replaced by something that only the module itself can use.
     """
     buffers = bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
@@ -74,7 +73,7 @@ def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
 
 
 def count_batch(bn: nn.Module, batches: int = 1) -> None:
-    """Add to `num_batches_tracked` of a batch norm that is not frozen, where `BatchNorm2d.forward` does."""
+    """Add to `num_batches_tracked` of a batch norm that is not frozen, as `BatchNorm2d.forward` does."""
     if bn.training and bn.track_running_stats:
         count = bn._buffers["num_batches_tracked"]
         if count is not None:
@@ -82,7 +81,7 @@ def count_batch(bn: nn.Module, batches: int = 1) -> None:
 
 
 def synchronising_group(bn: nn.Module, kind: BatchNormKind) -> Any:
-    """The process group whose batch statistics a batch norm uses now; None where it uses its own, or running ones."""
+    """The process group that a batch norm synchronises over now; None for local or running statistics."""
     if not kind.synchronised or not bn.training or not (dist.is_available() and dist.is_initialized()):
         return None
     group = bn.process_group or dist.group.WORLD

@@ -1,8 +1,8 @@
-"""BasicBlock and Bottleneck, torchvision's residual blocks, and the fused forward that `fuse_` gives to others' blocks.
+"""BasicBlock and Bottleneck as in torchvision, and the fused forward that `fuse_` gives to other libraries' blocks.
 
 Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
-the residual where nobody else can get hold of that one: behind a projection, and, in a Sequential that hands the output
-of one block to the next (`resfuse.nn.sequential`), in every block after the first.
+the residual where that has no other reader: behind a projection and, in a Sequential that passes the output of one
+block to the next (`resfuse.nn.sequential`), in every block after the first.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Modules = dict[str, Any]
 
 
 class Chain(NamedTuple):
-    """How a block is run as one of several, each of which takes what the one before returned."""
+    """A block as one of several in a row, each taking the output of the one before."""
 
     forward: Callable[[Any, Tensor], Tensor]
-    """Its forward for an input that nobody reads afterwards."""
+    """Its forward for an input that is not read afterwards."""
     bn: str
     act: str
     """Names of the last batch norm and activation."""
     applies: Callable[[Any], bool] = lambda block: True
-    """Whether the block is, at the moment, one that can be chained."""
+    """True if the block can currently be chained."""
 
 
-# By the forward of a class, so that a subclass with another one does not count.
+# Keyed by the forward of a class, so that a subclass which overrides it does not match.
 CHAINS: dict[Callable[..., Tensor], Chain] = {}
 
-# The forwards that call the children one after the other and do nothing else.
+# Forwards that call the children in order and do nothing else.
 SEQUENTIAL_FORWARDS: set[Callable[..., Any]] = {nn.Sequential.forward}
 
 
 def basic_block_forward(block: nn.Module, input: Tensor, act1: str, act2: str, consume: bool = False) -> Tensor:
-    """A block with conv1, bn1, conv2, bn2 and downsample.
+    """Run a block with conv1, bn1, conv2, bn2 and downsample.
 
     Args:
         block: the module.
         input: (N, C, H, W).
         act1, act2: names of its activations.
-        consume: nobody reads the input afterwards.
+        consume: the input is not read afterwards and may be overwritten.
     """
     modules: Modules = block._modules
     output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
@@ -56,7 +56,7 @@ def basic_block_forward(block: nn.Module, input: Tensor, act1: str, act2: str, c
 def bottleneck_forward(
     block: nn.Module, input: Tensor, act1: str, act2: str, act3: str, consume: bool = False
 ) -> Tensor:
-    """A block with conv1, bn1, conv2, bn2, conv3, bn3 and downsample; see `basic_block_forward`."""
+    """Run a block with conv1, bn1, conv2, bn2, conv3, bn3 and downsample; see `basic_block_forward`."""
     modules: Modules = block._modules
     output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
     output = conv_bn_act(modules["conv2"], modules["bn2"], output, None, modules[act2])
@@ -65,7 +65,7 @@ def bottleneck_forward(
 
 
 def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, bool, bool]:
-    """The residual, whether it may be overwritten, and whether zeros are to follow its channels."""
+    """The residual, `overwrite_residual` and `pad_residual` of a block's last call."""
     downsample: Any = block.downsample
     if downsample is None:
         return input, consume, False
@@ -75,30 +75,30 @@ def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, b
 
 
 def pads_with_zeros(downsample: nn.Module | None) -> bool:
-    """Whether the call of a shortcut can be replaced by adding what it selects to the first channels."""
+    """True if calling a shortcut can be replaced by adding what it selects to the first channels."""
     return type(downsample) is ZeroPadShortcut and unobserved(downsample) and not global_hooks()
 
 
 def returns_new_tensor(module: nn.Module) -> bool:
-    """Whether a module is a Sequential whose output is a batch norm's, and nobody but the caller gets hold of it."""
+    """True if a module is a Sequential that ends in a batch norm, and only the caller sees its output."""
     if class_forward(module) not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
         return False
     return ends_unseen(next(reversed(module._modules.values())), None)
 
 
 def class_forward(module: nn.Module) -> Any:
-    """The function that is the forward of a module's class, None where there is none (as in a ScriptModule)."""
+    """The forward of a module's class; None if it has none (a ScriptModule)."""
     return getattr(type(module), "forward", None)
 
 
 def ends_unseen(bn: Any, act: nn.Module | None) -> bool:
-    """Whether nothing in a batch norm and activation keeps or shows what comes out of them, a new tensor."""
+    """True if a batch norm and activation return a new tensor that nothing on them observes or keeps."""
     kind = batch_norm_kind(bn)
     return kind is not None and not kind.activated and unobserved(bn) and activation_of(act) is not None
 
 
 def plain_convolution(conv: nn.Module) -> bool:
-    """Whether a convolution neither keeps nor shows its input."""
+    """True if nothing on a convolution observes or keeps its input or output."""
     return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
 
 
@@ -130,8 +130,8 @@ class BasicBlock(nn.Module):
     Args:
         inplanes, planes: channels of the input and of the output.
         stride: of the first convolution.
-        downsample: what brings the input to the output's shape, where they differ.
-        groups, base_width, dilation: 1, 64 and 1; they are here because `ResNet` passes them.
+        downsample: maps the input to the output's shape, where they differ.
+        groups, base_width, dilation: must be 1, 64 and 1; accepted because `ResNet` passes them.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
 
     Raises:
@@ -193,7 +193,7 @@ class Bottleneck(nn.Module):
         inplanes: channels of the input.
         planes: a quarter of the output's channels.
         stride: of the 3x3 convolution.
-        downsample: what brings the input to the output's shape, where they differ.
+        downsample: maps the input to the output's shape, where they differ.
         groups, base_width: the 3x3 convolution has `int(planes * base_width / 64) * groups` channels, in `groups`.
         dilation: of the 3x3 convolution.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
@@ -243,7 +243,7 @@ CHAINS[Bottleneck.forward] = Chain(
 
 
 def check_basic_block(groups: int, base_width: int, dilation: int) -> None:
-    """Raise what torchvision's BasicBlock raises for what it does not support."""
+    """Reject the options that torchvision's BasicBlock rejects, with the same exceptions."""
     if groups != 1 or base_width != 64:
         raise ValueError(f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}")
     if dilation > 1:

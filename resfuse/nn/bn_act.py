@@ -23,7 +23,7 @@ def make_activation(activation: str) -> nn.Module:
 class BNAct2d(nn.BatchNorm2d):
     """Batch normalisation, an optional residual, and the activation, fused; see `resfuse.bn_act`.
 
-    Subclasses `torch.nn.BatchNorm2d`: the same arguments, attributes and state_dict keys, and whatever looks for
+    Subclasses `torch.nn.BatchNorm2d`: the same arguments, attributes and state_dict keys, and code that looks for
     batch norms finds it.  `SyncBatchNorm.convert_sync_batchnorm` turns it into a SyncBatchNorm with the activation.
 
     Shapes: input and residual (N, num_features, H, W); output the same, in the layout of input.
@@ -39,7 +39,7 @@ class BNAct2d(nn.BatchNorm2d):
         activation: "relu" or "identity".
 
     Raises:
-        ValueError: `activation` is neither of the two; and what `resfuse.bn_act` raises when called.
+        ValueError: `activation` is unknown.  When called, whatever `resfuse.bn_act` raises.
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), and the documentation of `torch.nn.BatchNorm2d`.
 
@@ -64,7 +64,7 @@ class BNAct2d(nn.BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.act = make_activation(activation)
-        # convert_sync_batchnorm passes children on to the module it makes, so the activation is one, and marked.
+        # convert_sync_batchnorm copies children to the module it makes, so the activation is a child, and marked.
         self.act._resfuse_activation = True  # type: ignore[assignment]
         _follow_sync_conversion()
 
@@ -90,7 +90,7 @@ _following = False
 
 
 def _follow_sync_conversion() -> None:
-    """From the first BNAct2d on, have PyTorch report registered children (once per process)."""
+    """Install the hook that follows `convert_sync_batchnorm`, once per process, with the first BNAct2d."""
     global _following
     if not _following:
         _following = True

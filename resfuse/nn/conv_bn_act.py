@@ -15,7 +15,7 @@ class ConvBNAct2d(nn.Module):
     """2-D convolution, batch normalisation, an optional residual, and the activation; see `resfuse.conv_bn_act`.
 
     Its state is in the children `conv` (`torch.nn.Conv2d`) and `bn` (`torch.nn.BatchNorm2d`); the child `act` has none.
-    Hooks, parametrizations or another class in one of them are honoured, by calling them one after the other.
+    Hooks, parametrizations or a replaced class on a child are honoured: the children are then called one by one.
 
     Shapes: input (N, in_channels, H, W); residual and output (N, out_channels, OH, OW); output channels_last if the
     input or the convolution's weight is.
@@ -32,10 +32,10 @@ class ConvBNAct2d(nn.Module):
             `torch.nn.Conv2d`, but without a bias by default, which batch statistics would cancel.
         eps, momentum, affine, track_running_stats: as for `torch.nn.BatchNorm2d`.
         activation: "relu" or "identity".
-        device, dtype: where the parameters are, and their type.
+        device, dtype: of the parameters.
 
     Raises:
-        ValueError: `activation` is neither of the two; and what `resfuse.conv_bn_act` raises when called.
+        ValueError: `activation` is unknown.  When called, whatever `resfuse.conv_bn_act` raises.
 
     Source: the documentation of `torch.nn.Conv2d` and `torch.nn.BatchNorm2d`; Ioffe & Szegedy 2015 (arXiv:1502.03167).
 

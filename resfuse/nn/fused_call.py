@@ -1,13 +1,13 @@
-"""Calls several modules as one: `conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
+"""Fused calls of several modules: `conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
 
-Everything that is fused in this package runs through here.  The modules stay the owners of all state: their parameters,
-buffers and settings are read at each call, so nothing can go stale.  And wherever calling the operator instead of the
-modules could be noticed, the modules are called: hooks on one of them (or global ones), a class that is not exactly
-`Conv2d`, `BatchNorm2d` or one known to do the same (so subclasses, and modules with parametrizations, whose class is a
-subclass), a replaced `forward`, tensors or parameters of a special type, and the transformations that
-want to see PyTorch's own operators: torch.fx, torch.jit.trace, ONNX export, torch.func and forward-mode AD.
+Everything that is fused in this package runs through here.  The modules own all state: their parameters, buffers and
+settings are read at each call, so nothing can go stale.  The modules themselves are called wherever bypassing them
+could be noticed: hooks on one of them (or global ones); a class that is not exactly `Conv2d`, `BatchNorm2d` or one
+registered as equivalent (so subclasses, and modules with parametrizations, whose class is a subclass); a replaced
+`forward`; tensors or parameters of a special type; and transforms that must see PyTorch's own operators: torch.fx,
+torch.jit.trace, ONNX export, torch.func, forward-mode AD, and dispatch and function modes.
 
-The checks take two to three microseconds, less than what the calls of the modules take in Python.
+The checks take two to three microseconds, less than calling the modules does.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def conv_bn_act(
     overwrite_residual: bool = False,
     pad_residual: bool = False,
 ) -> Tensor:
-    """`act(bn(conv(input)) [+ residual])`, fused where that cannot be noticed.
+    """`act(bn(conv(input)) [+ residual])`, fused where nothing can notice.
 
     Equivalent to::
 
@@ -59,8 +59,8 @@ def conv_bn_act(
     Args:
         conv, bn, act: the modules; `act=None` stands for no activation.
         input: (N, C, H, W).
-        residual: what is added before the activation: broadcasts to, and is rounded to the dtype of, bn's output.
-        overwrite_residual: nobody reads the residual afterwards, so that inference may put the output in its place.
+        residual: added before the activation; broadcast to the shape and rounded to the dtype of bn's output.
+        overwrite_residual: the residual is not read afterwards, so inference may write the output over it.
         pad_residual: a residual of fewer channels is added to the first ones (and does not broadcast).
     """
     activation = activation_of(act)
@@ -74,7 +74,7 @@ def conv_bn_act(
 
 
 def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
-    """`act(bn(input) [+ residual])`, fused where that cannot be noticed; see `conv_bn_act`."""
+    """`act(bn(input) [+ residual])`, fused where nothing can notice; see `conv_bn_act`."""
     activation = activation_of(act)
     kind, output = batch_norm_kind(bn), None
     if kind is not None and unobserved(bn):
@@ -87,12 +87,12 @@ def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn
 
 
 def add_act(input: Tensor, residual: Tensor, act: nn.Module, in_place: bool = False) -> Tensor:
-    """`act(input + residual)`, fused where that cannot be noticed.
+    """`act(input + residual)`, fused where nothing can notice.
 
     Args:
-        input, residual: whatever can be added; fused are two of the same shape (N, C, H, W) and dtype.
+        input, residual: tensors that can be added; the call is fused if both have the same (N, C, H, W) and dtype.
         act: the activation.
-        in_place: the sum has the dtype of the input, which nobody reads afterwards (`input += residual`).
+        in_place: add by `input += residual`, so that the sum has the dtype of the input, which is not read afterwards.
     """
     relu = activation_of(act) == "relu" and not global_hooks()
     if relu and _fusible_tensors(input, residual) and input.shape == residual.shape:
@@ -104,7 +104,7 @@ def add_act(input: Tensor, residual: Tensor, act: nn.Module, in_place: bool = Fa
 
 
 def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
-    """Whether rounding the residual to the dtype that the convolved input will have changes nothing."""
+    """True if rounding the residual to the dtype of the convolution's output is a no-op."""
     dtype = input.dtype
     return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
 
@@ -117,10 +117,10 @@ def own_bn_act(
     kind: BatchNormKind = _PLAIN,
     called: bool = False,
 ) -> Tensor | None:
-    """The operator with a batch norm's state; None where it cannot be used.
+    """Call the operator with a batch norm's state; None if it cannot be used.
 
-    It looks neither at hooks on `bn` nor at an activation that `bn` itself applies, and so serves inside its `forward`.
-    `called` says that it is, where the hooks for all modules have run.
+    Ignores hooks on `bn` and an activation that `bn` applies itself, so it can serve inside its `forward`; `called`
+    says that it does, where global hooks have run already.
     """
     if (not called and global_hooks()) or not _fusible_tensors(input, residual):
         return None
@@ -147,16 +147,16 @@ def own_bn_act(
 
 
 def synchronises(bn: nn.Module) -> bool:
-    """Whether a batch norm uses the statistics of several processes in its next call."""
+    """True if a batch norm takes the statistics of several processes in its next call."""
     kind = batch_norm_kind(bn)
     return kind is not None and synchronising_group(bn, kind) is not None
 
 
 def _normalise(bn: nn.Module, input: Tensor) -> Tensor:
-    """`bn(input)`, where a SyncBatchNorm exchanges with the other processes what the operator exchanges.
+    """`bn(input)`, where a SyncBatchNorm communicates exactly as the operator does.
 
-    PyTorch's own forward exchanges something else, of the same size, and refuses tensors on the CPU; but what keeps
-    one process from fusing, a hook for example, need not exist on the others.
+    PyTorch's own forward exchanges other values of the same size, and rejects CPU tensors.  Processes must agree even
+    if only one of them cannot fuse, because of a hook for example.
     """
     if type(bn) is not nn.SyncBatchNorm or "forward" in bn.__dict__ or torch.compiler.is_compiling():
         return bn(input)
@@ -170,7 +170,7 @@ def _normalise(bn: nn.Module, input: Tensor) -> Tensor:
 
 
 def synchronised_forward(bn: nn.Module, input: Tensor) -> Tensor:
-    """The forward of a SyncBatchNorm whose hooks have been or will be called."""
+    """The forward of a SyncBatchNorm whose hooks the caller runs."""
     output = own_bn_act(bn, input, None, "identity", BatchNormKind(synchronised=True), called=True)
     return nn.SyncBatchNorm.forward(bn, input) if output is None else output  # type: ignore[arg-type]
 
@@ -184,7 +184,7 @@ def _own_conv_bn_act(
     overwrite_residual: bool,
     pad_residual: bool,
 ) -> Tensor | None:
-    """The operator with the state of both modules; None where it cannot stand for them."""
+    """Call the operator with the state of both modules; None if it cannot replace them."""
     kind = batch_norm_kind(bn)
     if (
         kind is None
@@ -212,7 +212,7 @@ def _own_conv_bn_act(
     if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, state.weight):
         return None
     if not kind.frozen:
-        count_batch(bn)  # before the call, as in BatchNorm2d: recomputation may end inside of it (checkpoint)
+        count_batch(bn)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
     try:
         return functional.conv_bn_act(
             input, conv_weight, *state[:4],
@@ -222,7 +222,7 @@ def _own_conv_bn_act(
             overwrite_residual=overwrite_residual, pad_residual=pad_residual,
         )  # fmt: skip
     except ValueError:
-        # Raised before anything is computed.  A residual that broadcasts is right for the modules; the rest is wrong.
+        # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
         if not kind.frozen:
             count_batch(bn, -1)
         settings: Any = (conv.stride, padding, conv.dilation, conv.groups)
@@ -233,7 +233,7 @@ def _own_conv_bn_act(
 
 
 def activation_of(act: nn.Module | None) -> str | None:
-    """What an operator can do in the module's place, "relu" or "identity"; None where the module has to be called."""
+    """The operator's equivalent of a module, "relu" or "identity"; None if the module must be called."""
     if act is None:
         return "identity"
     cls = type(act)
@@ -243,7 +243,7 @@ def activation_of(act: nn.Module | None) -> str | None:
 
 
 def unobserved(module: nn.Module) -> bool:
-    """Whether no hook or replaced `forward` on the module itself would notice that it is not called."""
+    """True if no hook or replaced `forward` on the module itself would notice that it is bypassed."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -254,14 +254,14 @@ def unobserved(module: nn.Module) -> bool:
 
 
 def global_hooks() -> bool:
-    """Whether there are hooks for the calls of all modules."""
+    """True if hooks for all modules are registered."""
     return bool(
         _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
 
 
 def reasons_against(conv: nn.Module | None, bn: nn.Module, residual: bool = False) -> list[str]:
-    """Why `conv_bn_act` (or, with `conv=None`, `bn_act`) would call these modules rather than the operator."""
+    """Reasons for `conv_bn_act` (or, with `conv=None`, `bn_act`) to call these modules rather than the operator."""
     reasons = [] if conv is None else _convolution_reasons(conv)
     kind = batch_norm_kind(bn)
     if kind is None:
@@ -276,7 +276,7 @@ def reasons_against(conv: nn.Module | None, bn: nn.Module, residual: bool = Fals
 
 
 def observed_reasons(module: nn.Module) -> list[str]:
-    """What on a module would notice that it is not called: hooks, or a `forward` set on the instance."""
+    """Reasons not to bypass a module: hooks, or a `forward` set on the instance."""
     if unobserved(module):
         return []
     if "forward" in module.__dict__:
@@ -324,18 +324,18 @@ def _add_and_activate(
 
 
 def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
-    """Whether the inputs and what PyTorch is doing at the moment allow for an operator in the modules' place."""
+    """True if the inputs and PyTorch's active modes allow an operator in place of the modules."""
     if must_decompose(input) or input.dim() != 4:
         return False
     if residual is None:
         return True
     # A residual of another dtype is rounded to that of the output, in place.  Under autocast, which chooses that dtype,
-    # only a convolution's input in the lower precision tells what it will be.
+    # it is only known if the convolution's input already has the lower precision.
     return keeps_dtype(input, residual)
 
 
 def must_decompose(input: Tensor) -> bool:
-    """Whether someone has to see PyTorch's own operators: a transformation, a tracer, a mode, a tensor's class."""
+    """True if a transform, a tracer, a mode or a tensor subclass must see PyTorch's own operators."""
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling():
@@ -351,7 +351,7 @@ def must_decompose(input: Tensor) -> bool:
 
 
 def _function_mode_observes() -> bool:
-    """Whether a TorchFunctionMode other than that of `torch.device` and `set_default_device` is active."""
+    """True if a TorchFunctionMode other than that of `torch.device` and `set_default_device` is active."""
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
@@ -360,7 +360,7 @@ _traced_as_pytorch = False
 
 @contextmanager
 def traced_as_pytorch() -> Iterator[None]:
-    """Inside, whoever traces a model gets PyTorch's own operators from it, as if nothing were fused."""
+    """Within the context, tracing a model records PyTorch's own operators, as if nothing were fused."""
     global _traced_as_pytorch
     before, _traced_as_pytorch = _traced_as_pytorch, True
     try:
@@ -370,12 +370,12 @@ def traced_as_pytorch() -> Iterator[None]:
 
 
 def _either(inner: str, outer: str | None) -> str:
-    """A batch norm's own activation and the one after it as one, ReLU where one of them is."""
+    """A batch norm's own activation and the one after it as one: ReLU if either is."""
     return "relu" if inner == "relu" or outer == "relu" else "identity"
 
 
 def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str | None:
-    """The activation that a batch norm applies itself; None where it has to be called."""
+    """The activation that a batch norm applies itself; None if the module must be called."""
     if not kind.activated:
         return "identity"
     modules = bn._modules
@@ -387,13 +387,13 @@ def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str 
 
 
 def _same_dtype_without_autocast(*tensors: Any) -> bool:
-    """Whether a frozen batch norm, which is pointwise arithmetic with type promotion, keeps the convolution's dtype."""
+    """True if a frozen batch norm, which is pointwise arithmetic with type promotion, keeps the convolution's dtype."""
     dtype = tensors[0].dtype
     return all(tensor.dtype is dtype for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def _symmetric_padding(conv: nn.Conv2d) -> Any:
-    """`padding="same"` or `"valid"` as a pair of numbers, None where the two sides get different ones."""
+    """`padding="same"` or `"valid"` as a pair of numbers; None if the two sides differ."""
     if conv.padding == "valid":
         return 0, 0
     vertical, horizontal = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))

@@ -1,4 +1,4 @@
-"""PlainBlock: two convolutions without a shortcut, what the ResNet paper compares residual blocks with."""
+"""PlainBlock: two convolutions without a shortcut, the ResNet paper's baseline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PlainBlock(nn.Module):
 
     Args:
         inplanes, planes, stride, groups, base_width, dilation, norm_layer: as for `BasicBlock`.
-        downsample: None; it is here because a network passes it.
+        downsample: must be None; accepted because networks pass it.
 
     Raises:
         ValueError: `downsample` is not None, `groups` not 1 or `base_width` not 64.
@@ -64,4 +64,4 @@ class PlainBlock(nn.Module):
         return conv_bn_act(self.conv2, self.bn2, output, None, self.relu)
 
     def zero_init_last(self) -> None:
-        """Do nothing: without a shortcut, a last batch norm of weight zero would cut the network."""
+        """Do nothing: without a shortcut, zeroing the last batch norm would cut the network."""

@@ -25,19 +25,19 @@ class PreActBasicBlock(nn.Module):
 
     Args:
         inplanes, planes, stride, groups, base_width, dilation, norm_layer: as for `BasicBlock`.
-        downsample: what brings the input to the output's shape, where they differ: a convolution (without batch norm,
-            which would not be an identity), of the pre-activated input; or a `ZeroPadShortcut`, of the input itself.
-        preactivated: the input has been through a batch norm and ReLU already, so the block has no `bn1`: the first
+        downsample: maps the input to the output's shape, where they differ: a convolution of the pre-activated input
+            (without batch norm, which would not be an identity), or a `ZeroPadShortcut` of the input itself.
+        preactivated: the input has already been through batch norm and ReLU, so the block has no `bn1`: for the first
             block of a network, whose BN and ReLU follow the stem's convolution (and fuse with it).
 
     Raises:
         ValueError: `groups` is not 1 or `base_width` not 64.
         NotImplementedError: `dilation` is more than 1.
 
-    The convolution's output, which nobody else sees, is what the shortcut is added to.
+    The shortcut is added in place to the last convolution's output, which has no other reader.
 
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 4 (e); a
-    projection takes the pre-activated input, as in its authors' code (its section 4.1: for shortcuts that are none).
+    projection takes the pre-activated input, as in the authors' code (see section 4.1).
     """
 
     expansion: ClassVar[int] = 1
@@ -142,7 +142,7 @@ def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Tensor) -> T
 def _add_shortcut(
     block: PreActBasicBlock | PreActBottleneck, conv: nn.Module, output: Tensor, input: Tensor, preactivated: Tensor
 ) -> Tensor:
-    """conv(output) + shortcut, in the convolution's own output where nobody else can get hold of that one."""
+    """conv(output) + shortcut, added in place where the convolution's output has no other reader."""
     downsample, z = block.downsample, conv(output)
     own = plain_convolution(conv) and not global_hooks() and not must_decompose(z)
     if own and pads_with_zeros(downsample) and z.dtype == input.dtype:

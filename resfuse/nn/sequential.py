@@ -1,7 +1,7 @@
-"""A list of modules that are called one after the other, as in nn.Sequential, with fused calls wherever possible.
+"""`nn.Sequential.forward` with fused calls.
 
-One call stands for each run of Conv2d-BatchNorm2d(-ReLU) or BatchNorm2d-ReLU.  And a residual block that follows upon
-another one is told that nobody else reads its input.
+Each run of Conv2d-BatchNorm2d(-ReLU) or BatchNorm2d-ReLU becomes one call, and a residual block that follows another
+one is told that its input has no other reader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, unobserved
 
 
 class Run(NamedTuple):
-    """Consecutive modules that one fused call can stand for."""
+    """Consecutive modules that one fused call can replace."""
 
     stop: int
     """Index of the first module after the run."""
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 
 def run_at(modules: list[nn.Module], index: int) -> Run | None:
-    """The run that begins at an index, by the classes of the modules alone."""
+    """The run that begins at an index, judged by the modules' classes alone."""
     conv: nn.Module | None = modules[index]
     if type(conv) is nn.Conv2d:
         index += 1
@@ -45,9 +45,9 @@ def run_at(modules: list[nn.Module], index: int) -> Run | None:
 
 
 def sequential_forward(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
-    """What `nn.Sequential.forward` computes, with one fused call for each run."""
+    """Compute what `nn.Sequential.forward` does, with one fused call per run."""
     modules, index = list(modules), 0
-    unseen = False  # whether the input comes from a block, and nobody else can get hold of it
+    unseen = False  # True if the input comes from a block and has no other reader
     while index < len(modules):
         module, run = modules[index], run_at(modules, index)
         if run is not None:
@@ -73,7 +73,7 @@ def sequential_item(module: nn.Sequential, index: Any) -> Any:
 
 
 def _chain(module: nn.Module) -> Chain | None:
-    """In inference, how a block can be run in a chain; None for other modules, and where it has to be called as one."""
+    """A block's entry in `CHAINS`, in inference; None for other modules and where the block itself must be called."""
     chain = CHAINS.get(class_forward(module))
     if chain is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None

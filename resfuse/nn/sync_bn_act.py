@@ -9,10 +9,10 @@ from resfuse.nn.fused_call import activation_of, own_bn_act, synchronised_forwar
 
 
 class SyncBNAct2d(nn.SyncBatchNorm):
-    """What `SyncBatchNorm.convert_sync_batchnorm` makes of a `BNAct2d`; see `resfuse.functional.sync_bn_act`.
+    """The result of `SyncBatchNorm.convert_sync_batchnorm` on a `BNAct2d`; see `resfuse.functional.sync_bn_act`.
 
-    In `train()`, inside of a process group of several processes, statistics are those of all of them; otherwise it is
-    a `BNAct2d`.  Unlike its base class it runs on a CPU too.
+    In `train()`, with several processes, statistics are taken over the process group; otherwise it behaves as a
+    `BNAct2d`.  Unlike its base class it also runs on CPUs.
 
     Shapes: input and residual (N, num_features, H, W); output the same, in the layout of input.
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class ZeroPadShortcut(nn.Module):
-    """The identity where a block changes the shape: every `stride`-th pixel, and zeros for the additional channels.
+    """The identity across a change of shape: every `stride`-th pixel, and zeros for the additional channels.
 
     As the `downsample` of a block of `resfuse.nn` it costs nothing: the block's last call adds `select(input)`, a view,
-    to the channels that exist, and no padded tensor is made.  Called by itself it returns the padded one.
+    to the first channels, and no padded tensor is made.  Called by itself it returns the padded tensor.
 
     Shapes: input (N, in_channels, H, W), output (N, out_channels, ceil(H / stride), ceil(W / stride)).
 
@@ -19,12 +19,12 @@ class ZeroPadShortcut(nn.Module):
         F.pad(input[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, out_channels - in_channels))
 
     Args:
-        in_channels, out_channels: the output's further channels are zeros.
-        stride: of the pixels that are kept, both ways.
+        in_channels, out_channels: channels of input and output; the additional ones are zeros.
+        stride: of the selected pixels, vertically and horizontally.
 
     Raises:
-        ValueError: there are fewer output than input channels, or `stride` is less than 1; when called, the input has
-            another number of channels.
+        ValueError: there are fewer output than input channels, or `stride` is less than 1; when called, if the input
+            does not have `in_channels` channels.
 
     Source: He et al. 2016 (arXiv:1512.03385), section 3.3, option A, and section 4.2.
     """

@@ -1,4 +1,4 @@
-"""`fuse_` makes an existing model run fused, in place, and `unfuse_` makes it what it was."""
+"""`fuse_` makes an existing model run fused, in place; `unfuse_` undoes it."""
 
 from resfuse.surgery.fuse import fuse_, unfuse_
 from resfuse.surgery.report import FusedModule, FuseReport, LeftModule

@@ -39,32 +39,32 @@ def fuse_(
 ) -> FuseReport:
     """Make a model run its convolutions, batch norms, additions and ReLUs fused, in place.
 
-    Fused are, wherever they are in the model: torchvision's `BasicBlock`, `Bottleneck` (ResNet, ResNeXt, Wide-ResNet)
-    and the stem of its `ResNet`, also as the backbone of a detection or segmentation model, and the blocks of its
-    RegNet; the same three of timm, where attention, anti-aliasing, drop-block and drop-path are called as they are
-    between fused calls; timm's pre-activation blocks (ResNetV2); and in any `nn.Sequential`, such as torchvision's
-    `Conv2dNormActivation`, the runs of Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Frozen batch norms count too.
-    A Sequential of blocks lets each of them, in inference, write its output over its input.
+    Supported at any depth of the model: torchvision's `BasicBlock`, `Bottleneck` (ResNet, ResNeXt, Wide-ResNet) and the
+    stem of its `ResNet`, also as the backbone of a detection or segmentation model, and the blocks of its RegNet; the
+    same three of timm, where attention, anti-aliasing, drop-block and drop-path are called unchanged between fused
+    calls; timm's pre-activation blocks (ResNetV2); and in any `nn.Sequential`, such as torchvision's
+    `Conv2dNormActivation`, runs of Conv2d-BatchNorm2d(-ReLU) and BatchNorm2d-ReLU.  Batch norms may be frozen.  In
+    inference, each block of a Sequential of blocks after the first writes its output over its input.
 
-    Nothing is replaced: a fused module only changes its class, to a subclass of its own with another forward.
-    Parameters, buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and
-    optimizers remain, and so do copying, pickling, `train()`, DDP and `torch.compile`.  What happens to a part later is
-    honoured, too: a hook or parametrization inside of a fused module makes it call that part again, a SyncBatchNorm
-    makes it exchange statistics with the other processes.
+    No module is replaced: a fused module changes its class, to a subclass of its own with another forward.  Parameters,
+    buffers, children, names, state_dict keys, hooks on the fused modules, training mode, device and optimizers remain,
+    and copying, pickling, `train()`, DDP and `torch.compile` work as before.  Later changes are honoured: a hook or
+    parametrization on a part of a fused module makes it call that part, a SyncBatchNorm makes it exchange statistics
+    with the other processes.
 
     Equivalent to the model before, within rounding, in `train()` and `eval()`.
 
     Args:
-        model: any module; itself one of the patterns above, or with some in it.
+        model: any module that is, or contains, one of the above.
         filter_fn: called with each module that could be fused and its name; False leaves it alone.
         memory_format: `torch.channels_last` puts the weights of fused convolutions into that format, as
             `model.to(memory_format=torch.channels_last)` does: the parameters stay the same objects, with other
             strides.  The kernels compute in this format, and activations then follow it through the network, outputs
             included (use `reshape` rather than `view` on them).  `torch.preserve_format` leaves the weights alone, as
-            FSDP2 wants it, which takes contiguous parameters only.
+            FSDP2 requires, which takes contiguous parameters only.
 
     Returns:
-        What was fused, and what was left alone for which reason.
+        The modules that were fused, and those left alone with the reasons.
 
     Raises:
         ValueError: `memory_format` is neither of the two.
@@ -93,16 +93,16 @@ def fuse_(
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Undo `fuse_`, in place: every module has its class again, and every weight the strides it had.
+    """Undo `fuse_`, in place: restore every module's class and every weight's strides.
 
     Args:
-        model: what `fuse_` was given, a part of it, or a copy.
+        model: the model given to `fuse_`, a part of it, or a copy.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError: another library derived a class from that of a fused module, and gave it to the module (FSDP2 and
+        TypeError: another library has since given a fused module a class derived from its own (FSDP2 and
             parametrizations do).  The model is unchanged.
 
     Example:
@@ -114,16 +114,14 @@ def unfuse_(model: nn.Module) -> nn.Module:
     modules = [module for module in model.modules() if is_fused(module)]
     for module in modules:
         if not is_fused_class(type(module)):
-            raise TypeError(
-                f"{type(module).__name__}: after fuse_ the module was given another class; that has to be undone first"
-            )
+            raise TypeError(f"{type(module).__name__}: the module's class was changed after fuse_; undo that first")
     for module in modules:
         _restore(module)
     return model
 
 
 def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Module, Candidate]], FuseReport]:
-    """What is to be fused; the model is only looked at."""
+    """Decide what to fuse, without changing the model."""
     plan: list[tuple[nn.Module, Candidate]] = []
     report = FuseReport()
     taken_over: set[nn.Module] = set()
@@ -152,7 +150,7 @@ def _plan(model: nn.Module, filter_fn: Filter | None) -> tuple[list[tuple[nn.Mod
 
 
 def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules`, without what is inside of a module that is opaque."""
+    """`named_modules`, without the descendants of opaque modules."""
     if module in seen:
         return
     seen.add(module)
@@ -163,12 +161,12 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[
 
 
 def _unknown_reason(module: nn.Module) -> str | None:
-    """For a module of no pattern: whether batch norms of its own are worth a line in the report."""
+    """The reason to report for a module that matches no pattern; None if it has no batch norms of its own."""
     if isinstance(module, _OWN):
         return "already fused"
     if isinstance(module, nn.Sequential) or is_norm(module) or not any(is_norm(child) for child in module.children()):
         return None
-    return f"has batch norms, but {type(module).__name__} is no pattern that resfuse knows"
+    return f"unsupported module type {type(module).__name__}, which has batch norms"
 
 
 def _change_strides(module: nn.Module, candidate: Candidate) -> None:
@@ -186,7 +184,7 @@ def _change_strides(module: nn.Module, candidate: Candidate) -> None:
 
 
 def _restore(module: nn.Module) -> None:
-    """Give a module its class and its weights their strides again, as far as they were changed."""
+    """Restore a module's class and its weights' strides, as far as they were changed."""
     if is_fused(module):
         module.__class__ = type(module)._resfuse_original  # type: ignore[attr-defined]
     for conv, strides in module.__dict__.pop(FORMER_STRIDES, {}).items():

@@ -1,8 +1,8 @@
-"""The class of a fused module: its own class, with another forward.
+"""Classes of fused modules: the module's own class with another forward.
 
 `fuse_` changes `module.__class__` and nothing else, so the module keeps its identity, children, parameters, hooks and
 names, and remains an instance of its class.  A fused class is made once for each pair of mixin and class.  It cannot be
-found under a name in any module, so its instances are pickled and copied by that pair.
+imported by name, so its instances are pickled and copied by that pair.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Fused:
         reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
         cls = type(self)
         if not is_fused_class(cls):
-            return reduced  # what derived a class from the fused one has to pickle it
+            return reduced  # whoever derived a class from the fused one is responsible for pickling it
         return _new, (cls.__bases__[0], cls._resfuse_original), *reduced[2:]
 
 
@@ -42,17 +42,17 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[nn.Module
 
 
 def pickles_by_default(cls: type[nn.Module]) -> bool:
-    """Whether instances are pickled as any object is, which `Fused.__reduce_ex__` relies on."""
+    """True if instances are pickled in the default way, which `Fused.__reduce_ex__` relies on."""
     return all(getattr(cls, name) is getattr(object, name) for name in ("__reduce__", "__reduce_ex__"))
 
 
 def is_fused_class(cls: type) -> bool:
-    """Whether `fused_class` made the class, rather than someone who derived it from such a one."""
+    """True if `fused_class` made the class itself, not one of its bases."""
     return issubclass(cls, Fused) and cls.__bases__[1:] == (cls._resfuse_original,)
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `fuse_` gave the module its class, or the one from which its class was derived."""
+    """True if `fuse_` gave the module its class, or the class from which that was derived."""
     return isinstance(module, Fused)
 
 

@@ -1,7 +1,7 @@
-"""The classes of other libraries that `fuse_` knows, and which fused calls stand for their methods.
+"""Classes of other libraries that `fuse_` supports, and the fused calls that replace their methods.
 
-A class is known by its qualified name (so that nothing is imported) and by the names that its methods use: a release of
-the library that computes something else there is left alone.
+A class is identified by its qualified name (so that nothing is imported) and by the names that its methods use: if
+they differ in another release of the library, the class is left alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A class, and what stands for it."""
+    """A supported class and its replacement."""
 
     kind: str
     mixin: type[Fused]
@@ -50,13 +50,13 @@ class Known(NamedTuple):
     left: Callable[[Any], list[Left]] = lambda module: []
     """Children that are called as they are, between the fused calls."""
     reasons: Callable[[Any], list[str]] = lambda module: []
-    """Against fusing the module at all."""
+    """Reasons against fusing the module at all."""
     takes_over: tuple[str, ...] = ()
-    """Children that are not called any more; their children are."""
+    """Children that are no longer called; their own children are called instead."""
 
 
 def find_known(cls: type) -> tuple[Known, type] | None:
-    """What is known of a class, or of the first of its bases of which something is, and which one that is."""
+    """The entry of a class or of the first of its bases that has one, and that base."""
     for base in cls.__mro__:
         known = _KNOWN.get((base.__module__, base.__qualname__))
         if known is not None:
@@ -65,7 +65,7 @@ def find_known(cls: type) -> tuple[Known, type] | None:
 
 
 def register(cls: type, known: Known) -> None:
-    """Let `fuse_` know one more class.
+    """Add a class to those that `fuse_` supports.
 
     Raises:
         ValueError: it is known already.
@@ -77,13 +77,13 @@ def register(cls: type, known: Known) -> None:
 
 
 def method_reasons(cls: type, base: type, methods: dict[str, str]) -> list[str]:
-    """Why the methods of a class are not those that resfuse knows of its base."""
+    """Reasons to treat the methods of a class as different from the supported ones of its base."""
     for name, uses in methods.items():
         method = getattr(base, name)
         if getattr(cls, name) is not method:
             return [f"{cls.__name__} overrides {base.__name__}.{name}"]
         if uses and set(uses.split()) != set(method.__code__.co_names):
-            return [f"{base.__module__}.{base.__name__}.{name} is not the one that resfuse knows"]
+            return [f"{base.__module__}.{base.__name__}.{name} differs from the supported releases"]
     return []
 
 
@@ -118,7 +118,7 @@ def _timm_step(block: nn.Module, index: int) -> list[Step]:
 
 
 def _timm_last_steps(block: nn.Module, index: int) -> list[Step]:
-    """The last convolution of a block that does something between its batch norm and the addition, or might."""
+    """The last convolution of a block with modules between its batch norm and the addition."""
     add = [Step(None, None, f"act{index}", residual=True)]
     relu = activation_of(block._modules.get(f"act{index}")) == "relu"
     return [Step(f"conv{index}", f"bn{index}", None), *(add if relu else [])]

@@ -25,5 +25,5 @@ SEQUENTIAL_FORWARDS.add(FusedSequential.forward)
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
-    """Whether a call of the module calls its children in order and does nothing else."""
+    """True if calling the module calls its children in order and does nothing else."""
     return class_forward(module) in SEQUENTIAL_FORWARDS

@@ -13,8 +13,8 @@ from resfuse.nn.fused_call import (
     bn_act,
     conv_bn_act,
     global_hooks,
-    unobserved,
     must_decompose,
+    unobserved,
 )
 from resfuse.nn.sequential import sequential_forward
 from resfuse.surgery.fused import Fused
@@ -110,7 +110,7 @@ class FusedTimmConvNormAct(Fused):
 
 
 def timm_block_extras(block: Any) -> list[str]:
-    """What a timm block has beside convolutions, norms and activations, by the names of its children."""
+    """Names of a timm block's active children other than convolutions, norms and activations."""
     extras = [name for name in ("se", "drop_path") if getattr(block, name) is not None]
     return extras + [name for name in ("drop_block", "aa") if activation_of(block._modules.get(name)) != "identity"]
 
@@ -125,7 +125,7 @@ def _convolve(
 
 
 def _end(block: Any, output: Tensor, input: Tensor, act: nn.Module) -> Tensor:
-    """What a block with attention, drop-path and the like does after its last batch norm."""
+    """The end of a block with attention, drop-path and the like, after its last batch norm."""
     if block.se is not None:
         output = block.se(output)
     if block.drop_path is not None:
@@ -135,7 +135,7 @@ def _end(block: Any, output: Tensor, input: Tensor, act: nn.Module) -> Tensor:
 
 
 def _add_shortcut(block: Any, conv: nn.Module, input: Tensor, shortcut: Tensor) -> Tensor:
-    """conv(input) + shortcut, in the convolution's own output where nobody else can get hold of that one."""
+    """conv(input) + shortcut, added in place where the convolution's output has no other reader."""
     z = conv(input)
     if activation_of(block.drop_path) != "identity":
         return block.drop_path(z) + shortcut

@@ -80,7 +80,7 @@ class FusedASPPPooling(Fused):
 
 
 class RegNetTail(NamedTuple):
-    """The children of a `BottleneckTransform`, with its last one (`c`) in parts."""
+    """The children of a `BottleneckTransform`, the last one (`c`) split into its parts."""
 
     rest: list[nn.Module]
     conv: nn.Module
@@ -88,7 +88,7 @@ class RegNetTail(NamedTuple):
 
 
 def regnet_tail(transform: nn.Module) -> RegNetTail | None:
-    """How a `BottleneckTransform` ends; None where it, or `c` in it, has to be called."""
+    """A `BottleneckTransform` in parts; None if it, or its child `c`, must be called."""
     children = list(transform._modules.values())
     last = children[-1] if children else None
     for module in (transform, last):
@@ -101,7 +101,7 @@ def regnet_tail(transform: nn.Module) -> RegNetTail | None:
 
 
 def getter_segments(getter: Any) -> list[list[str]]:
-    """The names of an IntermediateLayerGetter's children, each list up to one whose output is asked for."""
+    """The names of an IntermediateLayerGetter's children, split after each requested output."""
     segments: list[list[str]] = [[]]
     for name in getter._modules:
         segments[-1].append(name)

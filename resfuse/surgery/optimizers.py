@@ -1,8 +1,8 @@
-"""Keeps optimizers right whose state is older than a change of the parameters' strides.
+"""Keeps the state of optimizers consistent with parameters whose strides have changed.
 
-PyTorch's `fused=True` optimizers walk through a parameter, its gradient and its state by one index.  Where the strides
-differ, those for the CPU compute garbage, silently (torch 2.11; it is the same after `model.to(memory_format=...)`).
-So from the first time `fuse_` changes strides, the state follows before each step.
+PyTorch's `fused=True` optimizers index a parameter, its gradient and its state alike.  Where their strides differ, the
+CPU versions silently compute garbage (torch 2.11; also after `model.to(memory_format=...)`).  Once `fuse_` has changed
+strides, a hook brings the state to the parameters' strides before each step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pattern a module follows, and whether `fuse_` may fuse it."""
+"""Matches modules against the supported patterns, and collects the reasons against fusing them."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from resfuse.surgery.known import Known, Left, Step, find_known, method_reasons
 
 
 class Scan(NamedTuple):
-    """What children that are called one after the other come to."""
+    """The result of scanning children that are called in order."""
 
     steps: list[Step]
     failed: list[tuple[Step, str]]
-    """Those that can not be fused, with the reasons."""
+    """Steps that cannot be fused, with the reasons."""
 
     @property
     def left(self) -> list[Left]:
-        """The same by the names of the children they begin with."""
+        """The failed steps, by the name of the first child of each."""
         return [(step.children[0], reason) for step, reason in self.failed]
 
     @property
     def reasons(self) -> list[str]:
-        """Against fusing a module that has no step that can be fused."""
+        """Reasons against fusing the module, if none of its steps can be fused."""
         return [] if self.steps else [f"{step}: {reason}" for step, reason in self.failed]
 
 
 @dataclass
 class Candidate:
-    """A module of a known pattern."""
+    """A module that matches a pattern."""
 
     kind: str
     mixin: type[Fused]
     steps: list[Step] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    """Against fusing the module; none means that it can be."""
+    """Reasons against fusing the module; it can be fused if there are none."""
     left: list[Left] = field(default_factory=list)
-    """Parts of a module that can be fused otherwise, each with the reasons against it."""
+    """Parts that stay unfused in a module that is otherwise fused, each with the reasons."""
     takes_over: tuple[str, ...] = ()
-    """Children that are not called any more, because their own children are."""
+    """Children that are no longer called; their own children are called instead."""
 
 
 def opaque_reason(module: nn.Module) -> str | None:
-    """Why neither a module nor anything in it can be fused, if so."""
+    """The reason why neither a module nor its descendants can be fused, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a ScriptModule has its own compiled code (fuse the model before torch.jit)"
     if isinstance(module, torch.fx.GraphModule):
@@ -59,7 +59,7 @@ def opaque_reason(module: nn.Module) -> str | None:
 
 
 def find_candidate(module: nn.Module) -> Candidate | None:
-    """The pattern that a module follows, with reasons against fusing it, or None if it follows none."""
+    """The pattern that a module matches, with the reasons against fusing it; None if it matches none."""
     if is_fused(module):
         return Candidate("", Fused, reasons=["already fused"])
     known = find_known(type(module))
@@ -75,7 +75,7 @@ def find_candidate(module: nn.Module) -> Candidate | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a 2-D batch norm, of whatever class: what a fused call could take in."""
+    """True if the module is a 2-D batch norm of any class, supported or not."""
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
     return isinstance(module, norms) or batch_norm.batch_norm_kind(module) is not None
 
@@ -114,7 +114,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _sequential(module: nn.Sequential) -> Candidate | None:
-    """A Sequential with a convolution followed by a norm, a norm followed by ReLU, or consecutive blocks in it."""
+    """A Sequential that contains a convolution and norm, a norm and ReLU, or consecutive blocks."""
     modules = list(module)
     scan = _scan(module, list(module._modules))
     chain = any(_is_block(one) and _is_block(other) for one, other in itertools.pairwise(modules))
@@ -126,7 +126,7 @@ def _sequential(module: nn.Sequential) -> Candidate | None:
 
 
 def _scan_children(module: nn.Module) -> Scan:
-    """The same for the children of a module of another class, up to each one whose output is asked for."""
+    """Scan the children of a module; those of an IntermediateLayerGetter up to each requested output."""
     if not isinstance(module, nn.ModuleDict):
         return _scan(module, list(module._modules))
     scans = [_scan(module, names) for names in mixins_torchvision.getter_segments(module)]
@@ -134,7 +134,7 @@ def _scan_children(module: nn.Module) -> Scan:
 
 
 def _scan(parent: nn.Module, names: list[str]) -> Scan:
-    """The fused calls that stand for children called one after the other, and those that can not, with the reasons."""
+    """Find the fused calls for children called in order, and those that cannot be fused, with the reasons."""
     scan = Scan([], [])
     modules: list[Any] = [parent._modules[name] for name in names]
     index = 0
@@ -153,7 +153,7 @@ def _scan(parent: nn.Module, names: list[str]) -> Scan:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether the module is, or can become, a block that gains from knowing that it follows another one."""
+    """True if the module is, or can become, a block that can be chained to the one before."""
     if class_forward(module) in CHAINS:
         return True
     known = find_known(type(module))
@@ -165,7 +165,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _lookalike(modules: list[nn.Module], index: int) -> int:
-    """Where a run would stop if its convolution and norm were of the classes that can be fused; `index` for no run."""
+    """The end of a run whose convolution or norm is of an unsupported class; `index` if there is no such run."""
     pair = modules[index : index + 2]
     return index + 2 if len(pair) == 2 and isinstance(pair[0], nn.Conv2d) and is_norm(pair[1]) else index
 

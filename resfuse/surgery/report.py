@@ -1,4 +1,4 @@
-"""What `fuse_` did: which modules it fused, which it left alone, and why."""
+"""The report of `fuse_`: modules that were fused, modules left alone, and the reasons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FusedModule(NamedTuple):
     name: str
     """As in `model.named_modules()`; the model itself is ""."""
     kind: str
-    """Which pattern it is, such as "torchvision Bottleneck"."""
+    """The pattern it matches, such as "torchvision Bottleneck"."""
     ops: tuple[str, ...]
     """Its fused calls, such as "conv3 + bn3 + add + relu", by the names of its children."""
 
@@ -38,15 +38,15 @@ class FuseReport:
 
     @property
     def fused_ops(self) -> int:
-        """How many fused calls one forward pass of the fused modules makes."""
+        """Number of fused calls in one forward pass of the fused modules."""
         return sum(len(module.ops) for module in self.fused)
 
     def kinds(self) -> Counter[tuple[str, tuple[str, ...]]]:
-        """How many modules were fused of each kind with the same calls, in the order of the model."""
+        """Number of fused modules per kind and calls, in the order of the model."""
         return Counter((module.kind, module.ops) for module in self.fused)
 
     def reasons(self) -> Counter[str]:
-        """How many modules were left for each reason, in the order of the model."""
+        """Number of modules left alone per reason, in the order of the model."""
         return Counter(module.reason for module in self.left)
 
     def __str__(self) -> str:

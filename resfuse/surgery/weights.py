@@ -14,7 +14,7 @@ Strides = tuple[int, ...]
 
 
 def to_channels_last(conv: nn.Module) -> Strides | None:
-    """Put a convolution's weight into channels_last memory; its former strides, or None where nothing was changed."""
+    """Put a convolution's weight into channels_last memory; return its former strides, or None if unchanged."""
     weight = conv._parameters.get("weight")
     if type(weight) is not Parameter or weight.dim() != 4 or is_channels_last(weight) or not _owns_memory(weight):
         return None
@@ -25,20 +25,20 @@ def to_channels_last(conv: nn.Module) -> Strides | None:
 
 
 def restore_strides(weight: Tensor | None, strides: Strides) -> None:
-    """Give a weight the strides it had, if it is still of that rank."""
+    """Restore a weight's strides, if it still has the same rank."""
     if type(weight) is Parameter and weight.dim() == len(strides) and weight.stride() != strides:
         _set_memory(weight, lambda tensor: torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype,
                                                                device=tensor.device).copy_(tensor))  # fmt: skip
 
 
 def _owns_memory(weight: Parameter) -> bool:
-    """Whether nothing but the parameter refers to its elements (a flat buffer, other processes)."""
+    """True if nothing but the parameter refers to its memory (no flat buffer, no other process)."""
     return not weight.is_shared() and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
 
 
 def _set_memory(weight: Parameter, convert: Callable[[Tensor], Tensor]) -> None:
-    """What `Module.to(memory_format=...)` does: new memory for the same parameter and, so that they match, gradient."""
-    # What is made in inference mode can not be trained, and what was must stay of that kind: it has no version counter.
+    """New memory for the same parameter and its gradient, as by `Module.to(memory_format=...)`."""
+    # A tensor made in inference mode cannot be trained, and one that was has no version counter: keep the kind.
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.data = convert(weight.data)
         grad = weight.grad

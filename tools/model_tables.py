@@ -1,0 +1,272 @@
+"""Tables of the models of torchvision and timm that `fuse_` covers.
+
+python -m tools.model_tables fused                 # docs/models.md: the layers that are fused, in seconds
+python -m tools.model_tables equality [PATTERN]    # the numerical contract of each model; all take half an hour
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import Conv2dNormActivation
+
+import resfuse
+from resfuse.contract import Deviation
+from resfuse.nn.batch_norm import batch_norm_kind
+from resfuse.surgery import FuseReport
+from tools import model_equality
+from tools.model_equality import Comparison, Evaluate
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PACKAGES = ("torchvision", "timm")
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+WIDE = ("wide_resnet50_2", "wide_resnet101_2")
+TORCHVISION = (
+    *RESNETS,
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *WIDE,
+    *("regnet_x_400mf", "regnet_x_1_6gf", "regnet_x_3_2gf", "regnet_y_400mf", "regnet_y_1_6gf", "regnet_y_3_2gf"),
+)
+SEGMENTATION = ("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101")
+RCNN = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn")
+RETINANET = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
+TIMM = (
+    *RESNETS,
+    *("resnet18d", "resnet34d", "resnet50d", "resnet101d", "resnet26t", "resnet50t", "resnetrs50"),
+    *("resnext50_32x4d", "resnext50d_32x4d", "resnext101_32x8d"),
+    *WIDE,
+    *("seresnet18", "seresnet50", "seresnet152d", "seresnext50_32x4d"),
+    *("ecaresnet26t", "ecaresnet50d", "ecaresnetlight"),
+    *("resnetaa50", "resnetblur50", "resnet50_gn", "skresnet18"),
+    *("resnetv2_18", "resnetv2_34", "resnetv2_50", "resnetv2_101", "resnetv2_18d", "resnetv2_50d", "resnetv2_50t"),
+    *("resnetv2_50x1_bit",),
+)  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A model with random weights, and how it is run for a comparison: nothing discrete (such as NMS) in between."""
+
+    family: str
+    name: str
+    build: Callable[[], nn.Module]
+    evaluate: Evaluate
+
+    def __str__(self) -> str:
+        return f"{self.family}/{self.name}"
+
+
+def entries() -> Iterator[Entry]:
+    """Every model of the tables; nothing is downloaded."""
+
+    def get(name: str, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: torchvision.models.get_model(name, weights=None, **options)
+
+    def backbone(name: str) -> Callable[[], nn.Module]:
+        return lambda: resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=3)
+
+    for name in TORCHVISION:
+        yield Entry("torchvision", name, get(name), flat)
+    yield Entry("torchvision", "Conv2dNormActivation stack", stack, flat)
+    for name in SEGMENTATION:
+        yield Entry("torchvision", name, get(name, weights_backbone=None, aux_loss=True), flat)
+    for name in ("resnet18", "resnet50"):
+        yield Entry("torchvision", f"{name}_fpn_backbone, frozen BN", backbone(name), flat)
+    for name in RCNN:
+        yield Entry("torchvision", name, get(name, weights_backbone=None), detect_in_regions)
+    for name in RETINANET:
+        yield Entry("torchvision", name, get(name, weights_backbone=None), detect_densely)
+    for name in TIMM:
+        yield Entry("timm", name, lambda name=name: timm.create_model(name, pretrained=False), flat)  # type: ignore[misc]
+
+
+def stack() -> nn.Module:
+    """`Conv2dNormActivation` with each of its options."""
+    return nn.Sequential(
+        Conv2dNormActivation(3, 24, stride=2, bias=True),
+        Conv2dNormActivation(24, 48, groups=4, inplace=False),
+        Conv2dNormActivation(48, 64, kernel_size=1, activation_layer=None),
+        Conv2dNormActivation(64, 40, dilation=2),
+        Conv2dNormActivation(40, 40, activation_layer=nn.SiLU),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(40, 100),
+    )
+
+
+def flat(model: Any, images: Tensor) -> Tensor:
+    """The output, or all outputs of a dictionary (of classifiers, or of the levels of a feature pyramid)."""
+    return _flattened(model(images))
+
+
+def detect_densely(model: Any, images: Tensor) -> Tensor:
+    """Scores and boxes of a RetinaNet for all anchors."""
+    return _flattened(model.head(list(model.backbone(images).values())))
+
+
+def detect_in_regions(model: Any, images: Tensor) -> Tensor:
+    """All outputs of an R-CNN's networks, for fixed regions instead of the proposals that survive a threshold."""
+    levels = model.backbone(images)
+    scores, deltas = model.rpn.head(list(levels.values()))
+    height, width = images.shape[-2:]
+    region = images.new_tensor([[0, 0, 0.7 * width, 0.5 * height], [0.2 * width, 0.4 * height, width - 1, height - 1]])
+    regions, sizes = [region] * len(images), [(height, width)] * len(images)
+    heads = model.roi_heads
+    found = [*heads.box_predictor(heads.box_head(heads.box_roi_pool(levels, regions, sizes)))]
+    if heads.has_mask():
+        found.append(heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(levels, regions, sizes))))
+    per_image = [tensor.reshape(len(images), -1) for tensor in found]
+    return torch.cat([*(tensor.flatten(1) for tensor in (*scores, *deltas)), *per_image], 1)
+
+
+def _flattened(outputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+    tensors = [outputs] if isinstance(outputs, Tensor) else list(outputs.values())
+    return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+
+
+# What is fused
+
+INTRODUCTION = """\
+# Models
+
+Layers that `resfuse.fuse_(model)` fuses in the residual networks of torchvision and timm. Written by
+`python -m tools.model_tables fused` with {versions}; a test checks that it is up to date.
+
+- **conv**: 2-D convolutions with a batch norm that run in one fused call, of all 2-D convolutions. The others have no
+  batch norm behind them (feature pyramids, heads, attention), or are in the last column.
+- **norm**: batch norms that are part of a fused call, of all batch norms.
+- **calls**: fused calls in a forward pass: convolution + batch norm (+ residual) (+ ReLU), batch norm + ReLU, and
+  residual + ReLU.
+- **left**: modules that are called as they are, how often, and why.
+
+Forward, every gradient and all running statistics of each of these models, in training and in inference, are held to
+the [numerical contract](numerics.md#the-contract) by `python -m tools.model_tables equality`
+([results](models-equality.csv)).
+"""
+
+
+def page() -> str:
+    """docs/models.md."""
+    lines = [INTRODUCTION.format(versions=" and ".join(f"{name} {version(name)}" for name in PACKAGES))]
+    family = ""
+    for entry in entries():
+        if entry.family != family:
+            lines += [f"\n## {entry.family}\n" if family else f"## {entry.family}\n"]
+            lines += ["| model | conv | norm | calls | left |", "|---|--:|--:|--:|---|"]
+            family = entry.family
+        try:
+            with torch.device("meta"):  # no memory for weights
+                model = entry.build()
+        except NotImplementedError:  # it computes with tensors while it is built
+            model = entry.build()
+        lines.append(row(entry.name, model, resfuse.fuse_(model)))
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, model: nn.Module, report: FuseReport) -> str:
+    """One line of the table."""
+    convolutions = {module for module in model.modules() if isinstance(module, nn.Conv2d)}
+    norms = {module for module in model.modules() if batch_norm_kind(module) is not None}
+    fused = set()
+    for module in report.fused:
+        parent = model.get_submodule(module.name)
+        children = {child for call in module.ops for child in call.split(" + ") if child != "add"}
+        fused |= {parent.get_submodule(child) for child in children}
+    # A reason without the names of the calls that it is about, and without repetition.
+    reasons = [re.sub(r"(^|; )[\w.]+( \+ [\w.]+)*: ", r"\1", left.reason).split("; ") for left in report.left]
+    left = Counter(", ".join(dict.fromkeys(parts)).replace("|", "\\|") for parts in reasons)
+    cells = (
+        name,
+        f"{len(convolutions & fused)} of {len(convolutions)}",
+        f"{len(norms & fused)} of {len(norms)}" if norms else "none",
+        str(report.fused_ops),
+        "<br>".join(f"{count} x {reason}" if count > 1 else reason for reason, count in left.items()) or "nothing",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+# The numerical contract
+
+NUMBERS = ("fused", "eager", "limit", "fused_max", "eager_max", "limit_max", "used")
+"""Fields of a Deviation."""
+
+
+def equality(patterns: Sequence[str], output: Path | None) -> int:
+    """Compare the models whose names contain a pattern, or all; print a line for each, and write the CSV.
+
+    Returns:
+        0, or 1 if the contract is broken, a model fails, or no model matches.
+    """
+    chosen = [entry for entry in entries() if not patterns or any(part in str(entry) for part in patterns)]
+    if not chosen:
+        print(f"no model has {' or '.join(patterns)} in its name")
+        return 1
+    found: list[tuple[Entry, Comparison]] = []
+    problems: list[str] = []
+    started = time.perf_counter()
+    for entry in chosen:
+        try:
+            for comparison in model_equality.compare(entry.build, entry.evaluate):
+                found.append((entry, comparison))
+                title = f"{entry} ({comparison.calls} fused calls), {comparison.mode}"
+                print(f"{title:<72} {comparison.worst.used:4.0%} used, {comparison.worst.quantity}", flush=True)
+                problems += [f"{title}: {one}" for one in comparison.deviations if one.violated]
+        except Exception as error:  # the other models are still compared
+            problems.append(f"{entry} failed: {type(error).__name__}: {error}".partition("\n")[0])
+    if output is not None:
+        write_csv(output, found)
+        print(f"Wrote {output}")
+    for problem in problems:
+        print(problem)
+    outcome = "All keep the contract." if not problems else f"{len(problems)} violations and failures."
+    print(f"{len(chosen)} models compared in {time.perf_counter() - started:.0f} s. {outcome}")
+    return 1 if problems else 0
+
+
+def write_csv(path: Path, found: Sequence[tuple[Entry, Comparison]]) -> None:
+    """One line per model, mode and quantity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("family", "model", "mode", "fused_calls", "flipped_signs", "quantity", *NUMBERS))
+        for entry, (mode, calls, flips, deviations) in found:
+            for one in deviations:
+                writer.writerow((entry.family, entry.name, mode, calls, flips, one.quantity, *numbers(one)))
+
+
+def numbers(deviation: Deviation) -> list[str]:
+    return [f"{getattr(deviation, name):.3g}" for name in NUMBERS]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.model_tables", description=(__doc__ or "").split("\n")[0])
+    tables = parser.add_subparsers(dest="table", required=True)
+    fused = tables.add_parser("fused", help="write docs/models.md")
+    fused.add_argument("--output", type=Path, default=PAGE)
+    contract = tables.add_parser("equality", help="hold the models against the numerical contract")
+    contract.add_argument("pattern", nargs="*", help="only models with this in their name, such as timm/resnetv2")
+    contract.add_argument("--output", type=Path, metavar="FILE", help="also write a CSV: docs/models-equality.csv")
+    options = parser.parse_args(argv)
+    if options.table == "equality":
+        return equality(options.pattern, options.output)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(page())
+    print(f"Wrote {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
