@@ -4,9 +4,9 @@ python -m tests.mutants                      # all of them, as a table; exits wi
 python -m tests.mutants --only stale,17      # those whose name contains a text, or with a number
 python -m tests.mutants --list
 
-Each runs in a copy of the tree, so that the checkout stays as it is, and is tested by the part of the suite that is
-expected to notice.  A change of csrc/cpu is compiled there; csrc/cuda is executed by tests/emulator, which compiles what
-has changed.  Before all, the tests in question must pass without any mistake.
+Each is planted in a copy of the tree and tested by the part of the suite that is expected to notice.  A change of
+csrc/cpu is compiled there; csrc/cuda is executed by tests/emulator, which compiles what has changed.  First of all, the
+tests in question must pass without any mistake.
 """
 
 from __future__ import annotations
@@ -42,9 +42,246 @@ class Mutant(NamedTuple):
         path.write_text(text.replace(self.old, self.new))
 
 
+# fmt: off
 MUTANTS = (
-MUTANTS_HERE
+    Mutant(
+        "residual dropped", "resfuse/ops/conv_bn_act.py",
+        "input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual\n        )",
+        "input, conv_weight, conv_bias, convolution, bn, None, relu, overwrite_residual\n        )",
+        "tests/ops/test_conv_bn_act.py::test_options",
+    ),
+    Mutant(
+        "eval backward by the training formula", "resfuse/ops/bn_act.py",
+        "args = (grad_output, input, output, weight, mean, invstd, ctx.training)\n        if must",
+        "args = (grad_output, input, output, weight, mean, invstd, True)\n        if must",
+        "tests/ops/test_known_bugs.py::test_eval_backward_does_not_use_the_training_formula",
+    ),
+    Mutant(
+        "statistics of the forward not copied", "resfuse/backends/reference.py",
+        "_widen(bn.running_mean).clone()", "_widen(bn.running_mean)",
+        "tests/ops/test_autograd.py::test_statistics_of_an_eval_forward_survive_training",
+    ),
+    Mutant(
+        "gradients of a frozen layer skipped", "resfuse/ops/conv_bn_act.py",
+        "any(needs_conv), needs_residual and ctx.relu, request,",
+        "needs_conv[1], needs_residual and ctx.relu, request,",
+        "tests/ops/test_known_bugs.py::test_gradients_flow_to_a_frozen_layers_input_only",
+    ),
+    Mutant(
+        "registered operator swaps padding and dilation", "resfuse/ops/conv_bn_act.py",
+        "tuple(padding), tuple(dilation), groups", "tuple(dilation), tuple(padding), groups",
+        "tests/systems/test_compile.py::test_compiled_equals_eager",
+    ),
+    Mutant(
+        "fake promises other strides", "resfuse/ops/conv_bn_act.py",
+        "    memory_format = conv_memory_format(input, conv_weight)\n    return torch.empty(",
+        "    memory_format = torch.contiguous_format\n    return torch.empty(",
+        "tests/ops/test_opcheck.py::test_conv_bn_act",
+    ),
+    Mutant(
+        "export loses the bias of a convolution", "resfuse/ops/decompositions.py",
+        "conv_weight.to(input.dtype), conv_bias, stride", "conv_weight.to(input.dtype), None, stride",
+        "tests/systems/test_export.py::test_decompositions_take_every_argument",
+    ),
+    Mutant(
+        "merged M2 without the distance of means", "resfuse/ops/sync_bn_act.py",
+        "    m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)\n", "    m2 = m2s.sum(0)\n",
+        "tests/distributed/test_distributed.py::test_merged_statistics_are_those_of_the_whole",
+    ),
+    Mutant(
+        "autocast ignored", "resfuse/functional.py",
+        "if autocast and input.dtype != torch.float64 else input.dtype",
+        "if autocast and input.dtype == torch.float64 else input.dtype",
+        "tests/ops/test_conv_bn_act.py::test_autocast",
+    ),
+    Mutant(
+        "dtype of the residual unchecked", "resfuse/arguments.py",
+        "    if residual.dtype != input.dtype:\n", "    if residual.dtype != input.dtype and pad:\n",
+        "tests/ops/test_bad_input.py",
+    ),
+    Mutant(
+        "stride of one dimension for both", "resfuse/arguments.py",
+        "    return pair[0], pair[-1]", "    return pair[0], pair[0]",
+        "tests/ops/test_known_bugs.py::test_keyword_geometry_is_not_dropped",
+    ),
+    Mutant(
+        "channels_last output becomes NCHW", "resfuse/layout.py",
+        "if is_channels_last(input) or is_channels_last(conv_weight):",
+        "if is_channels_last(input) and is_channels_last(conv_weight):",
+        "tests/ops/test_conv_bn_act.py::test_layouts",
+    ),
+    Mutant(
+        "request ignored", "resfuse/backends/dispatch.py",
+        "return choose(problem, _request.get() if request is IN_FORCE else request)[1]",
+        "return choose(problem, None)[1]",
+        "tests/backends/test_dispatch.py",
+    ),
+    Mutant(
+        "backward follows a later request", "resfuse/backends/dispatch.py",
+        "return choose(problem, _request.get() if request is IN_FORCE else request)[1]",
+        "return choose(problem, _request.get())[1]",
+        "tests/backends/test_dispatch.py",
+    ),
+    Mutant(
+        "momentum swapped", "resfuse/backends/reference.py",
+        "running_var, True, momentum, eps\n        )", "running_var, True, 1 - momentum, eps\n        )",
+        "tests/ops/test_differential.py::test_bn_act",
+    ),
+    Mutant(
+        "eps dropped in backward", "resfuse/backends/reference.py",
+        "(_widen(bn.running_var) + bn.eps).rsqrt()", "_widen(bn.running_var).rsqrt()",
+        "tests/ops/test_known_bugs.py::test_frozen_batch_norm_uses_eps",
+    ),
+    Mutant(
+        "second sum dropped", "resfuse/backends/reference.py",
+        "        g = g - _per_channel(sum_g) / count - xhat * _per_channel(sum_g_xhat) / count\n",
+        "        g = g - _per_channel(sum_g) / count\n",
+        "tests/ops/test_autograd.py::test_gradcheck",
+    ),
+    Mutant(
+        "stale cache of a weight", "resfuse/backends/cpu_conv.py",
+        "        and cpu_kernels.snapshot_matches(*parameters, entry.snapshot)\n", "",
+        "tests/backends/test_cpu_packed_weights.py::test_nothing_goes_stale",
+    ),
+    Mutant(
+        "NaN of a residual swallowed", "resfuse/backends/cpu_conv.py",
+        "fused_relu = relu and packed.finite and residual_finite", "fused_relu = relu and packed.finite",
+        "tests/backends/test_cpu_packed_weights.py",
+    ),
+    Mutant(
+        "a view's statistics updated in a copy", "resfuse/backends/cpu.py",
+        "    copy_back(bn, means, variances)\n", "",
+        "tests/ops/test_bn_act.py::test_statistics_that_are_views_are_updated_where_they_lie",
+    ),
+    Mutant(
+        "one buffer for two tensors", "resfuse/backends/buffer_pool.py",
+        " and block.size <= 2 * rounded and block.free():", " and block.size <= 2 * rounded:",
+        "tests/backends/test_cpu_buffer_pool.py",
+    ),
+    Mutant(
+        "running_var biased", "csrc/cpu/bn_act.inl",
+        "args.momentum * (m2 / (count - 1))", "args.momentum * (m2 / count)",
+        "tests/ops/test_known_bugs.py::test_running_variance_is_unbiased_and_the_normalising_one_biased",
+    ),
+    Mutant(
+        "NaN swallowed by ReLU, CPU", "csrc/cpu/vec.inl",
+        "relu(f32x16 value) { return value < 0.0f ? f32x16{} : value; }",
+        "relu(f32x16 value) { return value > 0.0f ? value : f32x16{}; }",
+        "tests/ops/test_add_relu.py::test_special_values",
+    ),
+    Mutant(
+        "NaN swallowed by ReLU, CUDA", "csrc/cuda/vector.cuh",
+        "float relu(float x) { return x <= 0.f ? 0.f : x; }", "float relu(float x) { return x > 0.f ? x : 0.f; }",
+        "tests/ops/test_add_relu.py::test_special_values",
+    ),
+    Mutant(
+        "mask from the wrong tensor, CUDA", "csrc/cuda/bn_act_backward.cu",
+        "      E::unpack(y, output);\n", "      E::unpack(x, output);\n",
+        "tests/ops/test_bn_act.py::test_options",
+    ),
+    Mutant(
+        "grid barrier removed, CUDA", "csrc/cuda/reduce.cuh",
+        "    cooperative_groups::this_grid().sync();\n", "    __syncthreads();\n",
+        "tests/backends/test_cuda.py::test_any_number_of_parts",
+    ),
+    Mutant(
+        "dilation of the wrong dimension, CUDA", "csrc/cuda/conv_tile.cuh",
+        "    const int dy = r * conv.dilation_h, dx = s * conv.dilation_w;\n    c = 0;",
+        "    const int dy = r * conv.dilation_w, dx = s * conv.dilation_w;\n    c = 0;",
+        "tests/backends/test_cuda_conv.py::test_every_tile",
+    ),
+    Mutant(
+        "mask from the wrong tensor, Triton", "resfuse/backends/triton/bn_tile.py",
+        "g = tl.where(tl.load(y_ptr + offset + offsets, mask, other=0.0).to(tl.float32) <= 0, 0.0, g)",
+        "g = tl.where(tl.load(dy_ptr + offset + offsets, mask, other=0.0).to(tl.float32) <= 0, 0.0, g)",
+        "tests/ops/test_bn_act.py::test_options",
+    ),
+    Mutant(
+        "running_var biased, Triton", "resfuse/backends/triton/reduce.py",
+        "m2 / (count - 1) * momentum", "m2 / count * momentum",
+        "tests/ops/test_known_bugs.py::test_running_variance_is_unbiased_and_the_normalising_one_biased",
+    ),
+    Mutant(
+        "rows padded by the columns' padding, Triton", "resfuse/backends/triton/conv_tile.py",
+        "CONV.stride_h - CONV.pad_h\n", "CONV.stride_h - CONV.pad_w\n",
+        "tests/ops/test_conv_bn_act.py::test_shapes",
+    ),
+    Mutant(
+        "num_batches_tracked forgotten", "resfuse/nn/batch_norm.py",
+        "            count.add_(batches)\n", "            pass\n",
+        "tests/nn/test_settings.py::test_norm_settings",
+    ),
+    Mutant(
+        "momentum=None taken for 0", "resfuse/nn/batch_norm.py",
+        "1.0 / (float(count) + 1.0)", "0.0",
+        "tests/nn/test_settings.py::test_momentum_none_is_the_average_of_all_batches",
+    ),
+    Mutant(
+        "lost hook", "resfuse/nn/fused_call.py",
+        "        module._forward_hooks\n        or module._forward_pre_hooks\n", "        module._forward_pre_hooks\n",
+        "tests/nn/test_fallback.py::test_hooks_on_inner_modules_run",
+    ),
+    Mutant(
+        "stride on the wrong convolution", "resfuse/nn/blocks.py",
+        "        self.conv1 = conv1x1(inplanes, width)\n",
+        "        self.conv1, stride = conv1x1(inplanes, width, stride), 1\n",
+        "tests/nn/test_modules.py::test_block_has_torchvisions_state_and_arguments",
+    ),
+    Mutant(
+        "final ReLU missing", "resfuse/nn/blocks.py",
+        '        return basic_block_forward(self, x, "relu", "relu")',
+        '        return basic_block_forward(self, x, "relu", None)',
+        "tests/nn/test_modules.py::test_block_equals_torchvisions",
+    ),
+    Mutant(
+        "padded shortcut starts at the second pixel", "resfuse/nn/zero_pad.py",
+        "input[:, :, :: self.stride, :: self.stride]", "input[:, :, 1 :: self.stride, :: self.stride]",
+        "tests/ops/test_pad_residual.py::test_shortcut_alone",
+    ),
+    Mutant(
+        "state_dict keys of a network changed", "resfuse/models/imagenet.py",
+        "        self.layer1, self.layer2, self.layer3, self.layer4 = stages\n",
+        "        self.layer0, self.layer1, self.layer2, self.layer3 = stages\n",
+        "tests/nn/test_models.py::test_torchvisions_checkpoint",
+    ),
+    Mutant(
+        "strides of weights not restored", "resfuse/surgery/fuse.py",
+        "        restore_strides(weight, strides)", "        pass",
+        "tests/fuse/test_undo.py::test_weights_become_channels_last_and_return",
+    ),
+    Mutant(
+        "failed fuse_ leaves half a model", "resfuse/surgery/fuse.py",
+        "        for module in reversed(changed):\n            _restore(module)\n        raise", "        raise",
+        "tests/fuse/test_undo.py::test_failure_leaves_the_model_as_it_was",
+    ),
+    Mutant(
+        "another forward fused", "resfuse/surgery/known.py",
+        "        if getattr(cls, name) is not method:\n", "        if False:\n",
+        "tests/fuse/test_left_alone.py",
+    ),
+    Mutant(
+        "contract ten times as wide", "resfuse/contract.py",
+        "FACTOR = 1.5\n", "FACTOR = 15\n",
+        "tests/ops/test_contract.py",
+    ),
+    Mutant(
+        "wrong bytes in the roofline", "resfuse/roofline.py",
+        "moved = sum(map(nbytes, (*read.values(), *outputs)))", "moved = sum(map(nbytes, read.values()))",
+        "tests/explain/test_roofline.py",
+    ),
+    Mutant(
+        "verify reports no violation", "resfuse/cli/verify.py",
+        "violations = [finding for finding in findings if finding[1].violated]",
+        "violations = []  # type: ignore[var-annotated]",
+        "tests/cli/test_cli.py",
+    ),
+    Mutant(
+        "stable ABI of another torch", "resfuse/_build.py",
+        'MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]', "MACROS: list[str] = []",
+        "tests/packaging/test_build.py",
+    ),
 )
+# fmt: on
 
 
 def copied(folder: Path) -> Path:
