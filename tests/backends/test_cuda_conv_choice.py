@@ -65,7 +65,7 @@ def inference_arguments(**changes: Any) -> list[Any]:
         ({"conv_bias": torch.zeros(16).half()}, "conv_bias must be float32 or have the dtype"),
         ({"splits": 0}, "splits must be in 1 .. 1024"),
         ({"launches": 3}, "launches must be 0, 1 or 2"),
-        ({"block_m": 96}, "no tile of 96 x 64"),
+        ({"block_m": 96}, "unsupported tile 96 x 64"),
         ({"splits": 2}, "the workspace has 0 values and needs"),
         ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
     ],
@@ -100,7 +100,7 @@ def train_arguments(**changes: Any) -> list[Any]:
         ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
         ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
         ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
-        ({"block_n": 32}, "no tile of 64 x 32"),
+        ({"block_n": 32}, "unsupported tile 64 x 32"),
     ],
 )
 def test_bad_arguments_of_training_are_named(changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The pages in docs/ and the README: their examples run, their links and names are right, and they build."""
+"""The pages in docs/ and the README: examples run, links and names are right, and the site builds."""
 
 from __future__ import annotations
 

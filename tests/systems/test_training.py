@@ -225,45 +225,6 @@ def test_checkpointing(how: str) -> None:
     assert fused[0][1].num_batches_tracked == eager[0][1].num_batches_tracked >= 1
 
 
-# torch.func
-
-
-def test_per_sample_gradients() -> None:
-    """vmap over grad over functional_call; the model runs its parts one by one there, as documented."""
-    input, target = batch(0)
-    found = []
-    for model in both():
-        model.eval()
-        parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
-
-        def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor, model: nn.Module = model) -> Tensor:
-            logits = torch.func.functional_call(model, parameters, (image.unsqueeze(0),))
-            return nn.functional.cross_entropy(logits, label.unsqueeze(0))
-
-        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, input, target))
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's, of eager operators
-def test_ensemble() -> None:
-    """stack_module_state and vmap: several models' weights through one fused model."""
-    fused, eager = (list(pair) for pair in zip(both(), both(), strict=True))
-    for members in (fused, eager):
-        members[1].load_state_dict({name: 0.9 * tensor for name, tensor in members[1].state_dict().items()})
-    found = []
-    for members in (fused, eager):
-        state = torch.func.stack_module_state([member.eval() for member in members])
-        run = torch.func.vmap(
-            lambda parameters, buffers, x, base=members[0]: torch.func.functional_call(
-                base, (parameters, buffers), (x,)
-            ),
-            (0, 0, None),
-        )
-        found.append(run(*state, batch(0)[0]))
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close(found[0][1], eager[1](batch(0)[0]))
-
-
 # torch.compile
 
 
