@@ -161,7 +161,6 @@ def results(
     call: Call,
     grad_output: Tensor,
     needs_grad: Collection[str] | None = None,
-    run: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function(),
 ) -> Results:
     """Output, gradients and running statistics after one forward and backward.
 
@@ -170,7 +169,6 @@ def results(
         call: left as it was: the running statistics are updated in copies.
         grad_output: of the output's shape; moved to the output's device and dtype.
         needs_grad: names of the tensors whose gradients are wanted; None for all that can have one.
-        run: runs the forward, for tests that do it in some context.
     """
     names = call.differentiable if needs_grad is None else [name for name in call.differentiable if name in needs_grad]
     leaves: dict[str, Tensor | None] = {}
@@ -178,7 +176,7 @@ def results(
         if tensor is not None:  # detach() keeps strides and offset, which clone() would normalise
             tensor = tensor.clone() if name in RUNNING else tensor.detach().requires_grad_(name in names)
         leaves[name] = tensor
-    output = run(lambda: functions[call.op](**leaves, **call.options))
+    output = functions[call.op](**leaves, **call.options)
     found: Results = {"output": output.detach()}
     if names:
         grads = torch.autograd.grad(output, [leaves[name] for name in names], grad_output.to(output))
