@@ -1,4 +1,4 @@
-"""What the numerics tests compare, and how: one call of an operator, its eager equivalent, and the error rule.
+"""Numerics tests: one call of an operator, its eager equivalent, and the error rule that compares them.
 
 The rule itself is `resfuse.contract`: E(fused) <= 1.5 E(eager) + floor, and the same for the worst element, for the
 output, every gradient and every running statistic, where the truth is eager in float64 on the same rounded inputs.
@@ -237,7 +237,7 @@ def _anatomy(truth: Call) -> _Anatomy:
 
 
 def decided_by_rounding(call: Call, parts: _Anatomy | None = None) -> Tensor:
-    """Where the ReLU's argument lies within a few roundings of zero, so that its sign is anyone's."""
+    """A mask of the elements whose ReLU argument lies within a few roundings of zero: rounding decides its sign."""
     truth = call.truth()
     eps = torch.finfo(call.input.dtype).eps
     residual = truth.tensors.get("residual")
@@ -261,7 +261,7 @@ def decided_by_rounding(call: Call, parts: _Anatomy | None = None) -> Tensor:
 
 
 def _statistics_eps(call: Call) -> float:
-    """Of what batch statistics are kept in: float32, but PyTorch rounds them to a half precision that all else has."""
+    """Precision of batch statistics: float32, but PyTorch rounds them to half precision where all tensors have it."""
     dtype = call.input.dtype
     vectors = (call.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
     wide = any(vector is not None and vector.dtype == torch.float32 for vector in vectors)

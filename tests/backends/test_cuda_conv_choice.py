@@ -105,7 +105,7 @@ def test_good_arguments_pass() -> None:
 
 @DEVICE
 def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
-    """Which `unsupported_reasons` keeps from happening.  Nothing touches the 4 GB."""
+    """`unsupported_reasons` keeps it from happening.  Nothing touches the 4 GB."""
     storage = torch.UntypedStorage(2**32, device=device)
     memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
     x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
@@ -119,7 +119,7 @@ def problem(shape: tuple[int, ...], weight: tuple[int, ...]) -> Problem:
     return Problem("conv_forward", torch.device("cuda"), torch.float32, torch.Size(shape), *convolution)
 
 
-def test_what_is_too_large_is_a_reason() -> None:
+def test_problems_that_are_too_large_are_refused_with_a_reason() -> None:
     assert cuda_conv.unsupported_reasons(problem((64, 256, 56, 56), (64, 256, 1, 1))) == []
     assert "31 bits" in cuda_conv.unsupported_reasons(problem((1, 1, 1 << 16, 1 << 16), (1, 1, 1, 1)))[0]
     assert "tiles" in cuda_conv.unsupported_reasons(problem((1 << 30, 1, 1 << 10, 1 << 10), (64, 1, 1, 1)))[0]

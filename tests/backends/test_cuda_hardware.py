@@ -85,7 +85,7 @@ def copies(call: Call) -> Call:
 def test_products_of_small_integers_are_exact(
     kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str
 ) -> None:
-    """Whatever lands in a wrong place changes the result: every element, of every tile, in every bit."""
+    """A value in a wrong place changes the result: every element of every tile is compared in every bit."""
     if backend not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     dtype = getattr(torch, precision, torch.float32)
@@ -121,7 +121,7 @@ def test_compute_sanitizer(tool: str) -> None:
     assert "ERROR SUMMARY: 0 errors" in done.stdout or tool == "racecheck", done.stdout[-8000:]
 
 
-def test_what_the_sanitizer_watches_runs() -> None:
+def test_the_program_for_compute_sanitizer_runs() -> None:
     if "cuda_emulator" not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0
@@ -304,7 +304,7 @@ def test_bn_act_and_add_relu_beyond_2_31_elements(training: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_conv_bn_act_beyond_2_31_elements(training: bool) -> None:
-    """Of the output; test_cuda_conv has the input."""
+    """The output is that large; test_cuda_conv has such an input."""
     pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
     x = many_images(pattern, 2**31 // (8 * pattern.numel()) + 1, 2**31)
     w = torch.randn(64, 8, 1, 1, device="cuda", dtype=torch.bfloat16)

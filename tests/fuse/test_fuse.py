@@ -150,7 +150,7 @@ def test_frozen_layers_of_a_model_in_training() -> None:
 
 
 def test_timm_norm_with_an_activation_of_its_own() -> None:
-    """A ReLU before the addition can not be fused with it."""
+    """A ReLU before the addition cannot be fused with it."""
     fused, eager, report = both(lambda: timm.models.resnet.BasicBlock(8, 8, norm_layer=BatchNormAct2d))
     assert report.fused == []
     assert "before the residual is added" in report.left[0].reason

@@ -1,4 +1,4 @@
-"""What happens to a model after `fuse_`: training, loading, hooks and parametrizations all count at the next call."""
+"""Changes of a model after `fuse_`: training, loading, hooks and parametrizations all count at the next call."""
 
 from __future__ import annotations
 

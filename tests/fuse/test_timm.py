@@ -104,7 +104,9 @@ def test_family_equals_eager(family: str) -> None:
     report = models.assert_equal_before_and_after(build, IMAGE, drawn_alike)
     assert calls_by_kind(report) == calls
     assert {module.name.rpartition(".")[2] for module in report.left} == left
-    assert all("called as it is" in module.reason or "unsupported module type" in module.reason for module in report.left)
+    assert all(
+        "called as it is" in module.reason or "unsupported module type" in module.reason for module in report.left
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_norm_with_another_activation_is_left_alone() -> None:
 
 
 def test_preactivation_block_under_vmap() -> None:
-    """Where the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
+    """If the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
     fused, eager, _ = both(BLOCKS["preact-projection"][0])
     input = models.random_input((2, 16, 9, 9))
     expected = eager.eval()(input)
@@ -237,7 +239,7 @@ def test_preactivation_block_under_vmap() -> None:
 
 
 def test_a_name_of_the_library_is_enough() -> None:
-    """What timm registers under a family's name is what the narrow models above stand for."""
+    """The narrow models above stand for those that timm registers under a family's name."""
     with torch.device("meta"):
         report = fuse_(timm.create_model("resnetv2_50"))
     assert calls_by_kind(report) == {V2: 1, PRE: 16 * 3}

@@ -214,7 +214,7 @@ def test_regnet_block_that_is_left_alone_says_why() -> None:
 
 
 def test_shared_last_convolution_of_a_regnet_block() -> None:
-    """What one block takes over, something else may still call."""
+    """A module that a block takes over may be called from elsewhere too."""
 
     def build() -> nn.Module:
         block = regnet_block()

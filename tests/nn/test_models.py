@@ -74,7 +74,7 @@ def convolutions(model: nn.Module) -> int:
 
 
 def fused_calls(model: nn.Module) -> tuple[int, int]:
-    """How often conv_bn_act and bn_act have to be called: every batch norm is in one of them."""
+    """Numbers of calls of conv_bn_act and bn_act: every batch norm is in one of them."""
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not isinstance(model, zoo.CifarPreActResNet):
         return norms, 0
@@ -104,7 +104,7 @@ def test_equals_its_eager_twin(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18-A", "resnet50", "plain18", "cifar-resnet20", "cifar-preact29-bottleneck-B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_without_gradients(name: str, dtype: torch.dtype) -> None:
-    """Where blocks write over their input, on this machine's own backend: as near to the truth as eager is."""
+    """Blocks then write over their input, on this machine's own backend: as near to the truth as eager is."""
     fused, eager = (model.to(dtype).eval() for model in pair(name))
     truth = copy.deepcopy(eager).double()
     for mode in (torch.no_grad, torch.inference_mode):

@@ -190,7 +190,7 @@ def test_add_relu_for_those_who_follow_operators() -> None:
 
 
 def test_exported_program_runs_in_another_process(tmp_path: Path) -> None:
-    """Where resfuse is imported, which registers the operators, and nothing else is known of the model."""
+    """It imports resfuse, which registers the operators, and knows nothing else of the model."""
     model = fused_model()
     file, input = tmp_path / "model.pt2", models.random_input(IMAGE)
     torch.export.save(exported(model), file)

@@ -277,7 +277,7 @@ def copies_for_devices() -> Iterator[None]:
 
 
 def test_data_parallel_replicas() -> None:
-    """What nn.DataParallel runs on each device: replicas without parameters, whose gradients reach the original."""
+    """nn.DataParallel runs replicas without parameters, whose gradients reach the original."""
     fused, eager = both()
     input, target = batch(0)
     for model in (fused, eager):
