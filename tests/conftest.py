@@ -1,4 +1,4 @@
-"""What every test runs under, and the fixtures that several files share."""
+"""Settings of every test, and the fixtures that several files share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are interpreted, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from resfuse.backends import buffer_pool
 from tests import needs
 
 # By torch's default cuDNN, and so every backend for GPUs, computes float32 convolutions in TF32.  That has tests of its
@@ -31,12 +30,16 @@ def pytest_report_header() -> list[str]:
     return [f"left out, for what is not installed: {name}: {', '.join(why)}" for name, why in _LEFT_OUT.items()]
 
 
-# The same examples on every run: a failure belongs to the change that caused it.
-if importlib.util.find_spec("hypothesis"):
-    import hypothesis
+def pytest_configure(config: pytest.Config) -> None:
+    """The same examples on every run, for a failure belongs to the change that caused it; more in the full suite."""
+    if importlib.util.find_spec("hypothesis"):
+        import hypothesis
 
-    hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
-    hypothesis.settings.load_profile("fixed")
+        few = config.getoption("markexpr") == "not slow"
+        hypothesis.settings.register_profile(
+            "fixed", derandomize=True, deadline=None, print_blob=True, max_examples=15 if few else 120
+        )
+        hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +64,8 @@ def poison(tensor: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN: an output, or a part of one, that nobody writes can not pass for zeros."""
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN: an output, or a part of one, that nobody writes cannot pass for zeros."""
 
     def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
@@ -70,16 +73,12 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     owners: list[tuple[Any, tuple[str, ...]]] = [
         (torch, ("empty", "empty_like", "empty_strided")),
         (Tensor, ("new_empty", "new_empty_strided")),
-        (buffer_pool, ("empty", "empty_like")),
     ]
     for owner, names in owners:
         for name in names:
             monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert torch.empty(3).isnan().all()
     assert torch.ones(3).new_empty(2).isnan().all()
-    assert buffer_pool.empty((1 << 19,), (1,), torch.float32).isnan().all()
-    yield
-    buffer_pool.clear()
 
 
 @pytest.fixture

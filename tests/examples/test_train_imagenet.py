@@ -126,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted(data: Path, uninterrupted: Path
     assert not (tmp_path / "model.pt").exists()
     resumed = process(command(data, tmp_path, "--workers=2"), kill="0:1:3")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on in epoch 2 after step 2" in resumed.stdout
+    assert "resuming epoch 2 after step 2" in resumed.stdout
     assert_identical(checkpoint(tmp_path), checkpoint(uninterrupted))
     for name in ("model", "ema"):
         found, expected = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, uninterrupted))
@@ -147,7 +147,7 @@ def test_two_processes_of_which_one_is_killed(data: Path, tmp_path: Path) -> Non
     run = process(command(data, killed, *options, batch_size=2), processes=2, kill="1:1:3")
     assert run.returncode == 0, run.stderr
     assert (killed / "killed").exists()
-    assert "going on in epoch 2 after step 2" in run.stdout
+    assert "resuming epoch 2 after step 2" in run.stdout
     assert_identical(checkpoint(killed), checkpoint(whole))
     alone = tmp_path / "alone"
     train_imagenet.main(command(data, alone, "--model=tiny_resnet_without_dropout"))

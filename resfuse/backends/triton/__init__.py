@@ -3,7 +3,7 @@
 With TRITON_INTERPRET=1 in the environment the same kernels run on the CPU, in Triton's interpreter: very
 slowly, for tests.  `use_backend("triton")` asks for that; automatic choice never takes it.
 
-Triton is imported with the first verb that runs, so that a machine without it, or without a GPU, only learns why not.
+Triton is imported with the first kernel that runs: a machine without it, or without a GPU, only learns the reason.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from resfuse.types import AbsentDevice, Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
-VERBS = (
-    "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
-    "conv_bn_act_forward", "conv_bn_act_backward", "conv_forward", "conv_backward",
+KERNELS = (
+    "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward", "conv_bn_act_forward", "conv_forward",
     "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
-KERNELS = tuple(name for name in VERBS if "backward" not in name or "conv" not in name)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")  # as Triton reads it
+_MODULES = {"add": "add_relu", "bn": "bn_act", "conv": "conv_bn_act"}
 
 
 def __getattr__(name: str) -> Any:
-    """The verbs, which need Triton."""
-    if name not in VERBS:
+    """A function of the kernel API, whose module needs Triton."""
+    if name not in KERNELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("resfuse.backends.triton.verbs"), name)
-    globals()[name] = value
+    module = importlib.import_module(f"{__name__}.{_MODULES[name.partition('_')[0]]}")
+    value = globals()[name] = getattr(module, name)
     return value
 
 
@@ -55,8 +54,6 @@ def only_on_request_reason() -> str | None:
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = []
-    if problem.kernel not in VERBS:
-        reasons.append(f"{problem.kernel} is not implemented")
     device_type = "cpu" if INTERPRETED and not isinstance(problem.device, AbsentDevice) else "cuda"
     if problem.device.type != device_type:
         reasons.append(f"tensors on {device_type} only, got {problem.device}")
@@ -72,11 +69,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 @functools.cache
 def import_failure() -> str | None:
-    """Why the kernels can not be imported, or None."""
+    """Why the kernels cannot be imported, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        importlib.import_module("resfuse.backends.triton.verbs")
+        for module in _MODULES.values():
+            importlib.import_module(f"{__name__}.{module}")
     except ImportError as error:
-        return f"Triton can not be used: {error}"
+        return f"Triton cannot be used: {error}"
     return None

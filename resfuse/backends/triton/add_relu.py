@@ -4,15 +4,16 @@ One launch each, reading two tensors and writing one: 3 itemsize bytes per eleme
 tensors are aligned.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.integers import cdiv
 from resfuse.backends.triton.launch import launch
+from resfuse.layout import gapless, ordered_like
 
 BLOCK = 4096
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -33,16 +34,17 @@ def add_relu_backward_kernel(dy_ptr, y_ptr, dx_ptr, size, BLOCK: tl.constexpr):
     tl.store(dx_ptr + offsets, tl.where(y <= 0, 0.0, dy).to(dx_ptr.dtype.element_ty), mask)
 
 
-def forward(input: Tensor, residual: Tensor, output: Tensor) -> None:
-    """All with the same element order in memory."""
-    _launch(add_relu_forward_kernel, input, residual, output)
+def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
+    input = gapless(input)
+    output = torch.empty_like(input)
+    size = output.numel()
+    launch(add_relu_forward_kernel, cdiv(size, BLOCK), input, ordered_like(residual, input), output, size, BLOCK=BLOCK)
+    return output
 
 
-def backward(grad_output: Tensor, output: Tensor, grad_input: Tensor) -> None:
-    """All with the same element order in memory."""
-    _launch(add_relu_backward_kernel, grad_output, output, grad_input)
-
-
-def _launch(kernel: triton.JITFunction, first: Tensor, second: Tensor, result: Tensor) -> None:
-    size = result.numel()
-    launch(kernel, (cdiv(size, BLOCK),), first, second, result, size, BLOCK=BLOCK, num_warps=NUM_WARPS)
+def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    output = gapless(output)
+    grad_input = torch.empty_like(output)
+    size, dy = output.numel(), ordered_like(grad_output, output)
+    launch(add_relu_backward_kernel, cdiv(size, BLOCK), dy, output, grad_input, size, BLOCK=BLOCK)
+    return grad_input

@@ -1,6 +1,7 @@
-"""conv_bn_act, inference: convolution, batch norm with running statistics, residual and ReLU in one launch.
+"""conv_bn_act: convolution, batch norm, residual and ReLU, for inference and training; and the convolution alone.
 
-Also the convolution alone, by the same kernel.  conv_bn_act_train.py has the training forward pass.
+Activations and weights lie in NHWC memory and have one dtype; vectors may have any, sums and statistics are float32.
+`resfuse.backends.reference` specifies the functions below the kernels.
 """
 
 from __future__ import annotations
@@ -10,34 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.conv_bn_act_train import train_forward
-from resfuse.backends.triton.conv_plan import (
-    Pair,
-    chosen_config,
-    conv_problem,
-    geometry_constants,
-    resident,
-    tile_grid,
-    tile_problem,
-)
-from resfuse.backends.triton.conv_tile import conv_tile, output_channels, output_pixels, tile_of
-from resfuse.backends.triton.epilogue import activate_and_store, normalize, per_channel
-from resfuse.backends.triton.launch import launch, properties
-from resfuse.backends.triton.welford import inverse_deviation
-
-__all__ = ["conv_forward", "eval_forward", "train_forward"]
+from resfuse.backends.triton import conv_tile, reduce
+from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
+from resfuse.backends.triton.plan import COOPERATIVE, conv_plan
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
+from resfuse.types import BatchNorm, Convolution
 
 
 @triton.jit
 def conv_bn_act_kernel(
     x_ptr, w_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, residual_ptr, out_ptr,
     partials_ptr, arrivals_ptr, eps, tiles_m, M, H, W, OH, OW,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INDEX64: tl.constexpr,
-    TILES_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, PERSISTENT: tl.constexpr,
-    RELU: tl.constexpr,
+    CONV: tl.constexpr, TILES_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
+    PERSISTENT: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """out = act((conv(x, w) + conv_bias - mean) / sqrt(var + eps) weight + bias + residual); without mean, conv alone.
 
@@ -47,24 +33,25 @@ def conv_bn_act_kernel(
 
     Reads x, w and the residual, writes out: itemsize (N H W C + K R S C / GROUPS + 2 M K) bytes at best.
     """
+    K: tl.constexpr = CONV.k
+    BLOCK_M: tl.constexpr = CONV.block_m
+    BLOCK_N: tl.constexpr = CONV.block_n
     tiles = tiles_m * TILES_N * SPLIT_K
     rounds = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
     for i in range(rounds):
         index = tl.program_id(0) + i * tl.num_programs(0)
         split = index % SPLIT_K
-        tile_m, tile_n = tile_of(index // SPLIT_K, tiles_m, TILES_N, GROUP_M)
-        pixels = output_pixels(tile_m, BLOCK_M, INDEX64)
-        pack, channels, channel_mask = output_channels(tile_n, K, GROUPS, PACK_GROUPS, BLOCK_N)
-        acc = conv_tile(
-            x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
-            C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
-            BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION,
+        tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, TILES_N, GROUP_M)
+        pixels = conv_tile.output_pixels(tile_m, CONV)
+        pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
+        acc = conv_tile.tile_sums(
+            x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV, SPLIT_K
         )  # fmt: skip
         last = True
         if SPLIT_K > 1:
             part = partials_ptr + pixels[:, None] * K + channels[None, :]
             inside = (pixels < M)[:, None] & channel_mask[None, :]
-            stride = K * M.to(pixels.dtype)
+            stride = K * tl.cast(M, pixels.dtype)  # an M of 1 is a Python integer
             tl.store(part + split * stride, acc, mask=inside)
             tl.debug_barrier()  # all threads have written before one of them tells
             arrived = tl.atomic_add(arrivals_ptr + index // SPLIT_K, 1, sem="acq_rel", scope="gpu")
@@ -77,92 +64,144 @@ def conv_bn_act_kernel(
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
             if conv_bias_ptr is not None:
-                acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             if running_mean_ptr is not None:
-                mean = per_channel(running_mean_ptr, channels, channel_mask, 0.0)
-                invstd = inverse_deviation(per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
-                acc = normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
-            activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
+                mean = reduce.per_channel(running_mean_ptr, channels, channel_mask, 0.0)
+                invstd = reduce.inverse_deviation(reduce.per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
+                acc = conv_tile.normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            conv_tile.activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
-def eval_forward(
-    x: Tensor,
-    w: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    eps: float,
-    out: Tensor,
-) -> None:
-    """One launch.  x, w, residual and out in dense channels_last memory and of one dtype, vectors in any."""
-    vectors = (running_mean, running_var, weight, bias, conv_bias)
-    _launch(x, w, vectors, residual, relu, stride, padding, dilation, groups, eps, out)
+@triton.jit
+def conv_bn_act_train_kernel(
+    x_ptr, w_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, residual_ptr, z_ptr,
+    out_ptr, mean_ptr, invstd_ptr, workspace_ptr, barrier_ptr, momentum, eps, tiles_m, tiles_per_program, M, H, W,
+    OH, OW,
+    CONV: tl.constexpr, TILES_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, RELU: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """z = conv(x, w) + conv_bias; out = act((z - mean) invstd weight + bias + residual) with the statistics of z.
+
+    Program (j, n) has `tiles_per_program` tiles of M in column n, merges their (mean, M2) by Chan's formula and leaves
+    that in the workspace [programs_m, 2, K].  Past the barrier every program merges the whole column, in the order of
+    j, and normalises its own tiles: from registers where it has one, else as it finds them in memory, the latest first,
+    which is still in L2.  Program (0, n) writes mean, invstd and the running statistics.  z is rounded before its
+    statistics are taken.
+
+    Reads x, w and the residual, writes z and out: itemsize (N H W C + K R S C / GROUPS + 3 M K) bytes at best, and
+    itemsize M K more where z stays neither in registers nor in L2.
+    """
+    K: tl.constexpr = CONV.k
+    BLOCK_M: tl.constexpr = CONV.block_m
+    BLOCK_N: tl.constexpr = CONV.block_n
+    tile_n = tl.program_id(0) % TILES_N
+    program = tl.program_id(0) // TILES_N
+    first = program * tiles_per_program
+    own_tiles = 1 if IN_REGISTERS else tl.minimum(tiles_m - first, tiles_per_program)
+    pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
+
+    z = tl.zeros((BLOCK_M, BLOCK_N), z_ptr.dtype.element_ty)
+    if PHASE != 2:
+        count, mean, m2 = 0.0, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for i in range(own_tiles):
+            pixels = conv_tile.output_pixels(first + i, CONV)
+            acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV, 1)
+            if conv_bias_ptr is not None:
+                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+            z = acc.to(z_ptr.dtype.element_ty)
+            inside = (pixels < M)[:, None] & channel_mask[None, :]
+            tl.store(z_ptr + (pixels[:, None] * K + channels[None, :]), z, mask=inside)
+            rows = tl.sum((pixels < M).to(tl.float32), axis=0)
+            tile_mean, tile_m2 = reduce.tile_statistics(z.to(tl.float32), inside, rows)
+            count, mean, m2 = reduce.merge(count, mean, m2, rows, tile_mean, tile_m2)
+        reduce.store_part(workspace_ptr, program, K, channels, channel_mask, mean, m2)
+
+    if PHASE == 0:
+        reduce.grid_barrier(barrier_ptr, tl.num_programs(0))
+
+    if PHASE != 1:
+        count, mean, m2 = reduce.merge_parts(
+            workspace_ptr, tl.num_programs(0) // TILES_N, K, channels, channel_mask, tiles_per_program, tiles_m,
+            M // BLOCK_M, M % BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_PARTS,
+        )  # fmt: skip
+        invstd = reduce.inverse_deviation(m2 / count, eps)
+        if program == 0:
+            tl.store(mean_ptr + channels, mean, mask=channel_mask)
+            tl.store(invstd_ptr + channels, invstd, mask=channel_mask)
+            reduce.update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
+        for i in range(own_tiles):
+            pixels = conv_tile.output_pixels(first + own_tiles - 1 - i, CONV)
+            if not IN_REGISTERS:
+                inside = (pixels < M)[:, None] & channel_mask[None, :]
+                z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
+            y = conv_tile.normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            conv_tile.activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
-def conv_forward(
-    x: Tensor,
-    w: Tensor,
-    conv_bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    out: Tensor,
-) -> None:
-    """out = conv(x, w) + conv_bias in one launch; x, w and out in dense channels_last memory and of one dtype."""
-    _launch(x, w, (None, None, None, None, conv_bias), None, False, stride, padding, dilation, groups, 0.0, out)
+def conv_bn_act_forward(
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution, bn: BatchNorm,
+    residual: Tensor | None, relu: bool, overwrite_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    if not bn.training:
+        output = _without_statistics(
+            input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
+        )  # fmt: skip
+        return output, None, None, None
+    x, w, output = _prepared(input, conv_weight, convolution)
+    z = torch.empty_like(output)
+    mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
+    residual = residual_for(output, residual)
+    plan = conv_plan("train", x, w, convolution, properties(x.device))
+    workspace = torch.empty((plan.programs // plan.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device)
+    cooperative = plan.phases == COOPERATIVE
+    word = shared_words("barrier", x.device, 1) if cooperative else None
+    for phase in plan.phases:
+        launch(
+            conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
+            mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
+            *plan.sizes, CONV=plan.constants, TILES_N=plan.tiles_n, BLOCK_PARTS=plan.block_parts, RELU=relu,
+            IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
+            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
+        )  # fmt: skip
+    copy_back(bn, running_mean, running_var)
+    memory_format = conv_memory_format(input, conv_weight)
+    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
-def _launch(
-    x: Tensor,
-    w: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    residual: Tensor | None,
-    relu: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    eps: float,
-    out: Tensor,
-) -> None:
-    problem = conv_problem("forward", x, w, stride, padding, dilation, groups)
-    device = properties(x.device)
-    tiled = tile_problem(problem)
-    config = chosen_config(tiled, device)
-    tiles_m, tiles_n = tile_grid(tiled, config)
-    programs = tiles_m * tiles_n * config.split_k
-    if config.persistent:
-        programs = min(programs, resident(tiled, config, device))
-    partials = arrivals = None
+def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
+    return _without_statistics(input, conv_weight, conv_bias, convolution, None, None, False, False)
+
+
+def _without_statistics(
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution, bn: BatchNorm | None,
+    residual: Tensor | None, relu: bool, overwrite_residual: bool,
+) -> Tensor:  # fmt: skip
+    """One launch: conv_bn_act with running statistics, or (bn None) the convolution alone."""
+    if overwrite_residual and residual is not None:
+        residual = channels_last(residual)
+    x, w, output = _prepared(input, conv_weight, convolution, residual if overwrite_residual else None)
+    vectors = unstrided(*((None,) * 4 if bn is None else bn[:4]), conv_bias)
+    plan = conv_plan("forward", x, w, convolution, properties(x.device))
+    config, partials, arrivals = plan.config, None, None
     if config.split_k > 1:
-        partials = torch.empty(config.split_k * out.numel(), dtype=torch.float32, device=x.device)
-        arrivals = arrival_counters(x.device, tiles_m * tiles_n)
+        partials = torch.empty(config.split_k * output.numel(), dtype=torch.float32, device=x.device)
+        arrivals = shared_words("arrivals", x.device, plan.tiles_m * plan.tiles_n)
     launch(
-        conv_bn_act_kernel, (programs,), x, w, *vectors, residual, out, partials, arrivals, eps, tiles_m,
-        problem.gemm_m, problem.h, problem.w, problem.oh, problem.ow,
-        **geometry_constants(problem, config), TILES_N=tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
+        conv_bn_act_kernel, plan.programs, x, w, *vectors, residual_for(output, residual), output, partials, arrivals,
+        0.0 if bn is None else float(bn.eps), plan.tiles_m, *plan.sizes,
+        CONV=plan.constants, TILES_N=plan.tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
         PERSISTENT=config.persistent, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
-_counters: dict[tuple[int | None, int], Tensor] = {}
-
-
-def arrival_counters(device: torch.device, size: int) -> Tensor:
-    """`size` zeros of int32 that no launch on another stream uses; every launch leaves zeros behind."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=device)  # a graph may be replayed beside anything else
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < size:
-        counters = _counters[key] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
-    return counters
+def _prepared(
+    input: Tensor, conv_weight: Tensor, convolution: Convolution, output: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and weight in NHWC memory, of one dtype, and memory for the output."""
+    w = conv_weight if conv_weight.dtype == input.dtype else conv_weight.to(input.dtype)  # inference under autocast
+    if output is None:
+        shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
+        output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    return channels_last(input), channels_last(w), output

@@ -1,4 +1,4 @@
-"""The main loop that every forward convolution shares: one tile of an implicit GEMM over NHWC memory.
+"""The tile of an implicit GEMM over NHWC memory that every forward convolution shares: main loop and epilogue.
 
     z[m, n] = sum over (r, s, c) of x[image, oh stride_h - pad_h + r dil_h, ow stride_w - pad_w + s dil_w, c]
                                     w[n, r, s, c]
@@ -7,14 +7,18 @@ with m = (image, oh, ow) a pixel of the output and n one of its channels.  A ste
 in memory out of a run of RUN elements, which is all that one filter tap reads of a pixel:
 
     ordinary         the channels of the group                                        RUN = C / GROUPS
-    PACK_ROW         the taps of a filter row and their channels, as 7 x 3 of a stem  RUN = S C
-    PACK_GROUPS > 1  the channels of neighbouring groups, with a block-diagonal w     RUN = PACK_GROUPS C / GROUPS
+    pack_row         the taps of a filter row and their channels, as 7 x 3 of a stem  RUN = S C
+    pack_groups > 1  the channels of neighbouring groups, with a block-diagonal w     RUN = pack_groups C / GROUPS
+
+CONV is `plan.ConvConstants`: shape, tile and packing.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from resfuse.backends.triton.reduce import per_channel
 
 
 @triton.jit
@@ -30,68 +34,74 @@ def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def output_channels(tile_n, K: tl.constexpr, GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
+def output_channels(tile_n, CONV: tl.constexpr):
     """(pack of groups, its channels' numbers, which of them exist) of a tile of N; no tile spans two packs."""
-    WIDTH: tl.constexpr = K // GROUPS * PACK_GROUPS
+    BLOCK_N: tl.constexpr = CONV.block_n
+    WIDTH: tl.constexpr = CONV.k // CONV.groups * CONV.pack_groups
     PER_PACK: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     pack = tile_n // PER_PACK
     local = (tile_n - pack * PER_PACK) * BLOCK_N + tl.arange(0, BLOCK_N)
     channels = pack * WIDTH + local
-    return pack, channels, (local < WIDTH) & (channels < K)
+    return pack, channels, (local < WIDTH) & (channels < CONV.k)
 
 
 @triton.jit
-def output_pixels(tile_m, BLOCK_M: tl.constexpr, INDEX64: tl.constexpr):
+def output_pixels(tile_m, CONV: tl.constexpr):
     """Numbers of the BLOCK_M output pixels of a tile of M."""
-    if INDEX64:
+    if CONV.index64:
         tile_m = tile_m.to(tl.int64)
-    return tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    return tile_m * CONV.block_m + tl.arange(0, CONV.block_m)
 
 
 @triton.jit
 def tap_sums(
     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, ISOLATE: tl.constexpr,
+    CONV: tl.constexpr, SPLIT_K: tl.constexpr, ISOLATE: tl.constexpr,
 ):  # fmt: skip
     """The sums [BLOCK_M, BLOCK_N], of what `group` of the pack contributes or (not ISOLATE) all of them."""
-    CG: tl.constexpr = C // GROUPS
-    KG: tl.constexpr = K // GROUPS
+    C: tl.constexpr = CONV.c
+    S: tl.constexpr = CONV.s
+    BLOCK_M: tl.constexpr = CONV.block_m
+    BLOCK_N: tl.constexpr = CONV.block_n
+    BLOCK_K: tl.constexpr = CONV.block_k
+    PACK_GROUPS: tl.constexpr = CONV.pack_groups
+    PACK_ROW: tl.constexpr = CONV.pack_row
+    CG: tl.constexpr = C // CONV.groups
+    KG: tl.constexpr = CONV.k // CONV.groups
     RUN: tl.constexpr = S * C if PACK_ROW else PACK_GROUPS * CG
     TAPS_W: tl.constexpr = 1 if PACK_ROW else S
     STEPS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
     STEPS_OF_SPLIT: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
-    EVEN_RUN: tl.constexpr = RUN % (BLOCK_K * SPLIT_K) == 0 and GROUPS % PACK_GROUPS == 0
-    EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % BLOCK_N == 0 and GROUPS % PACK_GROUPS == 0
-    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    EVEN_RUN: tl.constexpr = RUN % (BLOCK_K * SPLIT_K) == 0 and CONV.groups % PACK_GROUPS == 0
+    EVEN_N: tl.constexpr = (KG * PACK_GROUPS) % BLOCK_N == 0 and CONV.groups % PACK_GROUPS == 0
+    PADDED: tl.constexpr = CONV.pad_h > 0 or CONV.pad_w > 0
+    STRIDED: tl.constexpr = CONV.stride_h > 1 or CONV.stride_w > 1
     STAGES: tl.constexpr = 1 if ISOLATE else None  # seldom run: no registers for it
 
     offs_k = tl.arange(0, BLOCK_K)
-    run_end = tl.minimum(RUN, C - pack * RUN) if GROUPS > 1 else RUN
+    run_end = tl.minimum(RUN, C - pack * RUN) if CONV.groups > 1 else RUN
     in_range = pixels < M
-    if R == 1 and S == 1 and STRIDE_H == 1 and STRIDE_W == 1 and not PADDED:
+    if CONV.r == 1 and S == 1 and not STRIDED and not PADDED:
         ih0, iw0 = pixels, pixels  # not used
         x_pixel = pixels
     else:
-        ih0 = pixels // OW % OH * STRIDE_H - PAD_H
-        iw0 = pixels % OW * STRIDE_W - PAD_W
+        ih0 = pixels // OW % OH * CONV.stride_h - CONV.pad_h
+        iw0 = pixels % OW * CONV.stride_w - CONV.pad_w
         x_pixel = (pixels // OW // OH * H + ih0) * W + iw0  # of the first tap; outside of the image if padded
-    w_row = channels.to(pixels.dtype) * (R * S * CG)
+    w_row = channels.to(pixels.dtype) * (CONV.r * S * CG)
     group_of_channel = (channels - pack * (PACK_GROUPS * KG)) // KG
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r in tl.range(R, num_stages=STAGES):
+    for r in tl.range(CONV.r, num_stages=STAGES):
         for s in tl.range(TAPS_W, num_stages=STAGES):
             row_mask = in_range
             if PADDED:
-                ih = ih0 + r * DIL_H
+                ih = ih0 + r * CONV.dil_h
                 row_mask = row_mask & (ih >= 0) & (ih < H)
                 if not PACK_ROW:
-                    iw = iw0 + s * DIL_W
+                    iw = iw0 + s * CONV.dil_w
                     row_mask = row_mask & (iw >= 0) & (iw < W)
-            x_tap = (x_pixel + (r * DIL_H * W + s * DIL_W)) * C + pack * RUN
+            x_tap = (x_pixel + (r * CONV.dil_h * W + s * CONV.dil_w)) * C + pack * RUN
             w_tap = w_row + (r * TAPS_W + s) * (S * CG // TAPS_W)
             for step in tl.range(STEPS_OF_SPLIT, num_stages=STAGES):
                 k = (split * STEPS_OF_SPLIT + step) * BLOCK_K + offs_k
@@ -116,17 +126,14 @@ def tap_sums(
                     b = tl.load(w_ptrs, mask=channel_mask[None, :], other=0.0)
                 else:
                     b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = tl.dot(a, b, acc, input_precision=CONV.precision)
     return acc
 
 
 @triton.jit
-def conv_tile(
+def tile_sums(
     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    GROUPS: tl.constexpr, PACK_GROUPS: tl.constexpr, PACK_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, PRECISION: tl.constexpr,
+    CONV: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
 
@@ -136,19 +143,34 @@ def conv_tile(
     The zeros of a block-diagonal w make NaN of another group's NaN and infinities.  So, seeing NaN, the tile is
     computed again with one group at a time.
     """
-    acc = tap_sums(
-        x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW,
-        C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
-        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, False,
-    )  # fmt: skip
-    if PACK_GROUPS > 1:  # noqa: SIM102 (known when compiling; the other is not)
+    acc = tap_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW, CONV, SPLIT_K, False)
+    if CONV.pack_groups > 1:  # noqa: SIM102 (known when compiling; the other is not)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
-            group_of_channel = channels // (K // GROUPS) - pack * PACK_GROUPS
-            for group in range(PACK_GROUPS):
+            group_of_channel = channels // (CONV.k // CONV.groups) - pack * CONV.pack_groups
+            for group in range(CONV.pack_groups):
                 alone = tap_sums(
                     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
-                    C, K, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W, GROUPS, PACK_GROUPS, PACK_ROW,
-                    BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, PRECISION, True,
+                    CONV, SPLIT_K, True,
                 )  # fmt: skip
                 acc = tl.where((group_of_channel == group)[None, :], alone, acc)
     return acc
+
+
+@triton.jit
+def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
+    """(z - mean) invstd weight + bias for a tile z, with mean and invstd [BLOCK_N]."""
+    scale = invstd * per_channel(weight_ptr, channels, mask, 1.0)
+    bias = per_channel(bias_ptr, channels, mask, 0.0)
+    return (z - mean[None, :]) * scale[None, :] + bias[None, :]
+
+
+@triton.jit
+def activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, mask, K: tl.constexpr, RELU: tl.constexpr):
+    """out = act(y [+ residual]), rounded once; NaN stays NaN."""
+    offsets = pixels[:, None] * K + channels[None, :]
+    inside = (pixels < M)[:, None] & mask[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        y = tl.where(y <= 0, 0.0, y)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""How kernels are launched: in one form or the other, counted or listed, and past Triton's own argument binding.
+"""Launching: in one form or the other, counted or listed, and past Triton's own argument binding.
 
 Kernels are launched here and nowhere else, so that tests can count launches (`recorded`) and list, without a GPU, what
 would be compiled for one (`collected`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,13 +18,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from resfuse.backends.triton import INTERPRETED
-from resfuse.backends.triton.devices import A100, H100, DeviceProperties, cuda_properties, resident_programs
-from resfuse.backends.triton.specs import KernelSpec, spec_of
-
-__all__ = [
-    "A100", "H100", "DeviceProperties", "KernelSpec", "barrier", "collected", "interpreted", "launch", "phases",
-    "properties", "recorded", "resident_programs",
-]  # fmt: skip
+from resfuse.backends.triton.config import INTERPRETER, DeviceProperties, cuda_properties
 
 if INTERPRETED:
     from resfuse.backends.triton import interpreter
@@ -34,6 +28,25 @@ if INTERPRETED:
 # The release whose `JITFunction.run` and `CompiledKernel.run` the direct call was written after.
 HAS_DIRECT_CALL = triton.__version__.startswith("3.6.")
 MOST_COMPILED = 1 << 16  # signatures to remember; shapes are part of them
+
+
+class KernelSpec(NamedTuple):
+    """A kernel with everything that Triton compiles it by, and how it is launched."""
+
+    kernel: Any
+    signature: dict[str, str]
+    """Parameter -> Triton's name of its type ("*bf16", "i32", "fp32"), or "constexpr"."""
+    constants: dict[str, Any]
+    """Values of the parameters that are "constexpr"; None for pointers that are absent, 1 for integers that are 1."""
+    aligned: tuple[str, ...]
+    """Pointers and integers that are multiples of 16."""
+    options: dict[str, Any]
+    """Triton's num_warps, num_stages and launch_cooperative_grid."""
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
 
 
 _recorders: list[list[str]] = []
@@ -62,86 +75,51 @@ def collected(device: DeviceProperties) -> Iterator[list[KernelSpec]]:
         _collectors.pop()
 
 
-def interpreted() -> bool:
-    """Whether kernels launched now are interpreted: cooperative ones run as two launches, loops should be short."""
-    return INTERPRETED and not _collectors
-
-
 def properties(device: torch.device) -> DeviceProperties:
-    """Those of a CUDA device; in the interpreter those of an H100."""
+    """The device that launches are planned for: a GPU, Triton's interpreter, or that of `collected`."""
     if _collectors:
         return _collectors[-1][0]
-    return H100 if INTERPRETED else cuda_properties(device)
-
-
-def phases(launches: int | None, resident: bool) -> tuple[int, ...]:
-    """The PHASEs that a cooperative kernel is launched with: (0,) in one launch, (1, 2) in two.
-
-    Args:
-        launches: 1 or 2 where that form is asked for, None for one launch wherever that works.
-        resident: whether all programs fit on the device at the same time.
-    """
-    if launches not in (None, 1, 2):
-        raise ValueError(f"launches: expected 1, 2 or None, got {launches}")
-    if launches == 1 and (interpreted() or not resident):
-        why = "the interpreter runs one program after another" if interpreted() else "the grid is not resident"
-        raise ValueError(f"launches: one launch is not possible, {why}")
-    return (1, 2) if launches == 2 or interpreted() or not resident else (0,)
+    return INTERPRETER if INTERPRETED else cuda_properties(device)
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    cooperative: bool = False,
+    kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int = 3, cooperative: bool = False,
     **constants: Any,
-) -> None:
-    """Launch a kernel on the device of its first argument, on the current stream.
+) -> None:  # fmt: skip
+    """Launch a kernel, in a one-dimensional grid, on the device of its first argument and the current stream.
 
-    Args:
-        kernel: a function under triton.jit whose tl.constexpr parameters come last.
-        grid: number of programs.
-        args: the other parameters, in order: tensors or None, integers, floats.
-        num_warps, num_stages: as Triton has them.
-        cooperative: the programs wait for each other; the grid has to be resident.
-        constants: the tl.constexpr parameters, by name.
+    `args` are its tensors (or None), integers and floats in order, `constants` its tl.constexpr parameters, which come
+    last.  The programs of a `cooperative` launch may wait for each other; the grid has to be resident.
     """
     for names in _recorders:
         names.append(kernel.__name__)
     if _collectors:
-        _collectors[-1][1].append(spec_of(kernel, grid, args, constants, num_warps, num_stages, cooperative))
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_cooperative_grid": cooperative}
+        _collectors[-1][1].append(_spec(kernel, programs, args, constants, options))
         return
     if INTERPRETED:
-        _interpret(kernel, grid, args, constants)
+        _interpret(kernel, programs, args, constants)
         return
     device = args[0].get_device()
     if device == torch.cuda.current_device():
-        _launch(kernel, grid, args, constants, device, num_warps, num_stages, cooperative)
+        _launch(kernel, programs, args, constants, device, num_warps, num_stages, cooperative)
     else:
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, constants, device, num_warps, num_stages, cooperative)
+            _launch(kernel, programs, args, constants, device, num_warps, num_stages, cooperative)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    device: int,
-    num_warps: int,
-    num_stages: int,
-    cooperative: bool,
-) -> None:
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], device: int, num_warps: int,
+    num_stages: int, cooperative: bool,
+) -> None:  # fmt: skip
     """Launch on the current device: the first time by Triton's own path, which binds, specialises and compiles.
 
-    What that returned is called directly when the same kernel comes again with the same integers, the same dtypes and
-    all pointers aligned to 16 bytes: more than Triton specialises on.  Misaligned pointers always take its own path,
-    and so do all while a profiler has hooks in place.
+    The compiled kernel is called directly when the same kernel comes again with the same integers, the same dtypes and
+    all pointers aligned to 16 bytes: more than Triton specialises on.  Misaligned pointers always take Triton's path,
+    and so do all launches while a profiler has hooks in place.
     """
     pointers = 0
     key: list[Any] = [kernel.fn, device, num_warps, num_stages, cooperative, *constants.values()]
@@ -158,39 +136,73 @@ def _launch(
     signature = tuple(key)
     known = _compiled.get(signature) if pointers & 15 == 0 else None
     if known is not None and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls):
-        x, y, z = (*grid, 1, 1)[:3]
         stream = driver.active.get_current_stream(device)
         known.run(
-            x, y, z, stream, known.function, known.packed_metadata, None, None, None, *values, *constants.values()
+            programs, 1, 1, stream, known.function, known.packed_metadata, None, None, None,
+            *values, *constants.values(),
         )  # fmt: skip
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_cooperative_grid": cooperative}
-    compiled = kernel[grid](*args, **constants, **options)
+    compiled = kernel[(programs,)](*args, **constants, **options)
     if known is None and pointers & 15 == 0 and HAS_DIRECT_CALL:
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
         _compiled[signature] = compiled
 
 
-def _interpret(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+def _interpret(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
     import numpy
 
     with numpy.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are data like any other
         warnings.simplefilter("ignore", DeprecationWarning)  # the interpreter's way of making an int of a scalar
-        kernel[grid](*args, **constants)
+        kernel[(programs,)](*args, **constants)
 
 
-_barriers: dict[tuple[int, int], Tensor] = {}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
-def barrier(device: torch.device) -> Tensor:
-    """The word that the programs of a cooperative launch on the current stream meet at (see barrier.py)."""
-    if _collectors or INTERPRETED:
-        return torch.zeros(1, dtype=torch.int32, device="meta" if _collectors else device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)  # a graph may be replayed beside anything else
-    key = (device.index, driver.active.get_current_stream(device.index))
-    word = _barriers.get(key)
-    if word is None:
-        word = _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return word
+def _spec(
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+) -> KernelSpec:
+    """The specialisation that Triton would compile for these arguments."""
+    signature, compiled_in, aligned = {}, {}, []
+    for name, value in zip(kernel.arg_names, (*args, *constants.values()), strict=True):
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            compiled_in[name] = constants.get(name, value)
+        elif isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if value.is_meta or value.data_ptr() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(name)
+        else:
+            signature[name] = "fp32"
+    assert list(constants) == kernel.arg_names[len(args) :], f"{kernel.__name__}: {list(constants)} are out of order"
+    return KernelSpec(kernel, signature, compiled_in, tuple(aligned), options, (programs,))
+
+
+_words: dict[tuple[str, int | None, int], Tensor] = {}
+
+
+def shared_words(purpose: str, device: torch.device, size: int) -> Tensor:
+    """At least `size` int32 words through which programs meet: zero at first, and each launch leaves them reusable.
+
+    No launch on another stream uses them at the same time.
+    """
+    if _collectors:
+        return torch.empty(size, dtype=torch.int32, device="meta")
+    if INTERPRETED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed beside anything else
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = (purpose, device.index, driver.active.get_current_stream(device.index))
+    words = _words.get(key)
+    if words is None or words.numel() < size:
+        words = _words[key] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
+    return words
+
+
+def unstrided(*vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-channel vectors with the stride of one that kernels read them by."""
+    return [vector if vector is None else vector.contiguous() for vector in vectors]

@@ -1,0 +1,127 @@
+"""The CUDA kernels as nvcc compiled them into the installed library: registers, shared memory, occupancy, instructions.
+
+Nothing is compiled but a few lines that print sizes, and nothing runs: this needs neither a GPU nor another build.
+`python -m tools.kernel_resources cuda` shows the same figures as a table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from resfuse import _build, _extension
+from tools import cubin, kernel_resources
+from tools.kernel_resources import CONVOLUTIONS, DEVICES, Row
+
+SMALLEST_SHARED_MEMORY = 101376
+"""Bytes that a block can have on 8.6 and 8.9, the least of all GPUs from 8.0 on: each convolution's tile fits."""
+FEWEST_WARPS = 25.0
+"""Static occupancy, at least, in percent, of kernels that are bound by memory: threads have many bytes under way."""
+
+pytestmark = pytest.mark.slow  # disassembling takes a minute
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    reason = _extension.load("_cuda") or kernel_resources.missing()
+    info = _extension.build_info()
+    if reason is None and info.get("debug"):
+        reason = "the library was built with DEBUG=1"
+    if reason is not None:
+        if _build.flag_set(os.environ, "FORCE_CUDA"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    found = kernel_resources.cuda_rows()
+    if info.get("arch_list") == _build.DEFAULT_ARCH_LIST:
+        assert {row["arch"] for row in found} == {80, 90}
+    elif not found:
+        pytest.skip(f"the library was built for {info.get('arch_list')} only")
+    return found
+
+
+def parameters(row: Row) -> list[str]:
+    """["Bf16", "Tile<128,64,2,2,3>", "0"] of "<Bf16,Tile<128,64,2,2,3>,0>"; 0: vectors are copied, 2: values."""
+    return re.findall(r"(?:[^,<>]|<[^<>]*>)+", row["variant"][1:-1])
+
+
+def is_vectorised(row: Row) -> bool:
+    """Whether the variant is for accesses of 16 bytes, several elements at a time."""
+    last = parameters(row)[-1]
+    return last == "0" if row["kernel"] in CONVOLUTIONS else last != "1"
+
+
+def objections(row: Row) -> list[str]:
+    """The faults of a compiled kernel."""
+    found = []
+    convolution = row["kernel"] in CONVOLUTIONS
+    if row["threads"] == 0:
+        found.append("no __launch_bounds__: its registers may be too many for its block")
+    if row["spill"] or row["local"]:
+        found.append(f"{row['spill']} bytes of local memory, {row['local']} accesses to it")
+    limit = SMALLEST_SHARED_MEMORY if convolution else DEVICES[row["arch"]].shared_memory
+    if row["shared"] > limit:
+        found.append(f"{row['shared']} bytes of shared memory, of {limit}")
+    if convolution:
+        math, tile, copies = parameters(row)
+        resident = int(tile.rpartition(",")[2].rstrip(">"))
+        if row["blocks"] < resident:
+            found.append(f"{row['blocks']} blocks on a multiprocessor, not {resident}")
+        if (row["mma_looped"] > 0) != (math != "Fp32"):
+            found.append(f"{row['mma_looped']} tensor-core instructions in the main loop")
+        if math != "Fp32" and row["matrix_loads"] == 0:
+            found.append("no ldmatrix")
+        if math == "Fp32" and row["fma_looped"] < 32:
+            found.append(f"{row['fma_looped']} multiply-adds in the main loop")
+        if (row["copies_looped"] > 0) != (copies != "2"):
+            found.append(f"{row['copies_looped']} asynchronous copies in the main loop")
+    elif row["occupancy"] < FEWEST_WARPS:
+        found.append(f"{row['occupancy']:.0f} % of the warps")
+    if is_vectorised(row) and row["wide_loads"] == 0:
+        found.append("no loads of 16 bytes")
+    if is_vectorised(row) and row["wide_stores"] == 0 and "statistics" not in row["kernel"]:
+        found.append("no stores of 16 bytes")
+    return found
+
+
+def test_registers_shared_memory_and_instructions(rows: list[Row]) -> None:
+    wrong = [f"{'; '.join(found)}: {row}" for row in rows if (found := objections(row))]
+    assert not wrong, f"{len(wrong)} of {len(rows)} kernels\n" + "\n".join(wrong)
+
+
+def test_every_kernel_type_and_tile_is_compiled_for_every_architecture(rows: list[Row]) -> None:
+    defined = kernel_resources.defined_kernels()
+    assert defined >= {"add_relu_kernel", "bn_train_forward_kernel", *CONVOLUTIONS}, "definitions are not recognised"
+    archs = {row["arch"] for row in rows}
+    variants = [{(row["kernel"], row["variant"]) for row in rows if row["arch"] == arch} for arch in archs]
+    assert all({kernel for kernel, _ in each} == defined for each in variants), "build the library again"
+    assert all(each == variants[0] for each in variants)
+    convolutions = [parameters(row) for row in rows if row["kernel"] == CONVOLUTIONS[0] and is_vectorised(row)]
+    tiles = {",".join(re.findall(r"\d+", tile)[:2]) for _, tile, _ in convolutions}
+    assert tiles >= {"128,128", "128,64", "64,64"}
+    assert {math for math, _, _ in convolutions} == {"Bf16", "Fp16", "Tf32", "Fp32"}
+
+
+def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
+    if _extension.build_info().get("arch_list") != _build.DEFAULT_ARCH_LIST:
+        pytest.skip("the library was built for other architectures than the default ones")
+    command = [str(cubin.tool()), "-lptx", str(kernel_resources.LIBRARY)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sources = {path.stem for path in _build.sources("_cuda") if path.suffix == ".cu"}
+    assert {name for name in sources if f"{name}.sm_80.ptx" in listed} >= {"add_relu", "conv_bf16"}, listed
+
+
+def test_names_are_taken_apart() -> None:
+    name = "a_kernel<resfuse::cuda::Bf16, resfuse::cuda::Tile<128, 64>, (resfuse::cuda::Copies)0>(T)"
+    name = f"void resfuse::cuda::(anonymous namespace)::{name}"
+    assert kernel_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, 0>")
+    assert kernel_resources.split_name("plain_kernel(int)") == ("plain_kernel", "")
+
+
+def test_a_missing_library_is_a_reason(tmp_path: os.PathLike[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["cuda", "--library", f"{tmp_path}/none.so", "--output", f"{tmp_path}/rows.csv"]
+    assert kernel_resources.main(command) == 2
+    assert "does not exist: build it first" in capsys.readouterr().err
+    assert not os.path.exists(f"{tmp_path}/rows.csv")

@@ -1,0 +1,252 @@
+"""Triton's convolution kernels: tiles, split sums, persistent programs, packing, and the forms of training.
+
+Everything here runs in the interpreter and, with the same tolerances, on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resfuse
+from resfuse.backends import triton
+from resfuse.types import BatchNorm
+from resfuse.types import Convolution as Settings
+
+if triton.unavailable_reason() is not None:
+    pytest.skip(f"triton: {triton.unavailable_reason()}", allow_module_level=True)
+
+from resfuse.backends.triton import conv_bn_act, launch, plan
+from resfuse.backends.triton.config import A100, H100, ConvConfig, ConvProblem, DeviceProperties
+from tests import contract, shapes
+from tests.shapes import CONVOLUTIONS, Convolution, conv_bn_act_call
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+(DEVICE,) = shapes.devices_of("triton")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+UNIT = Settings((1, 1), (0, 0), (1, 1), 1)
+
+TILES = {
+    "one_tile": ConvConfig(256, 64, 64, 8, 3),
+    "many_small_tiles": ConvConfig(16, 16, 16, 4, 2),
+    "wide": ConvConfig(32, 64, 32, 4, 4),
+    "tall": ConvConfig(128, 16, 16, 4, 3),
+    "bands_of_three": ConvConfig(16, 16, 32, 4, 3, group_m=3),
+}
+SPLIT = ConvConfig(32, 16, 16, 4, 3, split_k=4)
+# Tails in M (5*7 pixels), N (24 channels) and K (72), at every tap.
+TAILS = Convolution((1, 72, 5, 7), 24, (3, 1), padding=(1, 0))
+
+
+def check(
+    conv: Convolution, dtype: torch.dtype, training: bool, config: ConvConfig | None = None, mean: float = 0.0
+) -> contract.Results:
+    """Output and running statistics against the contract, with the configuration given or chosen."""
+    call = conv_bn_act_call(
+        conv, dtype, DEVICE, layout="nhwc", residual_layout="nhwc", conv_bias=True, training=training, mean=mean
+    )
+    with resfuse.use_backend("triton"), plan.forced("train" if training else "forward", config):
+        return contract.check(call, needs_grad=[])
+
+
+@pytest.fixture
+def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One or two programs are resident: each of them has many tiles."""
+    few = launch.properties(torch.device(DEVICE, 0))._replace(num_sms=1)
+    monkeypatch.setattr(conv_bn_act, "properties", lambda device: few)
+
+
+@MODES
+@pytest.mark.parametrize("tile", TILES)
+def test_tiles(tile: str, training: bool) -> None:
+    for conv in (TAILS, CONVOLUTIONS["1x1_stride2_odd"], CONVOLUTIONS["stem"]):
+        check(conv, torch.bfloat16, training, TILES[tile])
+
+
+@DTYPES
+def test_split_k(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs share a sum, in one launch; the counters of arrivals are left at zero."""
+    counters: list[Tensor] = []
+
+    def kept(purpose: str, device: torch.device, size: int) -> Tensor:
+        counters.append(torch.zeros(size, dtype=torch.int32, device=device))
+        return counters[-1]
+
+    monkeypatch.setattr(conv_bn_act, "shared_words", kept)
+    for conv in (TAILS, CONVOLUTIONS["1x1"], CONVOLUTIONS["to_one_pixel"]):
+        with launch.recorded() as names:
+            check(conv, dtype, False, SPLIT)
+        assert set(names) == {"conv_bn_act_kernel"}
+    assert counters and not any(counter.any() for counter in counters)
+
+
+@pytest.mark.parametrize(("channels", "split_k"), [(512, 4), (48, 2), (16, 1)])
+def test_split_k_is_at_most_the_number_of_steps(channels: int, split_k: int) -> None:
+    with plan.forced("forward", SPLIT):
+        x, w = meta(1, channels, 7, 7), meta(512, channels, 3, 3)
+        chosen = plan.conv_plan("forward", x, w, UNIT._replace(padding=(1, 1)), H100)
+    assert chosen.config.split_k == split_k
+
+
+@pytest.mark.usefixtures("one_multiprocessor")
+@DTYPES
+def test_persistent_programs(dtype: torch.dtype) -> None:
+    """Each program has several tiles, and computes the same bits."""
+    tile = ConvConfig(16, 16, 32, 4, 3, group_m=2)
+    expected, found = (check(TAILS, dtype, False, tile._replace(persistent=value)) for value in (False, True))
+    assert torch.equal(found["output"], expected["output"])
+
+
+@pytest.mark.usefixtures("one_multiprocessor")
+@DTYPES
+def test_training_with_several_tiles_per_program(dtype: torch.dtype) -> None:
+    for conv in (TAILS, CONVOLUTIONS["1x1"], CONVOLUTIONS["depthwise"]):
+        for mean in (0.0, 30.0):
+            check(conv, dtype, True, ConvConfig(16, 16, 32, 4, 3), mean)
+
+
+def test_results_repeat() -> None:
+    for training, config in ((False, SPLIT), (True, ConvConfig(16, 16, 32, 4, 2))):
+        first, second = (check(TAILS, torch.bfloat16, training, config) for _ in range(2))
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), name
+
+
+GROUPED = {
+    "resnext_4d": (Convolution((1, 128, 6, 5), 128, (3, 3), padding=(1, 1), groups=32), 8),
+    "wide_groups": (Convolution((1, 96, 5, 5), 64, (3, 3), padding=(1, 1), groups=2), 1),
+    "odd_number_of_groups": (Convolution((2, 55, 5, 5), 33, (1, 1), groups=11), 4),
+    "more_outputs_than_inputs": (Convolution((2, 6, 5, 5), 60, (3, 3), padding=(1, 1), groups=6), 2),
+}
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups(name: str, dtype: torch.dtype, training: bool) -> None:
+    """Narrow groups are multiplied as one block-diagonal matrix, which covers all of them for any number of groups."""
+    conv, packed = GROUPED[name]
+    problem = conv_problem(conv)
+    assert plan.packing(problem) == (packed, False)
+    tiled = plan.tile_problem(problem)
+    assert tiled.groups * packed >= conv.groups and tiled.group_in == packed * conv.weight[1]
+    check(conv, dtype, training)
+
+
+@MODES
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_values_stay_in_their_group(value: float, training: bool) -> None:
+    """The zeros beside the diagonal do not make NaN of them."""
+    conv = GROUPED["odd_number_of_groups"][0]
+    call = conv_bn_act_call(conv, torch.bfloat16, DEVICE, layout="nhwc", residual_layout=None, training=training)
+    call.input[1, 12, 2, 2] = value  # of group 2, whose outputs are the channels 6, 7 and 8
+    with resfuse.use_backend("triton"), torch.no_grad():
+        found = contract.forward(contract.FUSED, call.map(torch.clone))
+    expected = contract.forward(contract.EAGER, call.map(torch.clone))
+    struck = expected.isnan() | expected.isinf()
+    assert struck.any() and not struck[:, :6].any() and not struck[:, 9:].any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+def test_non_finite_padding_is_never_read() -> None:
+    """The image is the middle of a larger one of NaN: no mask of the padding lets a neighbour through."""
+    conv = CONVOLUTIONS["3x3"]
+    n, c, h, w = conv.input
+    room = torch.full((n + 2, c, h, w), math.nan, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x = room[1:-1]
+    x.copy_(torch.randn(conv.input))
+    weight = torch.randn(conv.weight, device=DEVICE)
+    z = triton.conv_forward(x, weight, None, conv.settings)
+    torch.testing.assert_close(z, F.conv2d(x, weight, None, *conv.settings), rtol=1e-4, atol=1e-4)
+
+
+def test_a_filter_row_is_packed_where_channels_are_few() -> None:
+    """Rows of 7 taps with 3 channels are 21 neighbours in memory, unless the taps have gaps."""
+    stem = conv_problem(Convolution((1, 3, 32, 32), 64, (7, 7), (2, 2), (3, 3)))
+    assert plan.packing(stem) == (1, True)
+    tiled = plan.tile_problem(stem)
+    assert (tiled.c, tiled.s, tiled.oh, tiled.ow, tiled.gemm[2]) == (21, 1, 16, 16, 147)
+    for other in (stem._replace(dilation=(1, 2)), stem._replace(c=32), stem._replace(r=1, s=1)):
+        assert plan.packing(other) == (1, False)
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
+def test_forms_of_training(device: DeviceProperties) -> None:
+    """One launch as soon as a program per tile of N is resident, from registers where each has one tile."""
+
+    def form(batch: int, size: int, channels: int) -> list[tuple[bool, bool, int]]:
+        x, w, v = meta(batch, 64, size, size), meta(channels, 64, 1, 1), torch.empty(channels, device="meta")
+        with launch.collected(device) as specs:
+            triton.conv_bn_act_forward(x, w, None, UNIT, BatchNorm(v, v, v, v, True, 0.1, 1e-5), None, True)
+        assert all(spec.grid[0] <= 2 * device.num_sms for spec in specs if spec.options["launch_cooperative_grid"])
+        return [
+            (spec.options["launch_cooperative_grid"], spec.constants["IN_REGISTERS"], spec.constants["PHASE"])
+            for spec in specs
+        ]
+
+    assert form(1, 14, 64) == [(True, True, 0)]
+    assert form(256, 56, 256) == [(True, False, 0)]
+    assert form(1, 1, 1 << 17) == [(False, False, 1), (False, False, 2)]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32_follows_the_switch_of_torch(precision: str) -> None:
+    x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, precision
+    try:
+        with launch.collected(H100) as specs:
+            triton.conv_forward(x, w, None, UNIT)
+    finally:
+        switch.fp32_precision = before
+    assert specs[0].constants["CONV"].precision == precision
+
+
+@MODES
+def test_offsets_beyond_32_bits(training: bool) -> None:
+    """Pixels from 2^31 elements on; of the input, 4 GB, only those pages are touched that the stride reaches."""
+    channels, side, stride = 64, 5888, 2900
+    size = channels * side**2
+    assert size > 2**31
+    storage = torch.UntypedStorage(2 * size, device=DEVICE)  # not through the tests' poison, which touches all pages
+    flat = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage)  # type: ignore[call-overload]
+    x = flat.as_strided((1, channels, side, side), (size, 1, channels * side, channels))
+    pixels = torch.randn(1, channels, 3, 3).half().to(DEVICE)
+    x[:, :, ::stride, ::stride] = pixels
+    w = torch.randn(16, channels, 1, 1).half().to(DEVICE)
+    convolution = UNIT._replace(stride=(stride, stride))
+    if training:
+        bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
+        z = triton.conv_bn_act_forward(x, w, None, convolution, bn, None, False)[1]
+    else:
+        z = triton.conv_forward(x, w, None, convolution)
+    expected = F.conv2d(pixels.double(), w.double())
+    torch.testing.assert_close(z.double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64 products, rounded once
+
+
+def test_the_residual_is_overwritten_where_that_is_allowed() -> None:
+    call = conv_bn_act_call(CONVOLUTIONS["3x3"], torch.bfloat16, DEVICE, layout="nhwc", residual_layout="nhwc")
+    residual = call.tensors["residual"]
+    assert residual is not None
+    with resfuse.use_backend("triton"), torch.no_grad():
+        expected = contract.forward(contract.FUSED, call)
+        assert expected.data_ptr() != residual.data_ptr()
+        found = contract.forward(contract.FUSED, call.with_options(overwrite_residual=True))
+    assert found.data_ptr() == residual.data_ptr()
+    assert torch.equal(found, expected)
+
+
+def conv_problem(conv: Convolution) -> ConvProblem:
+    n, c, h, w = conv.input
+    return ConvProblem("forward", torch.bfloat16, n, h, w, c, conv.channels, *conv.kernel, *conv.settings)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
