@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "resfuse.h"
 
@@ -129,8 +130,8 @@ void bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean,
 }
 
 void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor statistics, double momentum, double eps, bool relu,
-                      Tensor output, Tensor mean, Tensor invstd) {
+                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor statistics,
+                      double momentum, double eps, bool relu, Tensor output, Tensor mean, Tensor invstd) {
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
   const int64_t channels = apply.shape.channels;
   const double* known = nullptr;
@@ -187,8 +188,7 @@ bool is_channels_last(const Tensor& tensor) {
 
 Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -214,48 +214,61 @@ Tensor to_nhwc(const Tensor& tensor) {
 // The input as kernels read it.  They convert NCHW while they pack it, which for a 1x1 kernel costs more than a copy.
 Tensor readable(const Tensor& input, const Tensor& weight) {
   return input.size(1) > 4 && input.stride(1) != 1 && weight.size(2) == 1 && weight.size(3) == 1 ? to_nhwc(input)
-                                                                                                  : input;
+                                                                                                 : input;
 }
 
-// What convolutions share: shapes and strides.  The output and the vectors are not in it.
+// stride, padding, dilation (vertical, horizontal) and groups, in this order.
+struct Settings {
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+
+  explicit Settings(const std::vector<int64_t>& list) {
+    STD_TORCH_CHECK(list.size() == 7, "settings: expected 7 numbers, got ", list.size());
+    stride_h = list[0], stride_w = list[1], padding_h = list[2], padding_w = list[3];
+    dilation_h = list[4], dilation_w = list[5], groups = list[6];
+  }
+};
+
+// Shapes and strides of a convolution of an input with so many filters of `group_channels` channels each.
 resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_bias,
-                               int64_t filters, int64_t group_channels, int64_t stride_h, int64_t stride_w,
-                               int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-                               int64_t groups) {
+                               int64_t filters, int64_t group_channels, const Settings& settings) {
   const auto size = input.sizes(), kernel = weight.sizes(), in = input.strides(), of = weight.strides();
-  STD_TORCH_CHECK(groups > 0 && filters % groups == 0 && size[1] == group_channels * groups,
+  STD_TORCH_CHECK(settings.groups > 0 && filters % settings.groups == 0 && size[1] == group_channels * settings.groups,
                   "conv_weight: its channels and groups do not fit the input");
   resfuse::ConvForward args{};
-  args.conv = {size[0], size[2],  size[3],  size[1],  filters, kernel[2],  kernel[3],  0,      0,
-               stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups, dtype_of(input, "input"), false};
-  args.conv.out_height = (size[2] + 2 * padding_h - dilation_h * (kernel[2] - 1) - 1) / stride_h + 1;
-  args.conv.out_width = (size[3] + 2 * padding_w - dilation_w * (kernel[3] - 1) - 1) / stride_w + 1;
-  STD_TORCH_CHECK(args.conv.out_height > 0 && args.conv.out_width > 0, "input: smaller than the kernel");
+  resfuse::Convolution& conv = args.conv;
+  conv.batch = size[0], conv.channels = size[1], conv.height = size[2], conv.width = size[3];
+  conv.filters = filters, conv.kernel_h = kernel[2], conv.kernel_w = kernel[3];
+  conv.stride_h = settings.stride_h, conv.stride_w = settings.stride_w;
+  conv.padding_h = settings.padding_h, conv.padding_w = settings.padding_w;
+  conv.dilation_h = settings.dilation_h, conv.dilation_w = settings.dilation_w;
+  conv.groups = settings.groups;
+  conv.dtype = dtype_of(input, "input");
+  conv.out_height = (size[2] + 2 * conv.padding_h - conv.dilation_h * (kernel[2] - 1) - 1) / conv.stride_h + 1;
+  conv.out_width = (size[3] + 2 * conv.padding_w - conv.dilation_w * (kernel[3] - 1) - 1) / conv.stride_w + 1;
+  STD_TORCH_CHECK(conv.out_height > 0 && conv.out_width > 0, "input: smaller than the kernel");
   args.input = input.data_ptr();
   args.weight = weight.data_ptr();
   args.weight_dtype = dtype_of(weight, "conv_weight");
-  STD_TORCH_CHECK(args.weight_dtype == DType::float32 || args.conv.dtype == DType::bfloat16,
+  STD_TORCH_CHECK(args.weight_dtype == DType::float32 || conv.dtype == DType::bfloat16,
                   "conv_weight: bfloat16, but the input is float32");
-  // Strides of dimensions of one element are no matter: those of dense memory let the kernels see more of it as such.
+  // Strides of dimensions of one element have no meaning: those of dense memory let the kernels see that it is dense.
   args.input_strides[1] = size[1] == 1 ? 1 : in[1];
   args.input_strides[3] = size[3] == 1 ? size[1] * args.input_strides[1] : in[3];
   args.input_strides[2] = size[2] == 1 ? size[3] * args.input_strides[3] : in[2];
   args.input_strides[0] = size[0] == 1 ? size[2] * args.input_strides[2] : in[0];
-  args.weight_strides = {filters / groups * of[0], of[0], of[1], of[2], of[3]};
+  args.weight_strides = {filters / conv.groups * of[0], of[0], of[1], of[2], of[3]};
   args.conv_bias = conv_vector(conv_bias, filters, "conv_bias");
-  if (args.conv.dtype == DType::bfloat16) args.products = resfuse::cpu::bfloat16_products();
+  if (conv.dtype == DType::bfloat16) args.products = resfuse::cpu::bfloat16_products();
   return args;
 }
 
 Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor running_mean,
                               OptionalTensor running_var, OptionalTensor bn_weight, OptionalTensor bn_bias,
-                              OptionalTensor residual, int64_t stride_h, int64_t stride_w, int64_t padding_h,
-                              int64_t padding_w, int64_t dilation_h, int64_t dilation_w, int64_t groups, double eps,
-                              bool relu, bool overwrite_residual) {
+                              OptionalTensor residual, std::vector<int64_t> settings, double eps, bool relu,
+                              bool overwrite_residual) {
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
   const Tensor read = readable(input, weight);
-  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), stride_h, stride_w,
-                                        padding_h, padding_w, dilation_h, dilation_w, groups);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
   const resfuse::Convolution& conv = args.conv;
   args.running_mean = conv_vector(running_mean, conv.filters, "running_mean");
   args.running_var = conv_vector(running_var, conv.filters, "running_var");
@@ -282,13 +295,10 @@ Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_b
 
 // z = conv(input) + conv_bias, and its mean and M2 per channel, in float64.
 std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, OptionalTensor conv_bias,
-                                                   int64_t stride_h, int64_t stride_w, int64_t padding_h,
-                                                   int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-                                                   int64_t groups) {
+                                                   std::vector<int64_t> settings) {
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
   const Tensor read = readable(input, weight);
-  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), stride_h, stride_w,
-                                        padding_h, padding_w, dilation_h, dilation_w, groups);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
   const Tensor output = empty_nhwc(args.conv);
   const int64_t size[] = {2, args.conv.filters}, stride[] = {args.conv.filters, 1};
   const Tensor statistics = empty(2, size, stride, aoti_torch_dtype_float64());
@@ -299,21 +309,21 @@ std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, 
 }
 
 // The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.
-Tensor conv_input_grad(Tensor grad_output, Tensor weight, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-                       int64_t dilation_w, int64_t groups) {
+Tensor conv_input_grad(Tensor grad_output, Tensor weight, std::vector<int64_t> settings) {
+  Settings turned(settings);
   STD_TORCH_CHECK(grad_output.dim() == 4 && weight.dim() == 4 && grad_output.size(1) == weight.size(0),
                   "grad_output, conv_weight: shapes do not fit each other");
   const auto size = weight.sizes(), stride = weight.strides();
-  const int64_t filters = size[0] / groups;
-  const int64_t turned_padding_h = dilation_h * (size[2] - 1) - padding_h;
-  const int64_t turned_padding_w = dilation_w * (size[3] - 1) - padding_w;
-  STD_TORCH_CHECK(turned_padding_h >= 0 && turned_padding_w >= 0, "padding: wider than the kernel");
+  const int64_t filters = size[0] / turned.groups;
+  turned.padding_h = turned.dilation_h * (size[2] - 1) - turned.padding_h;
+  turned.padding_w = turned.dilation_w * (size[3] - 1) - turned.padding_w;
+  STD_TORCH_CHECK(turned.stride_h == 1 && turned.stride_w == 1, "stride: expected 1");
+  STD_TORCH_CHECK(turned.padding_h >= 0 && turned.padding_w >= 0, "padding: wider than the kernel");
   const Tensor read = readable(grad_output, weight);
-  resfuse::ConvForward args = conv_args(read, weight, {}, size[1] * groups, filters, 1, 1,
-                                        turned_padding_h, turned_padding_w, dilation_h, dilation_w, groups);
+  resfuse::ConvForward args = conv_args(read, weight, {}, size[1] * turned.groups, filters, turned);
   const int64_t element = args.weight_dtype == DType::float32 ? 4 : 2;
-  args.weight = static_cast<const char*>(weight.data_ptr()) +
-                ((size[2] - 1) * stride[2] + (size[3] - 1) * stride[3]) * element;
+  args.weight =
+      static_cast<const char*>(weight.data_ptr()) + ((size[2] - 1) * stride[2] + (size[3] - 1) * stride[3]) * element;
   args.weight_strides = {filters * stride[0], stride[1], stride[0], -stride[2], -stride[3]};
   const Tensor output = empty_nhwc(args.conv);
   args.output = output.data_ptr();

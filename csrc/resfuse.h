@@ -69,7 +69,7 @@ struct BnEvalForward {
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, then BnApply.
 struct BnTrainForward {
   BnApply apply;
-  const double* statistics;  // mean and M2 of each channel where they are known, or null
+  const double* statistics;           // mean and M2 of each channel where they are known, or null
   float *mean, *invstd;               // the same memory as apply.mean and apply.invstd
   float *running_mean, *running_var;  // or null
   double momentum, eps;

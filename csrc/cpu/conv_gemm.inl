@@ -59,11 +59,11 @@ struct ConvWorker {
   float *panels, *pixels;
   EpilogueVectors vectors;
 
-  int64_t group = 0, filter_begin = 0, filter_end = 0;  // of the unit; filters of the group
-  int64_t packed = -1;                                  // the group and block whose panels are there
-  int64_t prepared = -1;                                // the group whose pixels are there, where plan.whole
+  int64_t group = 0, filter_begin = 0, filter_end = 0;   // of the unit; filters of the group
+  int64_t packed = -1;                                   // the group and block whose panels are there
+  int64_t prepared = -1;                                 // the group whose pixels are there, where plan.whole
   int64_t chunk = 0, chunk_pixels = 0, chunk_pixel = 0;  // the pixels of the chunk, and the next of them
-  const T* input = nullptr;  // at the group's first channel
+  const T* input = nullptr;                              // at the group's first channel
   struct {
     const char* at;
     int64_t left;
@@ -279,10 +279,9 @@ template <class T, class Mul>
 void conv_gemm(const ConvForward& args) {
   const int64_t* strides = args.input_strides;
   // Pairs are read in place where they lie in whole words.
-  const bool whole_words = strides[0] % Mul::channels == 0 && strides[2] % Mul::channels == 0 &&
-                           strides[3] % Mul::channels == 0 &&
-                           args.conv.channels / args.conv.groups % Mul::channels == 0 &&
-                           reinterpret_cast<uintptr_t>(args.input) % 4 == 0;
+  const bool whole_words =
+      strides[0] % Mul::channels == 0 && strides[2] % Mul::channels == 0 && strides[3] % Mul::channels == 0 &&
+      args.conv.channels / args.conv.groups % Mul::channels == 0 && reinterpret_cast<uintptr_t>(args.input) % 4 == 0;
   const bool words_in_place = strides[1] == 1 && sizeof(T) * Mul::channels == 4 && whole_words;
   const int64_t wanted = conv_threads(args.conv);
   const ConvPlan plan = plan_conv(args, Mul::channels, words_in_place, wanted);

@@ -92,11 +92,13 @@ struct LanesWorker {
         for (int64_t c = 0; c < plan.group_channels; ++c)
           for (int64_t lane = 0; lane < plan.lanes; ++lane, ++to) {
             const int64_t k = first + lane, group = k / plan.group_filters;
-            *to = lane < count ? scalar(weight[group * args.weight_strides.group +
-                                               k % plan.group_filters * args.weight_strides.filter +
-                                               c * args.weight_strides.channel + row * args.weight_strides.row +
-                                               column * args.weight_strides.column])
-                               : 0.0f;
+            *to =
+                lane < count
+                    ? scalar(
+                          weight[group * args.weight_strides.group +
+                                 k % plan.group_filters * args.weight_strides.filter + c * args.weight_strides.channel +
+                                 row * args.weight_strides.row + column * args.weight_strides.column])
+                    : 0.0f;
           }
   }
 
@@ -148,7 +150,8 @@ struct LanesWorker {
     const int64_t step = conv.stride_w * plan.pixel_floats;
     for (int64_t row = 0; row < conv.kernel_h; ++row)
       for (int64_t column = 0; column < conv.kernel_w; ++column) {
-        const float* at = from + (row * conv.dilation_h * plan.band_width + column * conv.dilation_w) * plan.pixel_floats;
+        const float* at =
+            from + (row * conv.dilation_h * plan.band_width + column * conv.dilation_w) * plan.pixel_floats;
         for (int64_t c = 0; c < plan.group_channels; ++c, at += NV * kWidth, filter += NV * kWidth)
           unrolled<NV>([&](auto v) {
             const vec weight = vload(filter + v * kWidth);
@@ -180,13 +183,20 @@ struct LanesWorker {
   template <int64_t NV>
   void multiply_vectors(const float* from, int64_t pixel, int64_t pixels) const {
     switch (pixels) {
-      case 1: return multiply_lanes<NV, 1>(from, pixel);
-      case 2: return multiply_lanes<NV, 2>(from, pixel);
-      case 3: return multiply_lanes<NV, 3>(from, pixel);
-      case 4: return multiply_lanes<NV, 4>(from, pixel);
-      case 5: return multiply_lanes<NV, 5>(from, pixel);
-      case 6: return multiply_lanes<NV, 6>(from, pixel);
-      default: return multiply_lanes<NV, 7>(from, pixel);
+      case 1:
+        return multiply_lanes<NV, 1>(from, pixel);
+      case 2:
+        return multiply_lanes<NV, 2>(from, pixel);
+      case 3:
+        return multiply_lanes<NV, 3>(from, pixel);
+      case 4:
+        return multiply_lanes<NV, 4>(from, pixel);
+      case 5:
+        return multiply_lanes<NV, 5>(from, pixel);
+      case 6:
+        return multiply_lanes<NV, 6>(from, pixel);
+      default:
+        return multiply_lanes<NV, 7>(from, pixel);
     }
   }
 

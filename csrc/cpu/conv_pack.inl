@@ -131,8 +131,7 @@ void pack_panel(const ConvForward& args, const ConvPlan& plan, const T* from, in
   const bool aligned_words = channels % Mul::channels == 0;
   const bool channels_last = stride.channel == 1 && (conv.kernel_w == 1 || stride.column == channels) &&
                              (conv.kernel_h == 1 || stride.row == conv.kernel_w * channels);
-  const bool channels_first = (channels == 1 || stride.channel == taps) &&
-                              (conv.kernel_w == 1 || stride.column == 1) &&
+  const bool channels_first = (channels == 1 || stride.channel == taps) && (conv.kernel_w == 1 || stride.column == 1) &&
                               (conv.kernel_h == 1 || stride.row == conv.kernel_w);
   int64_t packed = 0;
   if (aligned_words && (channels_last || (channels_first && Mul::channels == 1)))

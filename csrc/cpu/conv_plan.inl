@@ -22,8 +22,8 @@ struct ConvPlan {
   int64_t group_channels, group_filters, channel_words, depth;  // depth: words of the reduction
   int64_t pixels;
   int64_t block_filters, blocks;
-  int64_t item_pixels, item_rows, items_per_image, items, chunks;  // a chunk is a run of items
-  int64_t pixel_words, band_width, window_words;                   // scratch: of a pixel, a row, a window
+  int64_t item_pixels, item_rows, items_per_image, items, chunks;       // a chunk is a run of items
+  int64_t pixel_words, band_width, window_words;                        // scratch: of a pixel, a row, a window
   int64_t tap_rows, tap_columns, tap_row_bytes, tap_column_bytes, run;  // the reduction: runs of words
   int64_t panel_bytes, input_bytes;
 
@@ -116,7 +116,8 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
   } else {
     const int64_t blocks = ceil_div(plan.group_filters, most);
     plan.block_filters = ceil_div(ceil_div(plan.group_filters, blocks), kPanel) * kPanel;
-    int64_t chunks = std::max(ceil_div(4 * sharers, conv.groups), plan.pixels * plan.depth * plan.block_filters / 12000000);
+    int64_t chunks =
+        std::max(ceil_div(4 * sharers, conv.groups), plan.pixels * plan.depth * plan.block_filters / 12000000);
     if (plan.reading == Reading::banded) {
       const int64_t row_bytes = plan.band_width * plan.pixel_words * 4;
       const int64_t high = (conv.kernel_h - 1) * conv.dilation_h + 1;

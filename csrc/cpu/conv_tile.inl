@@ -80,8 +80,7 @@ template <class T, int64_t M, int64_t NV>
 RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
   T* output = static_cast<T*>(tile.output);
   const T* residual = static_cast<const T*>(tile.residual);
-  const bool partial =
-      tile.filters < NV * kWidth || (residual != nullptr && tile.residual_filters < NV * kWidth);
+  const bool partial = tile.filters < NV * kWidth || (residual != nullptr && tile.residual_filters < NV * kWidth);
   if (__builtin_expect(partial, 0)) {
     vec copies[M][NV];  // their address is taken: `values` stay in registers
     unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { copies[i][v] = values[i][v]; }); });
@@ -91,8 +90,7 @@ RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
     unrolled<M>([&](auto i) {
       unrolled<NV>([&](auto v) { values[i][v] += vload(residual + i * tile.residual_stride + v * kWidth); });
     });
-  if (tile.relu)
-    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = vrelu(values[i][v]); }); });
+  if (tile.relu) unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = vrelu(values[i][v]); }); });
   unrolled<M>([&](auto i) {
     unrolled<NV>([&](auto v) { vstore(output + i * tile.output_stride + v * kWidth, values[i][v]); });
   });
@@ -155,11 +153,14 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_step;
           unrolled<ROWS>([&](auto i) {
-            unrolled<NV>([&](auto v) { sums[i][v] = Mul::multiply_add(sums[i][v], first + pixel_offset(i), filters[v]); });
+            unrolled<NV>(
+                [&](auto v) { sums[i][v] = Mul::multiply_add(sums[i][v], first + pixel_offset(i), filters[v]); });
           });
           if constexpr (GROUPS == 2) {
             unrolled<ROWS>([&](auto i) {
-              unrolled<NV>([&](auto v) { sums[ROWS + i][v] = Mul::multiply_add(sums[ROWS + i][v], second + pixel_offset(i), filters[v]); });
+              unrolled<NV>([&](auto v) {
+                sums[ROWS + i][v] = Mul::multiply_add(sums[ROWS + i][v], second + pixel_offset(i), filters[v]);
+              });
             });
             second += 4;
           }
@@ -169,9 +170,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
       }
     }
   if (cut)
-    unrolled<M>([&](auto i) {
-      unrolled<NV>([&](auto v) { sums[i][v] += vload(earlier + i * width + v * kWidth); });
-    });
+    unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { sums[i][v] += vload(earlier + i * width + v * kWidth); }); });
 
   unrolled<NV>([&](auto v) {
     const vec centre = vload(tile.centre + v * kWidth), scale = vload(tile.scale + v * kWidth);
@@ -200,20 +199,31 @@ template <class T, class Mul, int64_t NV>
 RESFUSE_INLINE void multiply_pixels(const Tile& tile, int64_t groups, int64_t rows) {
   if (groups == 2) {
     switch (rows) {
-      case 4: return multiply_tile<T, Mul, NV, 2, 4>(tile);
-      case 5: return multiply_tile<T, Mul, NV, 2, 5>(tile);
-      case 6: return multiply_tile<T, Mul, NV, 2, 6>(tile);
-      default: return multiply_tile<T, Mul, NV, 2, 7>(tile);
+      case 4:
+        return multiply_tile<T, Mul, NV, 2, 4>(tile);
+      case 5:
+        return multiply_tile<T, Mul, NV, 2, 5>(tile);
+      case 6:
+        return multiply_tile<T, Mul, NV, 2, 6>(tile);
+      default:
+        return multiply_tile<T, Mul, NV, 2, 7>(tile);
     }
   }
   switch (rows) {
-    case 1: return multiply_tile<T, Mul, NV, 1, 1>(tile);
-    case 2: return multiply_tile<T, Mul, NV, 1, 2>(tile);
-    case 3: return multiply_tile<T, Mul, NV, 1, 3>(tile);
-    case 4: return multiply_tile<T, Mul, NV, 1, 4>(tile);
-    case 5: return multiply_tile<T, Mul, NV, 1, 5>(tile);
-    case 6: return multiply_tile<T, Mul, NV, 1, 6>(tile);
-    default: return multiply_tile<T, Mul, NV, 1, 7>(tile);
+    case 1:
+      return multiply_tile<T, Mul, NV, 1, 1>(tile);
+    case 2:
+      return multiply_tile<T, Mul, NV, 1, 2>(tile);
+    case 3:
+      return multiply_tile<T, Mul, NV, 1, 3>(tile);
+    case 4:
+      return multiply_tile<T, Mul, NV, 1, 4>(tile);
+    case 5:
+      return multiply_tile<T, Mul, NV, 1, 5>(tile);
+    case 6:
+      return multiply_tile<T, Mul, NV, 1, 6>(tile);
+    default:
+      return multiply_tile<T, Mul, NV, 1, 7>(tile);
   }
 }
 

@@ -58,8 +58,8 @@ RESFUSE_INLINE float value_of(const ConvVector& vector, int64_t i) {
                                         : scalar(static_cast<const bf16*>(vector.data)[i * vector.stride]);
 }
 
-// How words are multiplied: `sum` + the word at an address, for all filters, times theirs.  A word is four bytes: a float,
-// or with Pairs two bfloat16 of neighbouring channels.
+// How words are multiplied: `sum` + the word at an address, for all filters, times theirs.  A word is four bytes: a
+// float, or with Pairs two bfloat16 of neighbouring channels.
 struct Floats {
   static constexpr int64_t channels = 1;  // of a word
   RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {

@@ -16,7 +16,8 @@ struct WinogradPlan {
   int64_t scratch_bytes() const {
     const int64_t products = 16 * kTilePixels * kPanel;
     return (filter_floats + taps_floats + (whole ? groups : 1) * pixel_floats + products + 9 * channel_words +
-            3 * (block_filters + kPanel) + 2 * kPanel + 1024) * 4;
+            3 * (block_filters + kPanel) + 2 * kPanel + 1024) *
+           4;
   }
 };
 
@@ -263,8 +264,7 @@ void conv_winograd(const ConvForward& args) {
   const int64_t threads = conv_threads(args.conv);
   const WinogradPlan plan = plan_winograd(args, threads);
   const ConvPlan direct = plan_conv(args, 1, false, 1);
-  share_units(std::min(threads, plan.blocks * plan.chunks), plan.scratch_bytes(),
-              [&](char* scratch, std::atomic<int64_t>& next) {
-                WinogradWorker<T>(args, plan, direct, scratch).run(next);
-              });
+  share_units(
+      std::min(threads, plan.blocks * plan.chunks), plan.scratch_bytes(),
+      [&](char* scratch, std::atomic<int64_t>& next) { WinogradWorker<T>(args, plan, direct, scratch).run(next); });
 }

@@ -23,5 +23,6 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {add_relu_forward, add_relu_backward, bn_statistics, bn_apply, bn_eval_forward, bn_train_forward, bn_backward_reduce, bn_backward_apply, conv_forward, multiply_seconds};
+const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,     bn_eval_forward,
+                         bn_train_forward, bn_backward_reduce, bn_backward_apply, conv_forward, multiply_seconds};
 }  // namespace resfuse::cpu::RESFUSE_ISA

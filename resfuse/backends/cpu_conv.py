@@ -29,19 +29,19 @@ def conv_bn_act_inference(
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(BN(conv(input)) + residual) with running statistics; `overwrite_residual` gives up the residual's memory."""
-    (sh, sw), (ph, pw), (dh, dw), groups = convolution
+    stride, padding, dilation, groups = convolution
     return _inference_forward(
         input, _readable(conv_weight, input), conv_bias, *bn[:4], residual,
-        sh, sw, ph, pw, dh, dw, groups, bn.eps, relu, overwrite_residual,
+        (*stride, *padding, *dilation, groups), bn.eps, relu, overwrite_residual,
     )  # fmt: skip
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """z = conv(input) + conv_bias."""
-    (sh, sw), (ph, pw), (dh, dw), groups = convolution
+    stride, padding, dilation, groups = convolution
     return _inference_forward(
         input, _readable(conv_weight, input), conv_bias, None, None, None, None, None,
-        sh, sw, ph, pw, dh, dw, groups, 0.0, False, False,
+        (*stride, *padding, *dilation, groups), 0.0, False, False,
     )  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def conv_statistics_forward(
     input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution
 ) -> tuple[Tensor, Tensor]:
     """z = conv(input) + conv_bias, and its mean and M2 per channel as (2, K) in float64, taken as z is written."""
-    (sh, sw), (ph, pw), (dh, dw), groups = convolution
-    return _statistics_forward(input, conv_weight, conv_bias, sh, sw, ph, pw, dh, dw, groups)
+    stride, padding, dilation, groups = convolution
+    return _statistics_forward(input, conv_weight, conv_bias, (*stride, *padding, *dilation, groups))
 
 
 def conv_backward(
@@ -61,17 +61,17 @@ def conv_backward(
     needs_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias): the first by the forward kernels where it can be, the others by PyTorch."""
-    stride, (ph, pw), (dh, dw), groups = convolution
+    stride, padding, dilation, groups = convolution
     own = (
         needs_grad[0]
         and stride == (1, 1)
-        and ph <= dh * (conv_weight.shape[2] - 1)
-        and pw <= dw * (conv_weight.shape[3] - 1)
+        and padding[0] <= dilation[0] * (conv_weight.shape[2] - 1)
+        and padding[1] <= dilation[1] * (conv_weight.shape[3] - 1)
         and is_channels_last(input)
     )
     if not own:
         return reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
-    grad_input = _input_grad(grad_output, conv_weight, ph, pw, dh, dw, groups)
+    grad_input = _input_grad(grad_output, conv_weight, (*stride, *padding, *dilation, groups))
     grad_weight = grad_bias = None
     if needs_grad[1] or needs_grad[2]:
         others = (False, needs_grad[1], needs_grad[2])

@@ -17,19 +17,18 @@ for _schema in (
     "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
     "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
-    "Tensor(e!) invstd) -> ()",
+    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, "
+    "Tensor(d!) mean, Tensor(e!) invstd) -> ()",
     "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
     "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
     "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    # settings: stride, padding, dilation (vertical, horizontal) and groups
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, int padding_h, "
-    "int padding_w, int dilation_h, int dilation_w, int groups, float eps, bool relu, bool overwrite_residual) -> Tensor",
-    "conv_input_grad(Tensor grad_output, Tensor conv_weight, int padding_h, int padding_w, int dilation_h, "
-    "int dilation_w, int groups) -> Tensor",
-    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, int stride_h, int stride_w, "
-    "int padding_h, int padding_w, int dilation_h, int dilation_w, int groups) -> (Tensor, Tensor)",
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int[] settings, float eps, bool relu, "
+    "bool overwrite_residual) -> Tensor",
+    "conv_input_grad(Tensor grad_output, Tensor conv_weight, int[] settings) -> Tensor",
+    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, int[] settings) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",
     "instruction_set() -> str",
 ):

@@ -105,7 +105,8 @@ def random_call(rng: random.Random, dtype: torch.dtype) -> Call:
         bias=rng.choice((None, randn(filters).to(vectors))),
         options={
             "conv_bias": conv_bias, "residual": residual, "activation": rng.choice(("relu", "relu", "identity")),
-            "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "eps": rng.choice((1e-5, 1e-3)),
+            "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
+            "eps": rng.choice((1e-5, 1e-3)),
             "pad_residual": residual is not None and residual.shape[1] < filters,
         },
     )  # fmt: skip

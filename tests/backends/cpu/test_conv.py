@@ -121,7 +121,7 @@ def test_many_random(instruction_set: str, dtype: torch.dtype) -> None:
 
 
 def test_the_ways_to_multiply_can_be_asked_for() -> None:
-    code = "import resfuse; resfuse.available_backends(); from resfuse.backends import cpu; print(cpu.bfloat16_products())"
+    code = "import resfuse; resfuse.available_backends(); print(resfuse.backends.cpu.bfloat16_products())"
     found = set()
     for asked in ("pairs", "widened"):
         environ = {**os.environ, "RESFUSE_CPU_BF16": asked}
