@@ -10,10 +10,9 @@ inline bool takes_few(const ConvForward& args) {
   const WeightStrides& stride = args.weight_strides;
   const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
   const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels;
-  return conv.dtype == DType::float32 && conv.groups == 1 && pixels >= kFewPixels &&
-         pixels <= kFewPixels + kFewRest && conv.filters % kFewFilters == 0 && depth % kWidth == 0 &&
-         pixels * depth * 4 <= l2_cache_bytes() && stride.channel == 1 && stride.filter >= depth &&
-         (conv.kernel_w == 1 || stride.column == conv.channels) &&
+  return conv.dtype == DType::float32 && conv.groups == 1 && pixels >= kFewPixels && pixels <= kFewPixels + kFewRest &&
+         conv.filters % kFewFilters == 0 && depth % kWidth == 0 && pixels * depth * 4 <= l2_cache_bytes() &&
+         stride.channel == 1 && stride.filter >= depth && (conv.kernel_w == 1 || stride.column == conv.channels) &&
          (conv.kernel_h == 1 || stride.row == conv.kernel_w * conv.channels) && args.statistics == nullptr &&
          (args.residual == nullptr || args.residual_channels == conv.filters);
 }
@@ -44,7 +43,9 @@ class FewPixels {
 
  private:
   const float* input() const { return static_cast<const float*>(args.input); }
-  const float* filter(int64_t k) const { return static_cast<const float*>(args.weight) + k * args.weight_strides.filter; }
+  const float* filter(int64_t k) const {
+    return static_cast<const float*>(args.weight) + k * args.weight_strides.filter;
+  }
 
   // Sixteen pixels to a panel, or those that are left over to lines.
   void pack(int64_t unit, float* windows) const {
@@ -112,8 +113,8 @@ class FewPixels {
     vec values[1][vectors];
     unrolled<vectors>([&](auto v) {
       const int64_t f = v * kWidth;
-      values[0][v] = (vload(from + f) - vload(epilogue.centre + f)) * vload(epilogue.scale + f) +
-                     vload(epilogue.shift + f);
+      values[0][v] =
+          (vload(from + f) - vload(epilogue.centre + f)) * vload(epilogue.scale + f) + vload(epilogue.shift + f);
     });
     Tile tile{};
     tile.output = static_cast<float*>(args.output) + at;

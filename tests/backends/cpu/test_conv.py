@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,12 @@ def path_call(name: str, dtype: torch.dtype, *, residual: bool = True) -> Call:
     input = randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
     fan = shape[1] // groups * kernel**2
     weight = (randn(filters, shape[1] // groups, kernel, kernel) * (2 / fan) ** 0.5).to(dtype)
-    settings = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (dilation,) * 2, "groups": groups}
+    settings: dict[str, Any] = {
+        "stride": (stride,) * 2,
+        "padding": (padding,) * 2,
+        "dilation": (dilation,) * 2,
+        "groups": groups,
+    }
     output = F.conv2d(input, weight, None, *settings.values())
     return Call(
         input,
