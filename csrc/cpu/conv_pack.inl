@@ -96,6 +96,7 @@ __attribute__((noinline)) void pack_contiguous(const T* from, int64_t stride, in
       }
     }
   }
+  if (k == count) return;
   for (; k < count; k += Mul::channels) {
     const int64_t row = rows.next();
     for (int64_t filter = 0; filter < kWidth; ++filter) {
