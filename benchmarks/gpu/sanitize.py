@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import cubin
+from tools import cubin
 from benchmarks.gpu import process
 from benchmarks.gpu.suite import UNFINISHED
 from benchmarks.options import summary

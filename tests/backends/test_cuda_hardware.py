@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from benchmarks import cubin
 from resfuse import _build
 from resfuse.backends import cuda_conv, dispatch
 from resfuse.types import Convolution as Geometry
@@ -27,6 +26,7 @@ from tests import contract, sanitized, shapes
 from tests.contract import Call
 from tests.needs import ROOT
 from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
+from tools import cubin
 
 pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 

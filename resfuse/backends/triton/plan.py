@@ -33,7 +33,6 @@ _SMALLEST_BLOCK = 16
 _INTERPRETED_M, _INTERPRETED_N = 256, 64
 _INTERPRETED_THREADS = 4  # times as many: the cost of a tile hardly depends on its size there
 _INT32_ELEMENTS = 2**31
-_MERGED_AT_ONCE = 2048  # means of a workspace
 
 COOPERATIVE, TWO_LAUNCHES = (0,), (1, 2)
 """Values of PHASE that a kernel with a grid barrier is launched with."""
@@ -63,6 +62,10 @@ class ConvConstants(NamedTuple):
     block_m: int
     block_n: int
     block_k: int
+    tiles_n: int
+    split_k: int
+    group_m: int
+    persistent: bool
     precision: Precision
     index64: bool
 
@@ -75,15 +78,12 @@ class ConvPlan(NamedTuple):
     """(M, H, W, OH, OW)"""
     constants: ConvConstants
     tiles_m: int
-    tiles_n: int
     programs: int
     """Size of the grid."""
     tiles_per_program: int
     """In training: neighbouring tiles of M whose statistics a program merges as it goes."""
     phases: tuple[int, ...]
     """In training."""
-    block_parts: int
-    """In training: parts of the workspace that are merged at a time."""
 
 
 def conv_plan(kind: Kind, x: Tensor, w: Tensor, convolution: Convolution, device: DeviceProperties) -> ConvPlan:
@@ -123,11 +123,12 @@ def _conv_plan(
     groups, row = packing(problem)
     constants = ConvConstants(
         c, k, r, s, *convolution.stride, *convolution.padding, *convolution.dilation, convolution.groups, groups, row,
-        *config[:3], precision, index64=elements >= _INT32_ELEMENTS,
+        *config[:3], tiles_n, config.split_k, config.group_m, config.persistent, precision,
+        index64=elements >= _INT32_ELEMENTS,
     )  # fmt: skip
     return ConvPlan(
-        config, (m, h, w, problem.oh, problem.ow), constants, tiles_m, tiles_n, programs, tiles_per_program,
-        _phases(tiles_n <= resident, device), _MERGED_AT_ONCE // config.block_n,
+        config, (m, h, w, problem.oh, problem.ow), constants, tiles_m, programs, tiles_per_program,
+        _phases(tiles_n <= resident, device),
     )  # fmt: skip
 
 
