@@ -107,9 +107,8 @@ def _conv_plan(
     config = forced or chosen_config(tiled, device)
     if device.interpreted:
         config = _interpreters_config(tiled, config, keep_tile=forced is not None)
-    steps = config.steps(tiled)
-    if config.split_k > steps:
-        config = config._replace(split_k=power_of_two_below(steps))
+    most_splits = 1 if kind == "train" else power_of_two_below(config.steps(tiled))  # batch statistics need whole sums
+    config = config._replace(split_k=min(config.split_k, most_splits))
     tiles_m, tiles_n = config.tiles(tiled)
     resident = device.resident_programs(config.num_warps, MAX_REGISTERS, config.shared_memory(tiled))
     programs, tiles_per_program = tiles_m * tiles_n * config.split_k, 1
