@@ -242,7 +242,7 @@ KERNELS = {
 
 
 def devices_of(backend: str) -> list[str]:
-    """Where a backend runs on this machine: the reference runs everywhere."""
+    """The devices on which a backend runs here; the reference runs on all."""
     if backend == "reference":
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if backend == "triton" and triton.INTERPRETED:
@@ -251,7 +251,7 @@ def devices_of(backend: str) -> list[str]:
 
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether a backend runs an operator, forward and backward, on an ordinary problem."""
+    """True if a backend runs an operator, forward and backward, on an ordinary problem."""
     conv, module = CONVOLUTIONS["3x3"], dispatch.backend(backend)
     for kernel in KERNELS[op]:
         convolution = (torch.Size(conv.weight), conv.settings) if kernel.startswith("conv") else ()

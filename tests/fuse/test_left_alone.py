@@ -1,4 +1,4 @@
-"""What `fuse_` leaves alone: models that it does not know exactly, each with a reason."""
+"""Models that `fuse_` leaves alone: those that it does not know exactly, each with a reason."""
 
 from __future__ import annotations
 
