@@ -47,8 +47,7 @@ class DeviceProperties(NamedTuple):
     name: str
     capability: tuple[int, int]
     num_sms: int
-    shared_memory: int
-    """Bytes that one program can have."""
+    shared_memory: int  # bytes that one program can have
     registers: int = 65536  # per multiprocessor, as the next one; the same from sm_80 to sm_100
     warps: int = 64
     interpreted: bool = False
@@ -99,8 +98,7 @@ class ConvProblem(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    precision: Precision = "ieee"
-    """For float32 only; the other dtypes are multiplied in one way."""
+    precision: Precision = "ieee"  # for float32 only; the other dtypes are multiplied in one way
 
     @property
     def oh(self) -> int:
@@ -142,10 +140,8 @@ class ConvConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    split_k: int = 1
-    """Programs that share the steps of a tile."""
-    group_m: int = 8
-    """Tiles of M for which consecutive programs share a tile of N, so that both stay in L2."""
+    split_k: int = 1  # programs that share the steps of a tile
+    group_m: int = 8  # tiles of M for which consecutive programs share a tile of N, so that both stay in L2
     persistent: bool = False
     """As many programs as are resident, each with several tiles, instead of one program per tile."""
 

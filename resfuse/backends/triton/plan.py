@@ -74,16 +74,12 @@ class ConvPlan(NamedTuple):
     """Everything about a launch that does not depend on the data."""
 
     config: ConvConfig
-    sizes: tuple[int, int, int, int, int]
-    """(M, H, W, OH, OW)"""
+    sizes: tuple[int, int, int, int, int]  # (M, H, W, OH, OW)
     constants: ConvConstants
     tiles_m: int
-    programs: int
-    """Size of the grid."""
-    tiles_per_program: int
-    """In training: neighbouring tiles of M whose statistics a program merges as it goes."""
-    phases: tuple[int, ...]
-    """In training."""
+    programs: int  # size of the grid
+    tiles_per_program: int  # in training: neighbouring tiles of M whose statistics a program merges as it goes
+    phases: tuple[int, ...]  # in training
 
 
 def conv_plan(kind: Kind, x: Tensor, w: Tensor, convolution: Convolution, device: DeviceProperties) -> ConvPlan:
@@ -207,8 +203,7 @@ class Work(NamedTuple):
 
     threads: int
     elements: int
-    scattered: int
-    """Elements where they have to be addressed one by one."""
+    scattered: int  # elements where they have to be addressed one by one
 
 
 REDUCTION, ELEMENTWISE = Work(512, 16, 8), Work(128, 32, 8)
@@ -220,8 +215,7 @@ class BatchNormTile(NamedTuple):
     channels_last: bool
     block_m: int
     block_n: int
-    block_parts: int
-    """Parts of a reduction that are merged at a time."""
+    block_parts: int  # parts of a reduction that are merged at a time
 
 
 class BatchNormPlan(NamedTuple):
@@ -230,10 +224,8 @@ class BatchNormPlan(NamedTuple):
     images: int
     positions: int
     channels: int
-    tiles: int
-    """Programs of an elementwise kernel."""
-    programs: int
-    """Programs of a reduction."""
+    tiles: int  # programs of an elementwise kernel
+    programs: int  # programs of a reduction
     parts: int
     tiles_per_part: int
     num_warps: int
