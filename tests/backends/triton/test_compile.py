@@ -93,7 +93,7 @@ def test_shapes_with_ones_pass_the_front_end() -> None:
     done = run("tests.backends.triton.front_end")
     assert done.returncode == 0, done.stderr
     count, *names = done.stdout.split()
-    assert int(count) > 50 and set(names) == {*CONVOLUTIONS, *POINTWISE}
+    assert int(count) > 30 and set(names) == {*CONVOLUTIONS, *POINTWISE}
 
 
 @pytest.mark.slow
