@@ -356,7 +356,9 @@ def _tile_bytes(tiles: Sequence[str]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "sizes")
         program.with_suffix(".cu").write_text(_SIZES % lines)
-        cubin.compile_program(toolkit, program.with_suffix(".cu"), program, "sm_80")
+        command = [toolkit.home / "bin" / "nvcc", "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir()}"]
+        libraries = [f"-L{toolkit.home / name}" for name in ("lib64", "lib")]  # nvcc of a pip toolkit needs them
+        subprocess.run([*command, program.with_suffix(".cu"), "-o", program, *libraries], check=True)
         answer = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(zip(tiles, map(int, answer.split()), strict=True))
 
