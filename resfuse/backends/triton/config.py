@@ -1,7 +1,7 @@
-"""What a kernel can be asked for: GPUs, convolution problems, and the configurations that heuristics rank for them.
+"""GPUs, convolution problems, and the configurations for them, ranked by a model of their time.
 
-The model behind the ranking knows what a tile reads, multiplies and writes, and how many tiles a multiprocessor has at
-a time.  It is meant to find the right order of candidates, not their times.
+The model knows what a tile reads, multiplies and writes, and how many tiles a multiprocessor has at a time.  It is
+meant to find the right order of candidates, not their times.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class ConvProblem(NamedTuple):
 
 
 class ConvConfig(NamedTuple):
-    """How a convolution is tiled.  A step of the main loop takes `block_k` channels of one filter tap."""
+    """The tiling of a convolution.  A step of the main loop takes `block_k` channels of one filter tap."""
 
     block_m: int
     block_n: int

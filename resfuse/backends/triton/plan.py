@@ -1,4 +1,4 @@
-"""How tensors are cut into tiles, and tiles shared out among programs: a function of the problem and the device.
+"""Launch plans: tensors cut into tiles, tiles shared out among programs, as a function of the problem and the device.
 
 The configuration of a convolution is what `forced` asks for, else what a table of measurements has (tables.py), else
 what the heuristics rank first (config.py).
@@ -219,7 +219,7 @@ class BatchNormTile(NamedTuple):
 
 
 class BatchNormPlan(NamedTuple):
-    """How a tensor is cut into tiles, and in a reduction the tiles into parts, a program each."""
+    """The tiles of a tensor, and in a reduction their parts, a program each."""
 
     images: int
     positions: int
