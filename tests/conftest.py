@@ -1,4 +1,4 @@
-"""What every test runs under, and the fixtures that several files share."""
+"""Settings of every test, and the fixtures that several files share."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ def pytest_report_header() -> list[str]:
     return [f"left out, for what is not installed: {name}: {', '.join(why)}" for name, why in _LEFT_OUT.items()]
 
 
-# The same examples on every run: a failure belongs to the change that caused it.
-if importlib.util.find_spec("hypothesis"):
-    import hypothesis
+def pytest_configure(config: pytest.Config) -> None:
+    """The same examples on every run, for a failure belongs to the change that caused it; more in the full suite."""
+    if importlib.util.find_spec("hypothesis"):
+        import hypothesis
 
-    hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
-    hypothesis.settings.load_profile("fixed")
+        few = config.getoption("markexpr") == "not slow"
+        hypothesis.settings.register_profile(
+            "fixed", derandomize=True, deadline=None, print_blob=True, max_examples=15 if few else 120
+        )
+        hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +66,7 @@ def poison(tensor: Tensor) -> Tensor:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN: an output, or a part of one, that nobody writes can not pass for zeros."""
+    """Fresh memory is NaN: an output, or a part of one, that nobody writes cannot pass for zeros."""
 
     def poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))

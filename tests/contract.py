@@ -1,4 +1,4 @@
-"""What the numerics tests compare, and how: one call of an operator, its eager equivalent, and the error rule.
+"""Numerics tests: one call of an operator, its eager equivalent, and the error rule that compares them.
 
 The rule itself is `resfuse.contract`: E(fused) <= 1.5 E(eager) + floor, and the same for the worst element, for the
 output, every gradient and every running statistic, where the truth is eager in float64 on the same rounded inputs.
@@ -19,6 +19,7 @@ narrower than the stride.  `eager_results` then takes the computation in float32
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse import contract
+from resfuse.types import BatchNorm, Convolution
 
 RUNNING = ("running_mean", "running_var")
 Results = dict[str, Tensor]
@@ -62,6 +64,19 @@ class Call:
         """Names of the tensors that can have a gradient."""
         return [name for name, tensor in self.tensors.items() if tensor is not None and name not in RUNNING]
 
+    @property
+    def convolution(self) -> Convolution:
+        """The settings of its convolution, as the kernels take them."""
+        default = Convolution((1, 1), (0, 0), (1, 1), 1)
+        return Convolution(*(self.options.get(name, value) for name, value in default._asdict().items()))
+
+    @property
+    def batch_norm(self) -> BatchNorm:
+        """Its batch norm, as the kernels take it."""
+        tensors = (self.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
+        defaults = {"training": False, "momentum": 0.1, "eps": 1e-5}
+        return BatchNorm(*tensors, *(self.options.get(name, value) for name, value in defaults.items()))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor replaced."""
         tensors = {name: None if tensor is None else function(tensor) for name, tensor in self.tensors.items()}
@@ -70,6 +85,10 @@ class Call:
     def replace(self, **tensors: Tensor | None) -> Call:
         """The call with some tensors replaced."""
         return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+
+    def with_options(self, **options: Any) -> Call:
+        """The call with some options replaced."""
+        return dataclasses.replace(self, options={**self.options, **options})
 
     def truth(self) -> Call:
         """The call in float64, on the values that the tensors have after rounding."""
@@ -142,7 +161,6 @@ def results(
     call: Call,
     grad_output: Tensor,
     needs_grad: Collection[str] | None = None,
-    run: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function(),
 ) -> Results:
     """Output, gradients and running statistics after one forward and backward.
 
@@ -151,7 +169,6 @@ def results(
         call: left as it was: the running statistics are updated in copies.
         grad_output: of the output's shape; moved to the output's device and dtype.
         needs_grad: names of the tensors whose gradients are wanted; None for all that can have one.
-        run: runs the forward, for tests that do it in some context.
     """
     names = call.differentiable if needs_grad is None else [name for name in call.differentiable if name in needs_grad]
     leaves: dict[str, Tensor | None] = {}
@@ -159,7 +176,7 @@ def results(
         if tensor is not None:  # detach() keeps strides and offset, which clone() would normalise
             tensor = tensor.clone() if name in RUNNING else tensor.detach().requires_grad_(name in names)
         leaves[name] = tensor
-    output = run(lambda: functions[call.op](**leaves, **call.options))
+    output = functions[call.op](**leaves, **call.options)
     found: Results = {"output": output.detach()}
     if names:
         grads = torch.autograd.grad(output, [leaves[name] for name in names], grad_output.to(output))
@@ -194,15 +211,11 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def _convolution(call: Call) -> dict[str, Any]:
-    return {name: call.options[name] for name in ("stride", "padding", "dilation", "groups") if name in call.options}
-
-
 def _squared_convolution(truth: Call) -> Tensor:
     """The sum of the squares of the convolution's terms: what independent roundings of the weights add up to."""
     weight = truth.tensors["conv_weight"]
     assert weight is not None
-    return F.conv2d(truth.input.square(), weight.square(), **_convolution(truth))
+    return F.conv2d(truth.input.square(), weight.square(), None, *truth.convolution)
 
 
 def _anatomy(truth: Call) -> _Anatomy:
@@ -211,21 +224,20 @@ def _anatomy(truth: Call) -> _Anatomy:
     if truth.op == "conv_bn_act":
         weight, bias = tensors["conv_weight"], tensors.get("conv_bias")
         assert weight is not None
-        conv = _convolution(truth)
-        z = F.conv2d(truth.input, weight, bias, **conv)
-        z_terms = F.conv2d(truth.input.abs(), weight.abs(), None if bias is None else bias.abs(), **conv)
+        z = F.conv2d(truth.input, weight, bias, *truth.convolution)
+        z_terms = F.conv2d(truth.input.abs(), weight.abs(), None if bias is None else bias.abs(), *truth.convolution)
     if options.get("training", False):
         mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
     else:
         mean, variance = (tensors[name] for name in RUNNING)  # type: ignore[assignment]
     invstd = (variance + options.get("eps", 1e-5)).rsqrt()
-    linear = dataclasses.replace(truth, options={**options, "activation": "identity"})
+    linear = truth.with_options(activation="identity")
     running = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items() if name in RUNNING}
     return _Anatomy(z, z_terms, mean, invstd, forward(EAGER, linear.replace(**running)))
 
 
-def decided_by_rounding(call: Call) -> Tensor:
-    """Where the ReLU's argument lies within a few roundings of zero, so that its sign is anyone's."""
+def decided_by_rounding(call: Call, parts: _Anatomy | None = None) -> Tensor:
+    """A mask of the elements whose ReLU argument lies within a few roundings of zero: rounding decides its sign."""
     truth = call.truth()
     eps = torch.finfo(call.input.dtype).eps
     residual = truth.tensors.get("residual")
@@ -233,7 +245,7 @@ def decided_by_rounding(call: Call) -> Tensor:
     if truth.op == "add_relu":
         assert residual is not None
         return (truth.input + residual).abs() <= 4 * eps * (truth.input.abs() + residual_size)
-    parts = _anatomy(truth)
+    parts = parts or _anatomy(truth)
     if residual is not None:
         residual_size = _zero_padded(residual_size, parts.z.shape[1])
     weight = truth.tensors.get("weight")
@@ -249,20 +261,20 @@ def decided_by_rounding(call: Call) -> Tensor:
 
 
 def _statistics_eps(call: Call) -> float:
-    """Of what batch statistics are kept in: float32, but PyTorch rounds them to a half precision that all else has."""
+    """Precision of batch statistics: float32, but PyTorch rounds them to half precision where all tensors have it."""
     dtype = call.input.dtype
     vectors = (call.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
     wide = any(vector is not None and vector.dtype == torch.float32 for vector in vectors)
     return torch.finfo(torch.float32 if wide else dtype).eps
 
 
-def term_sizes(call: Call, grad_output: Tensor) -> Results:
+def term_sizes(call: Call, grad_output: Tensor, parts: _Anatomy | None = None) -> Results:
     """For each result the sum of the sizes of its terms, in float64: the scale of errors where terms cancel."""
     truth, grad = call.truth(), grad_output.detach().to("cpu", torch.float64)
     tensors, options = truth.tensors, truth.options
     if truth.op == "add_relu":
         return {}
-    parts = _anatomy(truth)
+    parts = parts or _anatomy(truth)
     training, momentum = options.get("training", False), options.get("momentum", 0.1)
     weight, mean, invstd = tensors.get("weight"), _per_channel(parts.mean), _per_channel(parts.invstd)
     g = grad.abs()
@@ -290,7 +302,7 @@ def term_sizes(call: Call, grad_output: Tensor) -> Results:
         absolute = truth.map(Tensor.abs)
         leaves = {name: absolute.tensors[name] for name in ("input", "conv_weight", "conv_bias") if name in tensors}
         leaves = {name: tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None}
-        z = F.conv2d(leaves["input"], leaves["conv_weight"], leaves.get("conv_bias"), **_convolution(truth))
+        z = F.conv2d(leaves["input"], leaves["conv_weight"], leaves.get("conv_bias"), *truth.convolution)
         grads = torch.autograd.grad(z, list(leaves.values()), grad_z)
         sizes |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return sizes
@@ -335,29 +347,77 @@ def assert_within_contract(
     assert not broken, "\n".join(broken)
 
 
-def random_grad_output(call: Call, generator: torch.Generator) -> Tensor:
+def random_grad_output(call: Call, generator: torch.Generator, parts: _Anatomy | None = None) -> Tensor:
     """A gradient in the dtype of the input and the layout of the output, zero where the mask is decided by rounding."""
     output = forward(EAGER, call.map(torch.clone))
     grad = torch.empty_like(output, dtype=torch.float32, device="cpu").normal_(generator=generator)
     if call.op == "add_relu" or call.options.get("activation", "relu") == "relu":
-        grad = grad.masked_fill(decided_by_rounding(call), 0)
+        grad = grad.masked_fill(decided_by_rounding(call, parts), 0)
     return grad.to(device=output.device, dtype=call.input.dtype)
 
 
-def check(call: Call, seed: int = 0, needs_grad: Collection[str] | None = None) -> Results:
-    """Hold one call, forward and backward, against the contract, on the backend in force; returns its results."""
-    grad_output = random_grad_output(call, torch.Generator().manual_seed(seed))
-    fused = results(FUSED, call, grad_output, needs_grad)
-    eager = [eager_results(call, grad_output, needs_grad)]
-    if call.op == "conv_bn_act":
-        eager.append(eager_results(call.map(_channels_last), grad_output, needs_grad))
-    reference = results(EAGER, call.truth(), grad_output.double(), needs_grad)
-    dtype, device = call.input.dtype, call.input.device
-    floor = FLOOR_FLOAT64
-    if dtype != torch.float64:
-        floor = contract.floor_of(dtype, device, convolution=call.op == "conv_bn_act")
-    assert_within_contract(fused, eager, reference, dtype, term_sizes(call, grad_output), floor=floor)
-    return fused
+class Oracle:
+    """The true results of one call and eager's, computed once: every backend is held against them.
+
+    Args:
+        call: on any device; the oracle has it on the CPU.
+        needs_grad: names of the tensors whose gradients are wanted; None for all that can have one.
+    """
+
+    def __init__(self, call: Call, needs_grad: Collection[str] | None = None, seed: int = 0) -> None:
+        call = call.map(lambda tensor: to_device(tensor, "cpu"))
+        self.call, self.needs_grad, self.dtype = call, needs_grad, call.input.dtype
+        parts = None if call.op == "add_relu" else _anatomy(call.truth())
+        self.grad_output = random_grad_output(call, torch.Generator().manual_seed(seed), parts)
+        self.truth = results(EAGER, call.truth(), self.grad_output.double(), needs_grad)
+        self.terms = term_sizes(call, self.grad_output, parts)
+        self._eager: dict[str, list[Results]] = {}
+
+    def eager(self, device: str) -> list[Results]:
+        """Eager's results on a device: of a convolution in both memory formats, for the less accurate one counts."""
+        if device not in self._eager:
+            there = self.call.map(lambda tensor: to_device(tensor, device))
+            calls = [there, there.map(_channels_last)] if self.call.op == "conv_bn_act" else [there]
+            self._eager[device] = [eager_results(each, self.grad_output, self.needs_grad) for each in calls]
+        return self._eager[device]
+
+    def check(self, backend: str | None = None, device: str = "cpu") -> Results:
+        """Hold a backend against the contract, forward and backward, and in inference, which may take another path.
+
+        Returns:
+            The backend's results.
+        """
+        floor = FLOOR_FLOAT64
+        if self.dtype != torch.float64:
+            floor = contract.floor_of(self.dtype, torch.device(device), convolution=self.call.op == "conv_bn_act")
+
+        def hold(found: Results) -> None:
+            truth = {name: self.truth[name] for name in found}
+            assert_within_contract(found, self.eager(device), truth, self.dtype, self.terms, floor=floor)
+
+        call = self.call.map(lambda tensor: to_device(tensor, device))
+        with resfuse.use_backend(backend) if backend else contextlib.nullcontext():
+            fused = results(FUSED, call, self.grad_output, self.needs_grad)
+            assert fused.keys() == self.truth.keys()
+            hold(fused)
+            if not call.options.get("training", False):
+                with torch.no_grad():
+                    hold({"output": forward(FUSED, call)})
+        return fused
+
+
+def check(call: Call, needs_grad: Collection[str] | None = None) -> Results:
+    """Hold one call against the contract, where its tensors are and on the backend in force; returns its results."""
+    return Oracle(call, needs_grad).check(device=call.input.device.type)
+
+
+def to_device(tensor: Tensor, device: str) -> Tensor:
+    """The tensor itself, or a copy with the same strides and the same distance to an aligned address."""
+    if tensor.device.type == torch.device(device).type:
+        return tensor
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    room = torch.empty(tensor.storage_offset() + extent, dtype=tensor.dtype, device=device)
+    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(tensor)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which test files can not even be imported here, because a package is not installed that they, or what they use, need.
+"""The test files that cannot even be imported here, for lack of a package that they, or modules they import, need.
 
 A machine with a GPU may have torch and pytest and little else, and no network.  It is found by reading imports, so that
 no list has to be kept.  Only what a module imports at its top counts: tests that import more skip themselves.
@@ -11,17 +11,19 @@ import importlib.util
 import os
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("PIL", "hypothesis", "matplotlib", "numpy", "onnx", "rich", "setuptools", "sklearn", "timm", "torchvision")
 
 
 def left_out(folder: Path) -> dict[str, list[str]]:
-    """{"test_nn.py": ["timm", "torchvision"]}: the files that can not be imported, and what they miss."""
+    """{"nn/test_modules.py": ["timm", "torchvision"]}: the files that cannot be imported, and what they miss."""
     absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     if not absent:
         return {}
-    found = {path.name: sorted(needed(path).intersection(absent)) for path in sorted(folder.glob("test_*.py"))}
+    tests = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("test_*.py"))}
+    found = {name: sorted(needed(path).intersection(absent)) for name, path in tests.items()}
     return {name: missing for name, missing in found.items() if missing}
 
 
@@ -61,6 +63,15 @@ def files(name: str) -> tuple[Path, ...]:
     parts = name.split(".")
     stems = [ROOT.joinpath(*parts[:end]) for end in range(1, len(parts) + 1)]
     return tuple(path for stem in stems for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file())
+
+
+def imported_again(module: ModuleType) -> ModuleType:
+    """A second copy of a module, which reads the environment variables that it reads at import as they are now."""
+    specification = importlib.util.spec_from_file_location(f"{module.__name__}_again", str(module.__file__))
+    assert specification is not None and specification.loader is not None
+    copy = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copy)
+    return copy
 
 
 def python_path() -> str:

@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: `python -m tests.sanitized cuda` launches every kernel on small, odd problems.
+"""The program that compute-sanitizer watches: `python -m tests.sanitized cuda` launches every kernel on small problems.
 
 `python -m tests.sanitized triton bfloat16 float32` does so for Triton's kernels, in two of the three dtypes.
 
@@ -15,15 +15,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from resfuse.backends import cuda_conv, registry
+from resfuse.backends import cuda, cuda_conv, dispatch
 from tests import shapes, split
-from tests.contract import Call
+from tests.contract import Call, to_device
 from tests.shapes import ACTIVATIONS, CONVOLUTIONS, Convolution, add_relu_call, bn_act_call, conv_bn_act_call
 
 LAYOUTS = ("nchw", "nhwc", "nhwc_misaligned")
 SHAPES = ("typical", "odd_channels", "one_pixel", "one_image", "many_channels")
 RAGGED = Convolution((2, 72, 9, 8), 136, (3, 3), padding=(1, 1))
-"""Of every tile several, the last of them not full."""
+"""Several of every tile, the last of them not full."""
 
 
 def problems(dtype: torch.dtype) -> Iterator[tuple[str, Call, cuda_conv.ConvConfig | None]]:
@@ -43,34 +43,32 @@ def problems(dtype: torch.dtype) -> Iterator[tuple[str, Call, cuda_conv.ConvConf
 
 
 def run(backend: str, call: Call) -> Iterable[Tensor | None]:
-    """Forward and what is fused of backward, by the verbs."""
-    verbs, t = registry.backend(backend), call.tensors
+    """Forward and the fused part of backward, by the kernel API."""
+    kernels, t = dispatch.backend(backend), call.tensors
     if call.op == "add_relu":
-        output = verbs.add_relu_forward(t["input"], t["residual"])
-        return output, verbs.add_relu_backward(output, output)
-    running = t["running_mean"], t["running_var"]
-    training, vectors = bool(call.options["training"]), (t["weight"], t["bias"])
+        output = kernels.add_relu_forward(t["input"], t["residual"])
+        return output, kernels.add_relu_backward(output, output)
+    bn, training = call.batch_norm, call.batch_norm.training
     if call.op == "bn_act":
         residual = t.get("residual")
-        output, mean, invstd = verbs.bn_act_forward(t["input"], *running, *vectors, residual, True, training, 0.1, 1e-5)
+        output, mean, invstd = kernels.bn_act_forward(t["input"], bn, residual, True)
         z, parts = t["input"], []
         if training and len(call.input) > 1 and residual is not None:
             parts = [*split.results(backend, call, output, [slice(0, 1), slice(1, None)]).values()]
     else:
-        conv = (call.options[name] for name in ("stride", "padding", "dilation", "groups"))
-        output, z, mean, invstd = verbs.conv_bn_act_forward(
-            t["input"], t["conv_weight"], *running, *vectors, None, t["residual"], True, *conv, training, 0.1, 1e-5
+        output, z, mean, invstd = kernels.conv_bn_act_forward(
+            t["input"], t["conv_weight"], None, call.convolution, bn, t["residual"], True
         )
         parts = []
     if mean is None or invstd is None:
-        mean, invstd = running
+        mean, invstd = bn[:2]
         z = z if z is not None else output
-    grads = verbs.bn_act_backward(output, z, output, vectors[0], mean, invstd, training, True, True)
-    return output, *grads, *running, *parts
+    grads = kernels.bn_act_backward(output, z, output, bn.weight, mean, invstd, training, True, True)
+    return output, *grads, *bn[:2], *parts
 
 
-def main(backend: str, dtypes: Iterable[torch.dtype] = cuda_conv.DTYPES) -> int:
-    reason = registry.backend(backend).unavailable_reason()
+def main(backend: str, dtypes: Iterable[torch.dtype] = cuda.DTYPES) -> int:
+    reason = dispatch.backend(backend).unavailable_reason()
     if reason is not None:
         print(reason)
         return 2
@@ -91,16 +89,5 @@ def main(backend: str, dtypes: Iterable[torch.dtype] = cuda_conv.DTYPES) -> int:
     return 0
 
 
-def to_device(tensor: Tensor, device: str) -> Tensor:
-    """A copy with the same strides and the same distance to an aligned address."""
-    room = torch.empty(tensor.storage_offset() + extent(tensor), dtype=tensor.dtype, device=device)
-    return room.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(tensor)
-
-
-def extent(tensor: Tensor) -> int:
-    """Elements from the first to the last."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or cuda_conv.DTYPES))
+    sys.exit(main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or cuda.DTYPES))

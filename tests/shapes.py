@@ -6,7 +6,8 @@ One list for all: whoever finds a new odd case adds it here, and every operator,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import registry, triton
-from resfuse.backends.problem import Problem
+from resfuse import types
+from resfuse.backends import dispatch, triton
 from resfuse.layout import conv_output_shape
-from tests.contract import Call
+from resfuse.types import Problem
+from tests.contract import Call, Oracle, Results
 from tests.emulator import backend as emulator
 
 Shape4 = tuple[int, int, int, int]
@@ -60,12 +62,17 @@ class Convolution:
 
     @property
     def output(self) -> Shape4:
-        sizes = torch.Size(self.input), torch.Size(self.weight)
-        return conv_output_shape(*sizes, self.stride, self.padding, self.dilation)
+        return conv_output_shape(torch.Size(self.input), torch.Size(self.weight), self.settings)
+
+    @property
+    def settings(self) -> types.Convolution:
+        """As the kernels take them."""
+        return types.Convolution(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        """As the operators take them."""
+        return self.settings._asdict()
 
 
 CONVOLUTIONS: dict[str, Convolution] = {
@@ -219,20 +226,23 @@ def conv_bn_act_call(
     return Call("conv_bn_act", tensors, {**conv.options, **options})
 
 
-# Those of this machine, and the CUDA kernels in their emulator.
-registry.register("cuda_emulator", emulator)
-BACKENDS = resfuse.available_backends() + (["cuda_emulator"] if emulator.unavailable_reason() is None else [])
+# Those of this machine, and the CUDA kernels in their emulator; or those that TEST_BACKENDS="cpu cuda_emulator" names.
+dispatch.register("cuda_emulator", emulator)
+BACKENDS = os.environ.get("TEST_BACKENDS", "").split() or [
+    *resfuse.available_backends(),
+    *(["cuda_emulator"] if emulator.unavailable_reason() is None else []),
+]
 
-VERBS = {
+KERNELS = {
     "add_relu": ("add_relu_forward", "add_relu_backward"),
     "bn_act": ("bn_act_forward", "bn_act_backward"),
-    "conv_bn_act": ("conv_bn_act_forward", "conv_forward", "conv_backward", "bn_act_backward"),
+    "conv_bn_act": ("conv_bn_act_forward", "conv_forward", "bn_act_backward"),
     "split": ("bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply"),
 }
 
 
 def devices_of(backend: str) -> list[str]:
-    """Where a backend runs on this machine: the reference runs everywhere."""
+    """The devices on which a backend runs here; the reference runs on all."""
     if backend == "reference":
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if backend == "triton" and triton.INTERPRETED:
@@ -241,15 +251,61 @@ def devices_of(backend: str) -> list[str]:
 
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether a backend runs an operator, forward and backward, on an ordinary problem."""
-    conv = CONVOLUTIONS["3x3"]
-    geometry = (torch.Size(conv.weight), conv.stride, conv.padding, conv.dilation, conv.groups)
-    for verb in VERBS[op]:
-        of_verb = geometry if "conv" in verb else None
-        problem = Problem(verb, torch.device(device), dtype, torch.Size(conv.input), of_verb)
-        if registry.backend(backend).unsupported_reasons(problem):
+    """True if a backend runs an operator, forward and backward, on an ordinary problem."""
+    conv, module = CONVOLUTIONS["3x3"], dispatch.backend(backend)
+    for kernel in KERNELS[op]:
+        convolution = (torch.Size(conv.weight), conv.settings) if kernel.startswith("conv") else ()
+        problem = Problem(kernel, torch.device(device), dtype, torch.Size(conv.input), *convolution)
+        if kernel not in module.KERNELS or module.unsupported_reasons(problem):
             return False
     return True
+
+
+def running(op: str, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """(backend, device) of everything on this machine that runs an operator in a dtype, the reference last."""
+    pairs = [(backend, device) for backend in BACKENDS for device in devices_of(backend)]
+    pairs = [(backend, device) for backend, device in pairs if supports(backend, op, dtype, device)]
+    return sorted(pairs, key=lambda pair: pair[0] == "reference")
+
+
+def check_all(call: Call, needs_grad: Collection[str] | None = None, *, interpret: bool = True) -> dict[str, Results]:
+    """Hold every backend that runs a call against the contract, by one oracle; returns {backend: its results}.
+
+    The reference's forward is eager itself: it takes part where nothing else does (float64), and in test_differential.
+    With `interpret` False, Triton's interpreter is left out, which takes a hundred times as long as the others.
+    """
+    oracle = Oracle(call, needs_grad)
+    backends = running(call.op, oracle.dtype)
+    if triton.INTERPRETED and not interpret:
+        backends = [pair for pair in backends if pair[0] != "triton"]
+    if len(backends) > 1:
+        backends = [pair for pair in backends if pair[0] != "reference"]
+    found = {}
+    for backend, device in backends:
+        try:
+            found[backend] = oracle.check(backend, device)
+        except AssertionError as error:
+            raise AssertionError(f"{backend} on {device}: {error}") from error
+    return found
+
+
+def one_form_each(
+    names: Iterable[str], dtypes: Iterable[torch.dtype], forms: Sequence[tuple[Any, ...]]
+) -> list[ParameterSet]:
+    """(name, dtype, form) of all; the default tier has one form of each problem, by turns."""
+    problems = []
+    for i, name in enumerate(names):
+        for j, dtype in enumerate(dtypes):
+            for k, form in enumerate(forms):
+                marks = [] if (i + j + k) % len(forms) == 0 else [pytest.mark.slow]
+                problems.append(pytest.param(name, dtype, form, id=f"{name}-{str(dtype)[6:]}-{k}", marks=marks))
+    return problems
+
+
+def partners(layout: str) -> tuple[str, str]:
+    """Layouts for a second operand beside the first one's: another, and the same."""
+    names = list(LAYOUTS)
+    return names[(names.index(layout) + 3) % len(names)], layout
 
 
 def implementations(op: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[ParameterSet]:

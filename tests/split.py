@@ -1,4 +1,4 @@
-"""What synchronised batch norm makes of the four split verbs: several processes with parts of a batch, as one."""
+"""Synchronised batch norm by the four split kernels: several processes, each with a part of a batch, as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resfuse.backends import registry
+from resfuse.backends import dispatch
 from tests.contract import Call, Results
 
 
@@ -28,7 +28,7 @@ def invstd_of(count: int, m2: Tensor, eps: float = 1e-5) -> Tensor:
 
 def results(backend: str, call: Call, grad_output: Tensor, shares: Sequence[slice]) -> Results:
     """Output and gradients of a bn_act in training, each process with its share of the images."""
-    run, relu = registry.backend(backend), call.options.get("activation", "relu") == "relu"
+    run, relu = dispatch.backend(backend), call.options.get("activation", "relu") == "relu"
     input, residual, weight, bias = (call.tensors.get(name) for name in ("input", "residual", "weight", "bias"))
     assert input is not None and residual is not None
     values = input.numel() // input.shape[1] // input.shape[0]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resfuse.backends import cuda
-from resfuse.backends.problem import Problem
+from resfuse.types import Problem
 from tests.emulator import build
 
 RESIDENT_BLOCKS = 4
@@ -37,18 +37,18 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     """Those of the cuda backend, with the CPU for its device."""
     if problem.device.type != "cpu":
         return [f"tensors on cpu only, got {problem.device}"]
-    of_a_gpu = cuda.device_reasons(problem.device)
+    of_a_gpu = cuda.device_reasons(problem)
     return [reason for reason in cuda.unsupported_reasons(problem) if reason not in of_a_gpu]
 
 
 def __getattr__(name: str) -> Any:
-    """Every verb is the cuda backend's."""
+    """Every kernel is the cuda backend's."""
     return getattr(cuda, name)
 
 
 @contextlib.contextmanager
 def device(*, seed: int = 0, resident_blocks: int = RESIDENT_BLOCKS) -> Iterator[None]:
-    """Run kernels on a device that holds so many blocks at once, and in an order that the seed draws (0: in order)."""
+    """Run kernels on a device that holds so many blocks at once, in an order drawn from the seed (0: in order)."""
     _library().emulator_configure(seed, resident_blocks)
     try:
         yield
@@ -58,7 +58,7 @@ def device(*, seed: int = 0, resident_blocks: int = RESIDENT_BLOCKS) -> Iterator
 
 @dataclasses.dataclass
 class Launches:
-    """What was launched inside `launches()`."""
+    """Counts of the launches inside `launches()`."""
 
     launches: int = 0
     blocks: int = 0

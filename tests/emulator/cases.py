@@ -17,6 +17,7 @@ from torch import Tensor
 
 from resfuse.backends import cuda, cuda_conv, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig
+from resfuse.types import BatchNorm
 from tests.shapes import LAYOUTS, Convolution, Values
 
 Results = Mapping[str, Tensor | None]
@@ -83,9 +84,8 @@ def _train(
     backend: Any, input: Tensor, residual: Tensor, grad: Tensor, bn: dict[str, Tensor], relu: bool = True
 ) -> Results:
     means, variances = bn["running_mean"].clone(), bn["running_var"].clone()
-    output, mean, invstd = backend.bn_act_forward(
-        input, means, variances, bn["weight"], bn["bias"], residual, relu, True, 0.1, 1e-5
-    )
+    batch_norm = BatchNorm(means, variances, bn["weight"], bn["bias"], True, 0.1, 1e-5)
+    output, mean, invstd = backend.bn_act_forward(input, batch_norm, residual, relu)
     # The mask comes from the residual, which no rounding moves across zero.
     mask = residual if relu else None
     grads = backend.bn_act_backward(grad, input, mask, bn["weight"], mean, invstd, True, True, True)
@@ -99,10 +99,10 @@ def _bn_eval(dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> Callabl
 
         def run(backend: Any, input: Tensor, residual: Tensor, grad: Tensor, bn: dict[str, Tensor]) -> Results:
             mean, var = bn["running_mean"], bn["running_var"]
-            output, _, _ = backend.bn_act_forward(input, mean, var, None, None, None, False, False, 0.1, 1e-5)
-            both, _, _ = backend.bn_act_forward(
-                input, mean, var, bn["weight"], bn["bias"], residual, True, False, 0.1, 1e-5
-            )
+            frozen = BatchNorm(mean, var, None, None, False, 0.1, 1e-5)
+            output, _, _ = backend.bn_act_forward(input, frozen, None, False)
+            affine = frozen._replace(weight=bn["weight"], bias=bn["bias"])
+            both, _, _ = backend.bn_act_forward(input, affine, residual, True)
             grads = backend.bn_act_backward(grad, input, residual, bn["weight"], mean, var, False, True, True)
             return dict(zip(("output", "both", "dx", "dw", "db", "dr"), (output, both, *grads), strict=True))
 
@@ -174,9 +174,10 @@ def _conv(name: str, conv: Convolution, training: bool, config: ConvConfig) -> C
 
         def run(backend: Any, cast: Callable[[Tensor], Tensor]) -> Results:
             running = {key: cast(bn[key].clone()) for key in ("running_mean", "running_var")}
+            affine = cast(bn["weight"]), cast(bn["bias"])
             output, z, mean, invstd = backend.conv_bn_act_forward(
-                cast(input), cast(weight), *running.values(), cast(bn["weight"]), cast(bn["bias"]), cast(bias),
-                cast(residual), True, conv.stride, conv.padding, conv.dilation, conv.groups, training, 0.1, 1e-5,
+                cast(input), cast(weight), cast(bias), conv.settings,
+                BatchNorm(*running.values(), *affine, training, 0.1, 1e-5), cast(residual), True,
             )  # fmt: skip
             return {"output": output, "z": z, "mean": mean, "invstd": invstd, **running}
 

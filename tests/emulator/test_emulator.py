@@ -1,6 +1,6 @@
-"""The emulator itself: what CUDA promises holds in it, and mistakes are told with the line of the kernel.
+"""The emulator itself: it keeps the promises of CUDA, and mistakes are reported with the line of the kernel.
 
-What it runs and what it tells are small kernels of tests/emulator/probes.cu.
+It runs the small kernels of tests/emulator/probes.cu.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def library(variant: build.Variant = build.PLAIN) -> ctypes.CDLL:
 
 
 def probe(name: str, seed: int = 0, variant: build.Variant = build.PLAIN) -> tuple[str, list[float]]:
-    """What a kernel threw ("" if nothing) and what it wrote over zeros."""
+    """The error of a kernel ("" if none) and the values that it wrote over zeros."""
     out = (ctypes.c_float * (OUTPUTS + 4))(*[0.0] * OUTPUTS, *[1.0] * 4)
     library(variant).emulator_configure(seed, backend.RESIDENT_BLOCKS)
     message = library(variant).probe(name.encode(), out, (ctypes.c_uint * 2)())
@@ -102,6 +102,7 @@ def test_features(name: str, seed: int) -> None:
     assert out == [1.0] * FEATURES[name] + [0.0] * (OUTPUTS - FEATURES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["votes_and_shuffles", "shared_memory_is_the_blocks_own", "mma_bf16"])
 def test_without_assembly(name: str) -> None:
     """Processors that have no switch of stacks in assembly use the C library's."""
@@ -134,26 +135,29 @@ def test_bank_conflicts_of_ldmatrix() -> None:
     assert cycles("matrix_rows_with_bank_conflicts") == (1, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "variant", "report"),
+    ("names", "variant", "report"),
     [
-        ("write_beyond_shared", build.ASAN, "heap-buffer-overflow"),
-        ("misaligned_vector", build.ASAN, "misaligned address"),
-        ("missing_syncwarp", build.TSAN, "data race"),
-        ("blocks_write_one_address", build.TSAN, "data race"),
-        *((name, variant, None) for name in FEATURES for variant in (build.ASAN, build.TSAN)),
+        (["write_beyond_shared"], build.ASAN, "heap-buffer-overflow"),
+        (["misaligned_vector"], build.ASAN, "misaligned address"),
+        (["missing_syncwarp"], build.TSAN, "data race"),
+        (["blocks_write_one_address"], build.TSAN, "data race"),
+        (list(FEATURES), build.ASAN, None),
+        (list(FEATURES), build.TSAN, None),
     ],
 )
-def test_sanitizers(name: str, variant: build.Variant, report: str | None) -> None:
-    """They see what each CUDA thread does, and nothing wrong in what is right."""
+def test_sanitizers(names: list[str], variant: build.Variant, report: str | None) -> None:
+    """They see the accesses of each CUDA thread, and report nothing in correct kernels."""
     path = build.probes(variant)
     code = f"""
 import ctypes
 loaded = ctypes.CDLL({str(path)!r})
 loaded.probe.restype = ctypes.c_char_p
 loaded.emulator_configure(1, 4)
-message = loaded.probe({name!r}.encode(), (ctypes.c_float * 260)(*[0.0] * 256, *[1.0] * 4), (ctypes.c_uint * 2)())
-assert message is None, message
+for name in {names!r}:
+    message = loaded.probe(name.encode(), (ctypes.c_float * 260)(*[0.0] * 256, *[1.0] * 4), (ctypes.c_uint * 2)())
+    assert message is None, message
 """
     environment = os.environ | build.sanitizer_environment(variant)
     done = subprocess.run([sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True)

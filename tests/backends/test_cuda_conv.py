@@ -1,0 +1,394 @@
+"""The convolution kernels of csrc/cuda: every tile and form of launch, splits, odd channels and addresses, TF32.
+
+Run in the emulator, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse import contract
+from resfuse.backends import cuda, cuda_conv, reference
+from resfuse.backends.cuda_conv import TILES, ConvConfig, use_config
+from resfuse.types import Convolution as Geometry
+from tests.contract import RUNNING, Call, Results
+from tests.emulator import backend as emulator
+from tests.shapes import Convolution, conv_bn_act_call
+
+DEVICES = [
+    *(["cpu"] if emulator.unavailable_reason() is None else []),
+    *(["cuda"] if cuda.unavailable_reason() is None else []),
+]
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.skipif(not DEVICES, reason="neither the emulator nor the cuda backend runs here"),
+]
+DEVICE = pytest.mark.parametrize("device", DEVICES)
+DTYPE = pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda dtype: str(dtype)[6:])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+NHWC = torch.channels_last
+
+# Nothing in them is a multiple of a tile; the last needs more than one step per tap, and one of them is ragged.
+ODD = {
+    "3x3": Convolution((2, 24, 9, 8), 72, (3, 3), (2, 1), (1, 1)),
+    "1x1": Convolution((3, 40, 5, 9), 136, (1, 1)),
+    "1x1_stride2": Convolution((3, 16, 9, 7), 40, (1, 1), (2, 2)),
+    "dilated": Convolution((1, 16, 13, 11), 24, (3, 3), (1, 2), (2, 3), (2, 3)),
+    "asymmetric": Convolution((2, 16, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
+    "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
+    "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _ieee() -> Iterator[None]:
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before
+
+
+def problem(conv: Convolution, dtype: torch.dtype, device: str, training: bool = False, **options: Any) -> Call:
+    """A call in NHWC memory, with a residual unless `residual_layout` is None."""
+    options = {"residual_layout": "nhwc", **options}
+    return conv_bn_act_call(conv, dtype, device, layout="nhwc", training=training, **options)
+
+
+def run(kernels: Any, call: Call, **options: Any) -> Results:
+    """Everything that conv_bn_act_forward computes; the running statistics in copies."""
+    bn, tensors = call.batch_norm, call.tensors
+    bn = bn._replace(**{name: value.clone() for name in RUNNING if (value := getattr(bn, name)) is not None})
+    output, z, mean, invstd = kernels.conv_bn_act_forward(
+        call.input, tensors["conv_weight"], tensors.get("conv_bias"), call.convolution, bn, tensors.get("residual"),
+        call.options.get("activation") != "identity", **options,
+    )  # fmt: skip
+    if not bn.training:
+        return {"output": output}
+    named = {"output": output, "z": z, "mean": mean, "invstd": invstd, **dict(zip(RUNNING, bn[:2], strict=True))}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def check(call: Call, config: ConvConfig | None = None) -> Results:
+    """Hold the kernels against the contract, in float64 on the CPU."""
+    with use_config(config):
+        found = run(cuda_conv, call)
+    there = call.map(lambda tensor: tensor.cpu())
+    eager, truth = run(reference, there), run(reference, call.truth())
+    dtype = call.input.dtype
+    for name, tensor in found.items():
+        deviation = contract.measure(name, tensor.cpu(), eager[name], truth[name], dtype, floor=contract.FLOORS[dtype])
+        assert not deviation.violated, str(deviation)
+    return found
+
+
+def same(first: Results, second: Results) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+@pytest.mark.parametrize("conv", ODD)
+def test_every_tile(conv: str, tile: tuple[int, int], training: bool, dtype: torch.dtype, device: str) -> None:
+    check(problem(ODD[conv], dtype, device, training), ConvConfig(*tile))
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_both_forms_of_training_give_the_same_bits(tile: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """One tile per block, and several of them: of 7 tiles two blocks have at most 4, and the last has fewer."""
+    for conv in (Convolution((1, 8, 4, 5), 16, (3, 3), padding=(1, 1)), Convolution((3, 8, 17, 16), 80, (1, 1))):
+        given = problem(conv, dtype, device, training=True)
+        one = check(given, ConvConfig(*tile, launches=1))
+        two = check(given, ConvConfig(*tile, launches=2))
+        assert same(one, two)
+        with use_config(ConvConfig(*tile)):
+            assert same(one, run(cuda_conv, given))
+
+
+@DEVICE
+def test_more_channels_than_are_resident_take_two_launches(device: str) -> None:
+    """Every block of a column waits for the others: where not even one per column is resident, none can."""
+    given = problem(Convolution((1, 8, 3, 3), 64 * 5 if device == "cpu" else 1 << 17, (1, 1)), torch.float32, device,
+                     training=True)  # fmt: skip
+    check(given, ConvConfig(64, 64))
+    with use_config(ConvConfig(64, 64, launches=1)), pytest.raises(RuntimeError, match="not all resident"):
+        run(cuda_conv, given)
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_splits(splits: int, dtype: torch.dtype, device: str) -> None:
+    """Blocks that share a tile's steps: within the contract, the same bits in each run and in each form."""
+    for tile in TILES:
+        given = problem(Convolution((1, 40, 5, 4), 24, (3, 3), padding=(1, 1)), dtype, device, conv_bias=True)
+        one = check(given, ConvConfig(*tile, splits, 1))
+        assert same(one, check(given, ConvConfig(*tile, splits, 2)))
+        assert same(one, check(given, ConvConfig(*tile, splits)))
+    few = problem(Convolution((1, 8, 2, 2), 8, (1, 1)), dtype, device)  # of one step
+    check(few, ConvConfig(64, 64, splits))
+    operands = given.input, given.tensors["conv_weight"], given.tensors["conv_bias"], given.convolution
+    plain = cuda_conv.conv_forward(*operands)
+    with use_config(ConvConfig(64, 64, splits)):
+        split = cuda_conv.conv_forward(*operands)
+    torch.testing.assert_close(split, plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@DEVICE
+@DTYPE
+@MODES
+def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str) -> None:
+    """1 to 17: those that 16 bytes divide, and those that are copied one by one, on either side."""
+    for channels in range(1, 18):
+        for kernel in ((1, 1), (3, 3)):
+            conv = Convolution((2, channels, 4, 5), 18 - channels, kernel, padding=(kernel[0] // 2,) * 2)
+            check(problem(conv, dtype, device, training, conv_bias=True))
+
+
+# Copies of less than 16 bytes, and groups.
+SMALL = {
+    "stem": Convolution((2, 3, 21, 19), 64, (7, 7), (2, 2), (3, 3)),
+    "rows_in_the_padding": Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # all of their first and last pixels
+    "dilated_row": Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # not one piece of memory
+    "flat": Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
+    "four": Convolution((2, 4, 21, 19), 24, (7, 7), (2, 2), (3, 3)),
+    "twelve": Convolution((2, 12, 6, 9), 8, (3, 5), padding=(1, 3)),
+    "eight": Convolution((2, 8, 6, 9), 72, (3, 3), padding=(1, 1)),
+    "twenty": Convolution((2, 20, 7, 7), 9, (3, 3), padding=(1, 1)),
+    "depthwise": Convolution((2, 12, 6, 5), 12, (3, 3), padding=(1, 1), groups=12),
+    "multiplied": Convolution((2, 9, 6, 5), 27, (3, 3), (2, 2), (1, 1), groups=9),
+    "groups": Convolution((2, 15, 6, 5), 10, (3, 3), padding=(1, 1), groups=5),
+    "wide_groups": Convolution((1, 16, 3, 3), 144, (3, 3), padding=(1, 1), groups=2),  # two tiles of filters in each
+}
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize("conv", SMALL)
+def test_small_copies_and_groups(conv: str, training: bool, dtype: torch.dtype, device: str) -> None:
+    check(problem(SMALL[conv], dtype, device, training, conv_bias=True))
+
+
+def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
+    room = torch.zeros(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
+    return torch.as_strided(room, tensor.shape, tensor.stride(), elements).copy_(tensor)
+
+
+@DEVICE
+@DTYPE
+@MODES
+@pytest.mark.parametrize("name", ["input", "conv_weight", "residual", "weight", "running_var"])
+def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
+    given = problem(ODD["3x3"], dtype, device, training)
+    for elements in (1, 2, 4):  # of 16-bit types the last are 8 bytes, of float32 the last but one
+        check(given.replace(**{name: misaligned(given.tensors[name], elements)}))
+
+
+@DEVICE
+@DTYPE
+@MODES
+def test_few_channels_are_padded(
+    training: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stem of a large batch, which is then read 8 bytes at a time."""
+    for conv in (Convolution((2, 3, 21, 19), 40, (7, 7), (2, 2), (3, 3)), Convolution((2, 1, 9, 9), 8, (5, 5))):
+        given = problem(conv, dtype, device, training, conv_bias=True)
+        given = given.replace(input=given.input.contiguous())
+        check(given)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_conv, "_PADDED_FROM", 0)
+            cuda_conv.planned.cache_clear()
+            check(given)
+            plan = cuda_conv.planned(
+                given.input.shape, torch.Size(conv.weight), conv.settings, training, dtype, processors=4
+            )
+        cuda_conv.planned.cache_clear()
+        assert plan.channels == (2 if dtype == torch.float32 and conv.input[1] == 1 else 4)
+
+
+@DEVICE
+@DTYPE
+def test_the_residual_may_be_overwritten(dtype: torch.dtype, device: str) -> None:
+    for conv, move in (
+        (ODD["3x3"], torch.clone),
+        (ODD["3x3"], misaligned),
+        (Convolution((1, 9, 4, 4), 7, (1, 1)), None),
+    ):
+        given = problem(conv, dtype, device)
+        expected = run(cuda_conv, given)["output"]
+        residual = given.tensors["residual"] if move is None else move(given.tensors["residual"])
+        output = run(cuda_conv, given.replace(residual=residual), overwrite_residual=True)["output"]
+        assert output.data_ptr() == residual.data_ptr()
+        assert torch.equal(output, expected)
+
+
+@DEVICE
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str) -> None:
+    """Batch norm's vectors in float32, or rounded to the activations' dtype, or in one that the kernels do not know."""
+    given = problem(ODD["1x1"], dtype, device, training, conv_bias=True)
+    names = ("running_mean", "running_var", "weight", "bias")
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    for vector in (dtype, other):
+        narrow = {name: given.tensors[name].to(vector) for name in names}
+        rounded = given.replace(**narrow)
+        wide = given.replace(**{name: tensor.float() for name, tensor in narrow.items()})
+        found, expected = run(cuda_conv, rounded), run(cuda_conv, wide)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+            assert tensor.dtype == (vector if name.startswith("running") else expected[name].dtype)
+    bare = given.replace(weight=None, bias=None, conv_bias=None, residual=None).with_options(activation="identity")
+    check(bare)
+    if training:
+        check(bare.replace(running_mean=None, running_var=None))
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("channels", [16, 4, 3], ids=["by_16_bytes", "by_8_bytes", "by_value"])
+def test_nan_spreads_as_in_eager(channels: int, dtype: torch.dtype, device: str) -> None:
+    """A pixel at the border reaches the outputs whose window has it, and none through padding or a ragged tile."""
+    conv = Convolution((2, channels, 5, 6), 9, (3, 3), (2, 1), (1, 2))
+    for y, x in ((0, 0), (4, 5), (2, 0), (0, 5), (2, 3)):
+        given = problem(conv, dtype, device, residual_layout=None)
+        given.input[1, channels - 1, y, x] = math.nan
+        found = run(cuda_conv, given)["output"].cpu()
+        expected = run(reference, given.map(lambda tensor: tensor.cpu()))["output"]
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert found[1].isnan().any()
+
+
+@DEVICE
+@MODES
+def test_ill_conditioned_statistics(training: bool, device: str) -> None:
+    """A mean a hundred times the deviation, over several tiles and blocks."""
+    given = problem(Convolution((4, 16, 16, 16), 24, (1, 1)), torch.float32, device, training, residual_layout=None)
+    check(given.replace(conv_bias=torch.full((24,), 100.0, device=device)), ConvConfig(32, 64))
+
+
+@DEVICE
+@MODES
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_tf32(tile: tuple[int, int], training: bool, device: str) -> None:
+    """11 significant bits per factor, rounded to nearest: by truncation, sums of positive products would be biased."""
+    given = problem(ODD["3x3"], torch.float32, device, training, residual_layout=None)
+    weight = given.tensors["conv_weight"].abs()
+    given = given.replace(input=given.input.abs(), conv_weight=weight).with_options(activation="identity")
+    truth = run(reference, given.truth())
+    errors = {}
+    for precision in ("ieee", "tf32"):
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        with use_config(ConvConfig(*tile)):
+            found = run(cuda_conv, given)
+            z = cuda_conv.conv_forward(given.input, weight, None, given.convolution)
+        expected = F.conv2d(given.input.cpu().double(), weight.cpu().double(), None, *given.convolution)
+        relative = z.cpu().double() / expected - 1
+        errors[precision] = relative.square().mean().sqrt().item()
+        assert relative.mean().abs() < relative.std()
+        if training:
+            torch.testing.assert_close(found["z"].cpu().double(), expected, rtol=2**-10, atol=0)
+            torch.testing.assert_close(found["mean"].cpu().double(), truth["mean"].double(), rtol=2**-12, atol=0)
+    assert errors["ieee"] < 4e-7
+    assert 1e-6 < errors["tf32"] < 2**-12
+
+
+@DEVICE
+def test_tf32_keeps_what_is_not_finite(device: str) -> None:
+    """Rounding by an addition would make a NaN whose low bits are set a zero."""
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    x = torch.ones(1, 8, 1, 4, device=device).to(memory_format=NHWC)
+    x[0, 0, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    x[0, 0, 0, 1], x[0, 0, 0, 2] = math.inf, -math.inf
+    w = torch.ones(8, 8, 1, 1, device=device)
+    z = cuda_conv.conv_forward(x, w, None, Geometry((1, 1), (0, 0), (1, 1), 1))[0, 0, 0]
+    assert z[0].isnan()
+    assert z[1:].tolist() == [math.inf, -math.inf, 8.0]
+
+
+@DEVICE
+@pytest.mark.parametrize("channels", [64, 65], ids=["copied_by_16_bytes", "by_value"])
+def test_offsets_beyond_32_bits(channels: int, device: str) -> None:
+    """Pixels from 2^31 elements on; of the input, 4 GB, only those pages are touched that the stride reaches."""
+    side, stride = 5888, 2900
+    shape, strides = (1, channels, side, side), (channels * side**2, 1, channels * side, channels)
+    storage = torch.UntypedStorage(channels * side**2 * 2, device=device)
+    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
+    x = torch.as_strided(memory, shape, strides)
+    assert x.numel() > 2**31
+    pixels = torch.randn(1, channels, 3, 3).half()
+    x[:, :, ::stride, ::stride] = pixels.to(device)
+    w = torch.randn(16, channels, 1, 1).half().to(device)
+    z = cuda_conv.conv_forward(x, w, None, Geometry((stride, stride), (0, 0), (1, 1), 1))
+    expected = F.conv2d(pixels.double(), w.cpu().double())
+    torch.testing.assert_close(z.cpu().double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64, rounded once
+
+
+EMULATED = pytest.mark.skipif("cpu" not in DEVICES, reason="the emulator does not run here")
+
+
+@EMULATED
+def test_launches() -> None:
+    """One wherever all blocks are resident: always in inference, and in training with up to 4 tiles of channels."""
+    small, large = Convolution((1, 32, 3, 3), 24, (3, 3)), Convolution((3, 8, 17, 16), 80, (3, 3), padding=(1, 1))
+    columns = Convolution((1, 8, 3, 3), 64 * 5, (1, 1))
+    for conv, config, training, expected in (
+        (large, None, False, 1),
+        (small, ConvConfig(64, 64, 4), False, 1),
+        (large, ConvConfig(64, 64, 2), False, 2),  # splits of more tiles than can wait for each other
+        (small, None, True, 1),
+        (large, ConvConfig(32, 64), True, 1),
+        (large, ConvConfig(32, 64, launches=2), True, 2),
+        (columns, ConvConfig(64, 64), True, 2),
+    ):
+        given = problem(conv, torch.bfloat16, "cpu", training, conv_bias=True)
+        with emulator.launches() as counted, use_config(config):
+            run(cuda_conv, given)
+        assert counted.launches == expected, (conv, config, training)
+
+
+@EMULATED
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int]) -> None:
+    for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
+        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+        given = problem(conv, dtype, "cpu")
+        with emulator.launches() as counted, use_config(ConvConfig(*tile)):
+            run(cuda_conv, given)
+        assert counted.ldmatrix_cycles == counted.ldmatrix_phases > 0
+
+
+@EMULATED
+@MODES
+@pytest.mark.parametrize("config", [*TILES, (64, 64, 4)], ids=str)
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(config: tuple[int, ...], training: bool) -> None:
+    for conv in (Convolution((2, 24, 9, 8), 16, (3, 3), (2, 1), (1, 1)), Convolution((3, 9, 7, 7), 16, (1, 1))):
+        given = problem(conv, torch.bfloat16, "cpu", training)
+        with use_config(ConvConfig(*config)):
+            expected = run(cuda_conv, given)
+            for seed in (1, 2, 3):
+                with emulator.device(seed=seed):
+                    assert same(run(cuda_conv, given), expected)
+
+
+@EMULATED
+@pytest.mark.parametrize("resident", [1, 2, 3, 64])
+def test_any_number_of_resident_blocks(resident: int) -> None:
+    """Tiles are dealt to as many blocks as there are, and both forms of the launch to the same ones."""
+    given = problem(Convolution((3, 8, 9, 11), 72, (1, 1)), torch.float32, "cpu", training=True)
+    with emulator.device(resident_blocks=resident):
+        found = check(given, ConvConfig(32, 64))
+        assert same(found, check(given, ConvConfig(32, 64, launches=2)))

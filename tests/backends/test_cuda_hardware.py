@@ -1,0 +1,319 @@
+"""Properties of the cuda backend that only a GPU can show; elsewhere skipped, with the reason.
+
+Its numbers are tested on a GPU by the tests of every backend.  Here: products on tensor cores, compute-sanitizer's four
+tools, CUDA graphs, streams, devices, launches, synchronisation, determinism under load, tensors of over 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import resfuse
+from resfuse.backends import cuda_conv, dispatch
+from resfuse.types import Convolution as Geometry
+from tests import contract, sanitized, shapes
+from tests.contract import Call
+from tests.needs import ROOT
+from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
+from tools import cubin
+
+pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
+
+UNAVAILABLE = dispatch.backend("cuda").unavailable_reason()
+gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
+CALLS: dict[str, Callable[[torch.dtype, str], Call]] = {
+    "add_relu": lambda dtype, device: add_relu_call((4, 64, 14, 14), dtype, device, layout="nhwc"),
+    "bn_act-train": lambda dtype, device: bn_act_call((4, 64, 14, 14), dtype, device, layout="nhwc", training=True),
+    "bn_act-eval": lambda dtype, device: bn_act_call((4, 64, 14, 14), dtype, device, layout="nhwc"),
+    "conv_bn_act-train": lambda dtype, device: conv_bn_act_call(CONV, dtype, device, layout="nhwc", training=True),
+    "conv_bn_act-eval": lambda dtype, device: conv_bn_act_call(CONV, dtype, device, layout="nhwc"),
+}
+CONV = Convolution((4, 64, 14, 14), 128, (3, 3), padding=(1, 1))
+each_call = pytest.mark.parametrize("name", CALLS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+cuda_and_emulator = pytest.mark.parametrize(
+    ("backend", "device"),
+    [pytest.param("cuda", "cuda", marks=gpu), pytest.param("cuda_emulator", "cpu")],
+    ids=["cuda", "cuda_emulator"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _switch() -> Iterator[None]:
+    """Tests may set torch's switch for TF32."""
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    yield
+    switch.fp32_precision = before
+
+
+def step(call: Call, grad_output: Tensor) -> list[Tensor]:
+    """Everything that a forward and backward compute; running statistics are updated where they are."""
+    leaves = {name: None if tensor is None else tensor.detach() for name, tensor in call.tensors.items()}
+    wanted = [tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None and name in GRADIENTS]
+    output = contract.FUSED[call.op](**leaves, **call.options)
+    grads = torch.autograd.grad(output, wanted, grad_output)
+    return [output.detach(), *grads, *(leaves[name] for name in contract.RUNNING if leaves.get(name) is not None)]  # type: ignore[list-item]
+
+
+GRADIENTS = ("input", "residual", "weight", "bias", "conv_weight")
+
+
+def grad_for(call: Call) -> Tensor:
+    return torch.empty_like(contract.forward(contract.EAGER, call.map(torch.clone))).normal_()
+
+
+def copies(call: Call) -> Call:
+    return call.map(lambda tensor: tensor.detach().clone())
+
+
+# --- tensor cores ----------------------------------------------------------------------------------------------------
+
+
+@cuda_and_emulator
+@pytest.mark.parametrize("tile", cuda_conv.TILES, ids=str)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "ieee"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_products_of_small_integers_are_exact(
+    kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str
+) -> None:
+    """A value in a wrong place changes the result: every element of every tile is compared in every bit."""
+    if backend not in shapes.BACKENDS:
+        pytest.skip("the emulator is not available")
+    dtype = getattr(torch, precision, torch.float32)
+    if dtype == torch.float32:
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(kernel)
+    x = torch.randint(-2, 3, (2, 72, 9, 8), generator=generator).to(dtype)
+    w = torch.randint(-1, 2, (136, 72, kernel, kernel), generator=generator).to(dtype)
+    expected = F.conv2d(x.double(), w.double(), padding=kernel // 2)
+    assert expected.abs().max() <= 256, "integers that bfloat16 has"
+    with cuda_conv.use_config(cuda_conv.ConvConfig(*tile)):
+        found = dispatch.backend(backend).conv_forward(
+            x.to(device), w.to(device), None, Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+        )
+    assert torch.equal(found.cpu().double(), expected)
+
+
+# --- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    program = cubin.tool("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is neither on PATH nor in a toolkit")
+    command = [str(program), "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "tests.sanitized", "cuda"]
+    # An allocation of its own per tensor: what lies beyond one then belongs to nobody.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert "ERROR SUMMARY: 0 errors" in done.stdout or tool == "racecheck", done.stdout[-8000:]
+
+
+def test_the_program_for_compute_sanitizer_runs() -> None:
+    if "cuda_emulator" not in shapes.BACKENDS:
+        pytest.skip("the emulator is not available")
+    assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0
+
+
+# --- graphs, streams, devices ----------------------------------------------------------------------------------------
+
+
+@gpu
+@each_dtype
+@each_call
+@pytest.mark.parametrize("training_step", [True, False], ids=["training_step", "forward"])
+def test_cuda_graphs(training_step: bool, name: str, dtype: torch.dtype) -> None:
+    """A captured call, replayed on new values, computes the bits that a direct one does."""
+    static = CALLS[name](dtype, "cuda")
+    grad_output = grad_for(static)
+    initial = copies(static)
+
+    def run(call: Call) -> list[Tensor]:
+        if training_step:
+            return step(call, grad_output)
+        with torch.no_grad():
+            return [contract.forward(contract.FUSED, call)]
+
+    with resfuse.use_backend("cuda"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(static)
+        for seed in (1, 2):
+            fresh = initial.map(lambda tensor: tensor * (1 + seed))  # noqa: B023
+            for tensor, value in zip(static.tensors.values(), fresh.tensors.values(), strict=True):
+                if tensor is not None and value is not None:
+                    tensor.detach().copy_(value)
+            graph.replay()
+            replayed = [tensor.clone() for tensor in captured]
+            for left, right in zip(replayed, run(fresh), strict=True):
+                assert torch.equal(left, right)
+
+
+@gpu
+@each_call
+def test_side_streams(name: str) -> None:
+    """Work is queued behind what the current stream, whichever that is, has queued before."""
+    values, late = CALLS[name](torch.float32, "cuda"), CALLS[name](torch.float32, "cuda").map(torch.zeros_like)
+    grad_output = grad_for(values)
+    with resfuse.use_backend("cuda"):
+        expected = step(copies(values), grad_output)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # tens of milliseconds: whoever does not wait sees zeros
+            for tensor, value in zip(late.tensors.values(), values.tensors.values(), strict=True):
+                if tensor is not None and value is not None:
+                    tensor.copy_(value)
+            found = step(late, grad_output)
+        stream.synchronize()
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@gpu
+@each_call
+def test_another_device_than_the_current_one(name: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    call = CALLS[name](torch.float32, "cuda:0")
+    grad_output = grad_for(call)
+    with resfuse.use_backend("cuda"), torch.cuda.device(0):
+        expected = step(copies(call), grad_output)
+        found = step(call.map(lambda tensor: tensor.to("cuda:1")), grad_output.to("cuda:1"))
+    assert all(tensor.device.index == 1 for tensor in found)
+    assert all(torch.equal(left.cpu(), right.cpu()) for left, right in zip(found, expected, strict=True))
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@each_call
+def test_nothing_synchronises(name: str) -> None:
+    call = CALLS[name](torch.bfloat16, "cuda")
+    grad_output = grad_for(call)
+    with resfuse.use_backend("cuda"):
+        step(call, grad_output)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(call, grad_output)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@each_call
+def test_one_launch_each_way(name: str) -> None:
+    """Forward is one kernel, and so is what is fused of backward; the convolution's gradients are cuDNN's."""
+    call = CALLS[name](torch.bfloat16, "cuda")
+    grad_output = grad_for(call)
+    with resfuse.use_backend("cuda"):
+        step(call, grad_output)
+        # Without acc_events the profiler warns that it forgets the events of the cycle before, which there is none of.
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            step(call, grad_output)
+            torch.cuda.synchronize()
+    events = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    if not events:
+        pytest.skip("the profiler records no kernels here")
+    ours = [event for event in events if "resfuse" in event]
+    # With running statistics and a batch norm whose weight needs a gradient, z is computed again.
+    assert len(ours) == (3 if name == "conv_bn_act-eval" else 2), events
+
+
+# --- determinism, size -----------------------------------------------------------------------------------------------
+
+
+@gpu
+@each_dtype
+@each_call
+def test_the_same_bits_while_the_gpu_is_busy(name: str, dtype: torch.dtype) -> None:
+    """Blocks start in another order, and wait for each other for longer, when another stream takes its share."""
+    call = CALLS[name](dtype, "cuda")
+    grad_output = grad_for(call)
+    other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    with resfuse.use_backend("cuda"):
+        expected = step(copies(call), grad_output)
+        torch.cuda.synchronize()
+        for _ in range(20):
+            with torch.cuda.stream(other):
+                load = torch.tanh(load @ load)
+            found = step(copies(call), grad_output)
+            assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+        torch.cuda.synchronize()
+
+
+def many_images(pattern: Tensor, count: int, tensors_of: int) -> Tensor:
+    """The same image so often: one with offsets beyond 32 bits is as any other.
+
+    Skips the test where 6 tensors of so many elements do not fit.
+    """
+    needed, free = 6 * tensors_of * pattern.element_size(), torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"{needed >> 30} GiB of GPU memory are needed, {free >> 30} are free")
+    return pattern.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def assert_all_images_equal(tensor: Tensor) -> None:
+    for part in tensor.split(4096):
+        assert torch.equal(part, tensor[:1].expand_as(part))
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_bn_act_and_add_relu_beyond_2_31_elements(training: bool) -> None:
+    pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
+    x = many_images(pattern, 2**31 // pattern.numel() + 1, 2**31)
+    mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+    with resfuse.use_backend("cuda"):
+        y = resfuse.bn_act(x.requires_grad_(), mean, var, training=training)
+        (grad,) = torch.autograd.grad(y, x, y.detach())
+        total = resfuse.add_relu(x.detach(), y.detach())
+    for tensor in (y, grad, total):
+        assert_all_images_equal(tensor)
+    small = pattern.double().requires_grad_()
+    expected = torch.relu(F.batch_norm(small, torch.zeros_like(mean).double(), torch.ones_like(var).double(),
+                                       training=training))  # fmt: skip
+    (expected_grad,) = torch.autograd.grad(expected, small, y[:1].double())
+    torch.testing.assert_close(y[:1].double(), expected, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(grad[:1].double(), expected_grad, rtol=2**-6, atol=2e-2)
+    if training:
+        torch.testing.assert_close(mean.double(), 0.1 * pattern.double().mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_conv_bn_act_beyond_2_31_elements(training: bool) -> None:
+    """The output is that large; test_cuda_conv has such an input."""
+    pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
+    x = many_images(pattern, 2**31 // (8 * pattern.numel()) + 1, 2**31)
+    w = torch.randn(64, 8, 1, 1, device="cuda", dtype=torch.bfloat16)
+    vectors = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+    with resfuse.use_backend("cuda"), torch.no_grad():
+        y = resfuse.conv_bn_act(x, w, *vectors, training=training)
+    assert y.numel() > 2**31
+    assert_all_images_equal(y)
+    z = F.conv2d(pattern.double(), w.double())
+    expected = torch.relu(F.batch_norm(z, *(torch.zeros(64).double().cuda(), torch.ones(64).double().cuda()),
+                                       training=training))  # fmt: skip
+    torch.testing.assert_close(y[:1].double(), expected, rtol=2**-6, atol=4e-2)

@@ -1,0 +1,294 @@
+"""Dispatch: which backend runs what, that it can say why, and that a choice follows the request in force."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import resfuse
+from resfuse.backends import cuda, dispatch, reference, triton
+from resfuse.types import AbsentDevice, Problem
+from tests.needs import imported_again
+from tests.shapes import CONVOLUTIONS
+
+needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET is not set")
+needs_cpu = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CONVOLVING = ("conv_bn_act_forward", "conv_forward", "conv_backward")
+
+
+def problem(
+    kernel: str = "bn_act_forward",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | AbsentDevice = CPU,
+    shape: tuple[int, ...] = (2, 16, 8, 8),
+) -> Problem:
+    conv = CONVOLUTIONS["3x3"]
+    convolution = (torch.Size(conv.weight), conv.settings) if kernel in CONVOLVING else ()
+    return Problem(kernel, device, dtype, torch.Size(shape), *convolution)
+
+
+def test_every_backend_declares_the_kernel_api() -> None:
+    for name in (*dispatch.PREFERENCE, "cuda_emulator"):
+        module = dispatch.backend(name)
+        assert set(module.KERNELS) <= set(reference.KERNELS)
+        assert all(callable(getattr(module, kernel)) for kernel in module.KERNELS)
+    assert resfuse.available_backends()[-1] == "reference"
+    assert set(dispatch.unavailable_reasons()) == set(dispatch.PREFERENCE)
+
+
+@needs_cpu
+def test_automatic_choice_and_its_reasons() -> None:
+    name, rejected = dispatch.explain_choice(problem())
+    assert name == "cpu"
+    assert "cuda" in rejected
+    name, rejected = dispatch.explain_choice(problem(dtype=torch.float64))
+    assert name == "reference"
+    assert rejected["cpu"] == ["float32 and bfloat16 only, got torch.float64"]
+    name, rejected = dispatch.explain_choice(problem(shape=(0, 8, 4, 4)))
+    assert (name, rejected["cpu"]) == ("reference", ["an empty tensor"])
+
+
+@needs_interpreter
+def test_interpreted_kernels_run_only_on_request() -> None:
+    _, rejected = dispatch.explain_choice(problem())
+    assert rejected["triton"] == ["TRITON_INTERPRET=1 interprets the kernels, slowly: only on request"]
+    if triton.unavailable_reason() is None:
+        assert dispatch.choose(problem(), "triton")[:2] == ("triton", triton)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (problem(dtype=torch.float64), "float32, bfloat16 and float16 only, got torch.float64"),
+        (problem(shape=(2, 8, 0, 4)), "an empty tensor"),
+        (problem(device=torch.device("cuda:1")), "tensors on cpu only, got cuda:1"),
+    ],
+)
+def test_problems_that_triton_does_not_support(wrong: Problem, reason: str) -> None:
+    assert triton.unsupported_reasons(wrong) == [reason]
+
+
+def test_triton_is_not_imported_where_it_cannot_run() -> None:
+    code = """
+import sys
+from resfuse.backends import dispatch
+print(dispatch.unavailable_reasons()["triton"])
+assert "triton" not in sys.modules
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "torch sees no CUDA GPU" in found.stdout, found.stderr
+
+
+# Requests
+
+
+@needs_cpu
+def test_explicit_request_that_cannot_be_met_raises_with_the_reason() -> None:
+    with resfuse.use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: float32 and bfloat16 only.*float64"):
+        resfuse.add_relu(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+
+
+def test_unknown_and_unavailable_names() -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'tpu'"), resfuse.use_backend("tpu"):
+        pass
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="'cuda' is not available"), resfuse.use_backend("cuda"):
+            pass
+
+
+def test_nesting_and_restoring() -> None:
+    assert dispatch.requested_backend() is None
+    with resfuse.use_backend("reference"):
+        assert dispatch.requested_backend() == "reference"
+        with resfuse.use_backend(None):
+            assert dispatch.requested_backend() is None
+        assert dispatch.requested_backend() == "reference"
+    with pytest.raises(KeyError), resfuse.use_backend("reference"):
+        raise KeyError
+    assert dispatch.requested_backend() is None
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, expected in (("reference", "reference"), ("", None)):
+        monkeypatch.setenv("RESFUSE_BACKEND", value)
+        assert imported_again(dispatch).requested_backend() == expected
+    monkeypatch.setenv("RESFUSE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="got 'tpu'"):
+        imported_again(dispatch)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that the cpu and reference backends have run."""
+    names: list[str] = []
+
+    def record(name: str, kernel: str) -> None:
+        original = getattr(dispatch.backend(name), kernel)
+
+        def spy(*args: Tensor) -> Tensor:
+            names.append(f"{name}.{kernel}")
+            return original(*args)
+
+        monkeypatch.setattr(dispatch.backend(name), kernel, spy)
+
+    for name in ("cpu", "reference"):
+        record(name, "add_relu_forward")
+        record(name, "add_relu_backward")
+    return names
+
+
+@needs_cpu
+def test_backward_runs_where_its_forward_ran(ran: list[str]) -> None:
+    input = torch.randn(2, 3, requires_grad=True)
+    with resfuse.use_backend("reference"):
+        output = resfuse.add_relu(input, input.detach())
+    output.sum().backward()
+    assert ran == ["reference.add_relu_forward", "reference.add_relu_backward"]
+    ran.clear()
+    output = resfuse.add_relu(input, input.detach())
+    with resfuse.use_backend("reference"):  # neither does a later request move it
+        output.sum().backward()
+    assert ran == ["cpu.add_relu_forward", "cpu.add_relu_backward"]
+
+
+def test_kernels_that_a_requested_backend_does_not_declare_are_left_to_the_reference() -> None:
+    """The gradients of convolutions, which are cuDNN's on a GPU."""
+    for name in ("cuda", "triton"):
+        assert "conv_backward" not in dispatch.backend(name).KERNELS
+        assert dispatch.choose(problem("conv_backward"), name)[:2] == ("reference", reference)
+
+
+def test_registered_backends_run_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_registered", {})
+    other = types.SimpleNamespace(
+        KERNELS=("add_relu_forward",),
+        unavailable_reason=lambda: None,
+        only_on_request_reason=lambda: None,
+        unsupported_reasons=lambda problem: [],
+        add_relu_forward=lambda input, residual: input,
+    )
+    dispatch.register("other", other)
+    dispatch.register("other", other)  # once more is no conflict
+    input = torch.ones(3)
+    with resfuse.use_backend("other"):
+        assert resfuse.add_relu(input, input) is input
+        assert dispatch.explain_choice(problem("add_relu_forward"), "other") == ("other", {})
+    assert "other" not in resfuse.available_backends()
+    assert resfuse.add_relu(input, input).tolist() == [2, 2, 2]
+    for taken in ("other", "cuda"):
+        with pytest.raises(ValueError, match=f"a backend named '{taken}' exists already"):
+            dispatch.register(taken, types.SimpleNamespace())
+    dispatch.choose.cache_clear()
+
+
+def test_choices_are_made_once_per_problem() -> None:
+    dispatch.choose.cache_clear()
+    tensor = torch.ones(5, 7)
+    for _ in range(3):
+        resfuse.add_relu(tensor, tensor)
+    assert dispatch.choose.cache_info().misses == 1
+
+
+# The ranking of backends
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+    """A machine with a GPU on which `runs` says what each backend runs."""
+    machine = types.SimpleNamespace(major=9, runs={"cuda": cuda.KERNELS, "triton": triton.KERNELS})
+    monkeypatch.setattr(resfuse.types, "_capability", lambda device: (machine.major, 0))
+    for module, name in ((cuda, "cuda"), (triton, "triton")):
+        monkeypatch.setattr(module, "unavailable_reason", lambda name=name: None if name in machine.runs else "absent")
+        monkeypatch.setattr(
+            module,
+            "unsupported_reasons",
+            lambda problem, name=name: [] if problem.kernel in machine.runs[name] else ["not this"],
+        )
+    monkeypatch.setattr(triton, "only_on_request_reason", lambda: None)
+    yield machine
+    dispatch.choose.cache_clear()
+
+
+def chosen(kernel: str = "conv_forward", dtype: torch.dtype = torch.bfloat16, request: str | None = None) -> str:
+    dispatch.choose.cache_clear()
+    return dispatch.explain_choice(problem(kernel, dtype, GPU), request)[0]
+
+
+def test_convolutions_on_hopper_prefer_triton_and_say_why(gpu: types.SimpleNamespace) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        moved = {kernel for kernel in cuda.KERNELS if chosen(kernel, dtype) == "triton"}
+        assert moved == {"conv_bn_act_forward", "conv_forward"}
+    _, rejected = dispatch.explain_choice(problem("conv_forward", torch.bfloat16, GPU))
+    assert rejected["cuda"] == [
+        "triton should be faster: it multiplies by wgmma or tcgen05, which are faster than the mma.sync of cuda "
+        "(predicted, not measured)"
+    ]
+    assert chosen(request="cuda") == "cuda", "a request is met"
+
+
+@pytest.mark.parametrize("major", [8, 12])
+def test_where_only_mma_sync_exists_cuda_comes_first(gpu: types.SimpleNamespace, major: int) -> None:
+    gpu.major = major
+    assert {chosen(kernel) for kernel in cuda.KERNELS} == {"cuda"}
+
+
+def test_only_a_backend_that_can_run_the_problem_is_preferred(
+    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for runs, expected in (
+        ({"cuda": cuda.KERNELS}, "cuda"),
+        ({"cuda": cuda.KERNELS, "triton": ()}, "cuda"),
+        ({"cuda": (), "triton": triton.KERNELS}, "triton"),
+        ({}, "reference"),
+    ):
+        gpu.runs = runs
+        assert chosen() == expected, runs
+    gpu.runs = {"cuda": cuda.KERNELS, "triton": triton.KERNELS}
+    monkeypatch.setattr(triton, "only_on_request_reason", lambda: "interpreted")
+    assert chosen() == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("capability", "convolution", "other"),
+    [
+        ((7, 5), "reference", "reference"),
+        ((8, 0), "cuda", "cuda"),
+        ((9, 0), "triton", "cuda"),
+        ((10, 0), "triton", "cuda"),
+        ((12, 0), "cuda", "cuda"),
+    ],
+)
+def test_a_gpu_that_is_not_there(capability: tuple[int, int], convolution: str, other: str) -> None:
+    """By the real backends' own reasons, whatever this machine has."""
+    device = AbsentDevice(capability)
+    forward = problem("conv_bn_act_forward", torch.bfloat16, device)
+    assert dispatch.explain_choice(forward)[0] == convolution
+    name, rejected = dispatch.explain_choice(problem("bn_act_backward", torch.bfloat16, device))
+    assert name == other
+    if other == "reference":
+        assert rejected["cuda"] == ["cuda needs compute capability 8.0 or newer, not 7.5"]
+        assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
+        assert rejected["cpu"] == ["runs on the CPU, the tensors are on cuda of compute capability 7.5"]
+    assert dispatch.explain_choice(forward, "reference")[0] == "reference"
+    with pytest.raises(RuntimeError, match="runs on the CPU"):
+        dispatch.explain_choice(forward, "cpu")
+
+
+def test_the_ranking_is_consistent() -> None:
+    for entry in dispatch.RANKING:
+        order = [dispatch.PREFERENCE.index(name) for name in (entry.passed_over, entry.preferred)]
+        assert order == sorted(order), "an exception moves a later backend up: no two can wait for each other"
+        assert set(entry.kernels) <= set(reference.KERNELS)
+        assert entry.source == dispatch.PREDICTED or entry.source.startswith("measured on ")
+    measured = dispatch.RANKING[0]._replace(source="measured on NVIDIA H200")
+    assert str(measured).startswith("triton is faster: ") and str(measured).endswith("(measured on NVIDIA H200)")

@@ -1,0 +1,95 @@
+"""Modules in a fused call beside the same modules spelled out, for the tests of resfuse.nn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torchvision
+from torch import Tensor, nn
+
+import resfuse.nn as rnn
+from resfuse.nn import fused_call
+from tests import models
+
+OWN_BLOCKS = {
+    torchvision.models.resnet.BasicBlock: rnn.BasicBlock,
+    torchvision.models.resnet.Bottleneck: rnn.Bottleneck,
+}
+
+
+def own_block(name: str) -> nn.Module:
+    """The block of resfuse.nn for a torchvision block of `models.BLOCKS`, with the same state."""
+    block = OWN_BLOCKS[models.BLOCKS[name][0]](**models.block_options(name))
+    block.load_state_dict(models.block(name).state_dict())
+    return block
+
+
+class Eager(nn.Module):
+    """The eager equivalent of a fused module, spelled out."""
+
+    def __init__(self, conv: nn.Module, bn: nn.Module, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv, bn, act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        output = self.bn(self.conv(input))
+        if residual is not None:
+            output += residual
+        return output if self.act is None else self.act(output)
+
+
+class Called(Eager):
+    """The same modules in a fused call."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused_call.conv_bn_act(self.conv, self.bn, input, residual, self.act)
+
+
+class WithResidual(nn.Module):
+    """Gives a module a residual made of its input, so that both take one argument."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.module(input, input.flip(2))
+
+
+class Alone(WithResidual):
+    """The same without a residual."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.module(input)
+
+
+class OnlyNorm(nn.Module):
+    """Gives a batch norm the names that it has in `Eager`."""
+
+    def __init__(self, bn: nn.Module) -> None:
+        super().__init__()
+        self.bn = bn
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.bn(input, residual)
+
+
+def pair(conv: nn.Module | None = None, bn: nn.Module | None = None, act: nn.Module | None = None) -> tuple[Any, Any]:
+    """(eager, fused) with equal but separate modules."""
+    eager = models.seeded(
+        lambda: Eager(conv or nn.Conv2d(6, 8, 3, padding=1), bn or nn.BatchNorm2d(8), act or nn.ReLU(inplace=True))
+    )
+    twin = copy.deepcopy(eager)
+    return eager, Called(twin.conv, twin.bn, twin.act)
+
+
+def assert_module_matches(
+    fused: nn.Module, eager: nn.Module, input: Tensor, fused_calls: int = 1, modes: tuple[bool, ...] = (True, False)
+) -> None:
+    """In float64, through several steps: each mode twice, so that what one call leaves behind enters the next."""
+    fused, eager = fused.double(), eager.double()
+    for training in modes + modes:
+        with models.counted_calls() as calls:
+            models.assert_same(fused.train(training), eager.train(training), input)
+        assert calls.conv_bn_act + calls.bn_act == fused_calls

@@ -1,0 +1,74 @@
+"""The same bits twice, and with any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import resfuse
+from tests import shapes
+
+pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
+
+COMPLETE = [
+    name for name in shapes.BACKENDS if shapes.supports(name, "conv_bn_act", torch.float32, shapes.devices_of(name)[0])
+]
+
+
+@pytest.fixture(params=COMPLETE, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with resfuse.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(dtype: torch.dtype, memory_format: torch.memory_format, backend: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    (device, *_) = shapes.devices_of(backend)
+    # Large enough for several chunks and threads, and no multiple of a tile; kernels that are interpreted get less.
+    shape = (5, 70, 37, 41) if device == "cuda" or backend in ("cpu", "reference") else (2, 70, 13, 11)
+    input = torch.randn(shape).to(device, dtype).to(memory_format=memory_format).requires_grad_()
+    residual = torch.randn(shape).to(device, dtype).to(memory_format=memory_format).requires_grad_()
+    conv_weight = torch.randn(70, 70, 1, 1).to(device, dtype).requires_grad_()
+    weight, bias = (torch.randn(70, device=device).requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(70, device=device), torch.ones(70, device=device)
+    output = resfuse.bn_act(input, mean, var, weight, bias, residual=residual, training=True)
+    deep = resfuse.conv_bn_act(output, conv_weight, mean, var, weight, bias, residual=residual, training=True)
+    grads = torch.autograd.grad(deep.square().sum(), [input, residual, weight, bias, conv_weight])
+    return [output.detach(), deep.detach(), mean, var, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_two_runs(dtype: torch.dtype, memory_format: torch.memory_format, backend: str) -> None:
+    for first, second in zip(run(dtype, memory_format, backend), run(dtype, memory_format, backend), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_any_number_of_threads(memory_format: torch.memory_format, backend: str, threads: None) -> None:
+    """Our kernels partition by shape alone; oneDNN's convolutions make no such promise."""
+    if backend != "cpu":
+        pytest.skip("a promise of the cpu backend")
+    kernels = torch.ops.resfuse_cpu
+    input = torch.randn(5, 70, 37, 41).to(memory_format=memory_format)
+    mask, grad = torch.randn_like(input), torch.randn_like(input)
+    results = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        output = torch.empty_like(input)
+        mean, invstd, sum_g, sum_g_xhat = (torch.empty(70) for _ in range(4))
+        kernels.bn_train_forward(input, None, None, None, None, None, 0.1, 1e-5, True, output, mean, invstd)
+        kernels.bn_backward_reduce(grad, input, mask, mean, invstd, sum_g, sum_g_xhat, None)
+        results.append([output, mean, invstd, sum_g, sum_g_xhat])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
