@@ -64,7 +64,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
     """The commands of each piece; `quick` rehearses them with the smallest arguments that run the same code."""
     bench = words("--output {work}/results --resume --limit {limit} --device {device}")
     peers = words(
-        "--provider eager_channels_last inductor inductor_max_autotune cudnn_aten onnxruntime tensorrt resfuse"
+        "--provider eager_channels_last inductor inductor_max_autotune cudnn_aten tensorrt resfuse"
     )
     few = words("--provider eager_channels_last resfuse resfuse_cuda resfuse_triton")
     if quick:
