@@ -32,7 +32,7 @@ class OutOfTimeError(RuntimeError):
 
 
 class Plan(NamedTuple):
-    """How long and how often."""
+    """Durations and numbers of turns."""
 
     rounds: int
     turn: float
@@ -292,7 +292,7 @@ def _ceiling_row(setting: Setting, name: str, value: float) -> dict[str, Any]:
 
 
 def _known(case: Case, setting: Setting, rows: Any, conditions: Mapping[str, Any]) -> bool:
-    """Whether a file has the case of this commit and machine: its rows are written when all of it is done."""
+    """True where a file has the case of this commit and machine; its rows are written when all of it is done."""
     wanted = {
         "op": case.op, "name": case.name, "mode": setting.mode, "dtype": dtype_name(setting.dtype),
         "shape": case.shape, **{name: conditions[name] for name in ("device", "threads", "commit")},

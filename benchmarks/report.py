@@ -17,7 +17,7 @@ from benchmarks.results import CASE, CEILING, RESULTS, ROOT, read
 
 OURS = "resfuse"
 BASELINES = ("eager_channels_last", "eager_nchw")
-"""What a ratio against eager refers to: the first of them that took part."""
+"""The base of ratios against eager: the first of them that took part."""
 LABELS = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager channels_last",
@@ -44,7 +44,7 @@ def label(provider: str) -> str:
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is resfuse, in whatever layout, by whatever backend or behind a compiler."""
+    """True for resfuse in any layout, with any backend, compiled or not."""
     return provider.partition("_")[0] == OURS
 
 
