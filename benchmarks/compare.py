@@ -47,11 +47,11 @@ class Ratio(NamedTuple):
     median: float
     low: float
     high: float
-    """Of the ratios of the rounds, which pair the sides: whatever slows a round down cancels."""
+    """Median and interval of the ratios of the rounds, which pair the sides: whatever slows a round down cancels."""
 
     @property
     def verdict(self) -> str:
-        """Whether the interval of the ratio excludes 1."""
+        """slower or faster where the interval of the ratio excludes 1."""
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
 
