@@ -56,7 +56,7 @@ def _resfuse(name: str) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
     cifar = _CIFAR_NAME.fullmatch(name)
     if cifar is not None:
         return lambda: getattr(models, cifar[1])(int(cifar[2])), _CIFAR
-    functions = [other for other in models.__all__ if other[0].islower() and other != "complexity"]
+    functions = [other for other in models.__all__ if other[0].islower()]
     if name not in functions or name.startswith("cifar"):
         known = ", ".join(f"{other}N" if other.startswith("cifar") else other for other in functions)
         raise ValueError(f"model: resfuse.models has no {name!r}; it has {known}")

@@ -203,6 +203,8 @@ class Bottleneck(nn.Module):
     """
 
     expansion: ClassVar[int] = 4
+    stride_first: ClassVar[bool] = False
+    """The stride is on the first 1x1 convolution (v1)."""
 
     def __init__(
         self,
@@ -218,9 +220,10 @@ class Bottleneck(nn.Module):
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
+        first, second = (stride, 1) if self.stride_first else (1, stride)
+        self.conv1 = conv1x1(inplanes, width, first)
         self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.conv2 = conv3x3(width, width, second, groups, dilation)
         self.bn2 = norm_layer(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
