@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("_cpu", "_cuda")
@@ -278,24 +279,13 @@ def build_environment(settings: Settings) -> Iterator[None]:
         changes["CXX"] = settings.compiler
     if settings.toolkit:
         changes["CUDA_HOME"] = str(settings.toolkit.home)
-    before = {key: os.environ.get(key) for key in changes}
-    os.environ.update(changes)
-    try:
+    with mock.patch.dict(os.environ, changes):
         from torch.utils import cpp_extension
 
         # Computed when that module was first imported, possibly before this function ran.
-        home = cpp_extension.CUDA_HOME
-        cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", home)
-        try:
+        home = changes.get("CUDA_HOME", cpp_extension.CUDA_HOME)
+        with mock.patch.object(cpp_extension, "CUDA_HOME", home):
             yield
-        finally:
-            cpp_extension.CUDA_HOME = home
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class Case(NamedTuple):
     def output_shape(self) -> torch.Size:
         if self.op != "conv_bn_act":
             return torch.Size(self.shape)
-        return torch.Size(conv_output_shape(self.shape, self.weight_shape, self.convolution))
+        return torch.Size(conv_output_shape(torch.Size(self.shape), self.weight_shape, self.convolution))
 
     def unsupported_reasons(self, backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
         """Why a backend cannot run this; empty if it can."""

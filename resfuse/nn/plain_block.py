@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,16 +37,14 @@ class PlainBlock(BasicBlock):
         planes: int,
         stride: int = 1,
         downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
+        *args: Any,
+        **options: Any,
     ) -> None:
         if downsample is not None:
             raise ValueError(
                 f"downsample: expected None, a plain block has no shortcut, got {type(downsample).__name__}"
             )
-        super().__init__(inplanes, planes, stride, None, groups, base_width, dilation, norm_layer)
+        super().__init__(inplanes, planes, stride, None, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         output = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
