@@ -157,9 +157,8 @@ def plot(path: Path, values: Sequence[Value], facts: dict[str, object], panels: 
     networks = list(dict.fromkeys(value.network for value in values))
     kinds, depths = (list(dict.fromkeys(re.sub(part, "", name) for name in networks)) for part in (r"\d+", r"\D+"))
     size = {"figsize": (5.2 * len(panels), 4.2), "layout": "constrained"}
-    figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, sharey=len({one.ylabel for one in panels}) == 1, **size
-    )
+    same_scale = len({panel.ylabel or panel.title for panel in panels}) == 1
+    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=same_scale, **size)
     for panel, one in zip(panels, axes[0], strict=True):
         one.spines[["top", "right"]].set_visible(False)
         for name in (name for name in networks if name.startswith(panel.only)):
