@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from resfuse.backends import dispatch
 from resfuse.nn.fused_call import traced_as_pytorch
-from resfuse.ops.decompositions import by_reference
 from resfuse.roofline import is_view
 
 Input = Tensor | Sequence[int]
@@ -128,8 +128,8 @@ def expanded(run: Run) -> list[Run]:
     """The operators that the backend `reference` makes of one of resfuse's."""
     mode = next(leaf.fake_mode for leaf in tree_leaves(run.args) if hasattr(leaf, "fake_mode"))
     recorder = _Recorder(nn.Module())
-    with torch.no_grad(), _as_if_compiling(), mode, recorder:
-        by_reference(run.func, *run.args, **run.kwargs)
+    with torch.no_grad(), _as_if_compiling(), dispatch.use_backend("reference"), mode, recorder:
+        run.func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *run.args, **run.kwargs)
     return [run for call in recorder.calls for run in call.forward]
 
 

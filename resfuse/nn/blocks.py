@@ -117,6 +117,8 @@ class ResidualBlock(nn.Module):
     """The constructor of the blocks, with the arguments of torchvision's."""
 
     expansion: ClassVar[int] = 1
+    last: ClassVar[str]
+    """Name of the last layer before the addition."""
 
     def __init__(
         self,
@@ -139,6 +141,15 @@ class ResidualBlock(nn.Module):
     ) -> None:
         """Add convolutions, norms and activation; `width` is `base_width`."""
         raise NotImplementedError
+
+    def zero_init_last(self) -> None:
+        """Set the weight of the layer before the addition to zero, so that the block starts as its shortcut.
+
+        Source: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
+        """
+        weight = getattr(self._modules[self.last], "weight", None)
+        if weight is not None:
+            nn.init.zeros_(weight)
 
 
 class BasicBlock(ResidualBlock):
@@ -170,6 +181,8 @@ class BasicBlock(ResidualBlock):
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), figure 5, left.
     """
 
+    last: ClassVar[str] = "bn2"
+
     def _add_layers(
         self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
@@ -182,10 +195,6 @@ class BasicBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return basic_block_forward(self, x, "relu", "relu")
-
-    def zero_init_last(self) -> None:
-        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
-        zero_weight(self.bn2)
 
 
 class Bottleneck(ResidualBlock):
@@ -218,6 +227,7 @@ class Bottleneck(ResidualBlock):
     """
 
     expansion: ClassVar[int] = 4
+    last: ClassVar[str] = "bn3"
     stride_first: ClassVar[bool] = False
     """The stride is on the first 1x1 convolution (v1)."""
 
@@ -237,10 +247,6 @@ class Bottleneck(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         return bottleneck_forward(self, x, "relu", "relu", "relu")
 
-    def zero_init_last(self) -> None:
-        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
-        zero_weight(self.bn3)
-
 
 CHAINS[BasicBlock.forward] = Chain(lambda block, x: basic_block_forward(block, x, "relu", "relu", True), "bn2", "relu")
 CHAINS[Bottleneck.forward] = Chain(
@@ -254,10 +260,3 @@ def check_basic_block(groups: int, base_width: int, dilation: int) -> None:
         raise ValueError(f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}")
     if dilation > 1:
         raise NotImplementedError(f"BasicBlock: expected dilation=1, got {dilation}")
-
-
-def zero_weight(norm: nn.Module) -> None:
-    """Zero the affine weight of a normalisation layer that has one."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None:
-        nn.init.zeros_(weight)

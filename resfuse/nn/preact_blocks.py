@@ -47,6 +47,7 @@ class PreActBasicBlock(ResidualBlock):
     projection takes the pre-activated input, as in the authors' code (see section 4.1).
     """
 
+    last: ClassVar[str] = "conv2"
     bn1: nn.Module | None
 
     def __init__(self, *args: Any, preactivated: bool = False, **options: Any) -> None:
@@ -68,10 +69,6 @@ class PreActBasicBlock(ResidualBlock):
         preactivated = _preactivate(self, input)
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
         return _add_shortcut(self, self.conv2, output, input, preactivated)
-
-    def zero_init_last(self) -> None:
-        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
-        nn.init.zeros_(self.conv2.weight)
 
 
 class PreActBottleneck(ResidualBlock):
@@ -95,6 +92,7 @@ class PreActBottleneck(ResidualBlock):
 
     expansion: ClassVar[int] = 4
 
+    last: ClassVar[str] = "conv3"
     bn1: nn.Module | None
 
     def __init__(self, *args: Any, preactivated: bool = False, **options: Any) -> None:
@@ -119,10 +117,6 @@ class PreActBottleneck(ResidualBlock):
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
         output = conv_bn_act(self.conv2, self.bn3, output, None, self.relu)
         return _add_shortcut(self, self.conv3, output, input, preactivated)
-
-    def zero_init_last(self) -> None:
-        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
-        nn.init.zeros_(self.conv3.weight)
 
 
 def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from resfuse.backends import dispatch
+import torch.nn.functional as F
+from torch import Tensor
 
 
 def table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
@@ -27,11 +26,28 @@ def table() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         The operators of inference, each with a function of the same arguments.
     """
     ops: Any = torch.ops.resfuse
-    inference = (ops.add_relu_forward.default, ops.bn_act_eval.default, ops.conv_bn_act_eval.default)
-    return {operator: functools.partial(by_reference, operator) for operator in inference}
+    return {
+        ops.add_relu_forward.default: _add_relu,
+        ops.bn_act_eval.default: _bn_act,
+        ops.conv_bn_act_eval.default: _conv_bn_act,
+    }
 
 
-def by_reference(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an operator of resfuse as the backend `reference` does it, by operators of PyTorch."""
-    with dispatch.use_backend("reference"):
-        return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+def _add_relu(input: Tensor, residual: Tensor) -> Tensor:
+    return torch.relu(input + residual)
+
+
+def _bn_act(input: Tensor, *args: Any) -> Tensor:
+    *batch_norm, residual, relu, eps = args
+    output = F.batch_norm(input, *batch_norm, False, 0.0, eps)
+    if residual is not None:
+        missing = output.shape[1] - residual.shape[1]
+        output = output + (F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing else residual)
+    return torch.relu(output) if relu else output
+
+
+def _conv_bn_act(input: Tensor, conv_weight: Tensor, *args: Any) -> Tensor:
+    *batch_norm, conv_bias, residual, relu, stride, padding, dilation, groups, eps = args
+    conv_bias = None if conv_bias is None else conv_bias.to(input.dtype)
+    z = F.conv2d(input, conv_weight.to(input.dtype), conv_bias, stride, padding, dilation, groups)
+    return _bn_act(z, *batch_norm, residual, relu, eps)
