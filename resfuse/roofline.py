@@ -44,7 +44,7 @@ _LAUNCH_SECONDS = 2e-6  # an estimate: what one more small kernel adds to a stre
 _ASSUMED_CACHE = 32 << 20
 _MOVES_NOTHING = ("empty", "new_empty", "_unsafe_view", "scalar_tensor")
 _OVERWRITES = ("copy_", "fill_", "zero_")
-_ATEN_NAMES, _RESFUSE_NAMES = ("weight", "output_mask"), ("conv_weight", "needs_grad")
+_ATEN_NAMES, _FUSED_NAMES = ("weight", "output_mask"), ("conv_weight", "needs_grad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _read_again(name: str, given: Mapping[str, Any], outputs: list[Tensor], devi
 def _conv_gradients(given: Mapping[str, Any]) -> list[Kernel]:
     """Each gradient has as many products as the forward."""
     dz, x = given["grad_output"], given["input"]
-    weight, needs = (given[name] for name in (_RESFUSE_NAMES if "conv_weight" in given else _ATEN_NAMES))
+    weight, needs = (given[name] for name in (_FUSED_NAMES if "conv_weight" in given else _ATEN_NAMES))
     spatial = x if given.get("transposed") else dz
     flops = 2 * spatial.shape[0] * math.prod(spatial.shape[2:]) * weight.numel()
     both = Kernel(flops, nbytes(dz) + nbytes(x) + nbytes(weight), x.dtype)  # reads dz and one of them, writes the other

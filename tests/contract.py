@@ -1,4 +1,4 @@
-"""What the numerics tests compare, and how: one call of an operator, its eager equivalent, and the error rule.
+"""Numerics tests: one call of an operator, its eager equivalent, and the error rule that compares them.
 
 The rule itself is `resfuse.contract`: E(fused) <= 1.5 E(eager) + floor, and the same for the worst element, for the
 output, every gradient and every running statistic, where the truth is eager in float64 on the same rounded inputs.
@@ -161,7 +161,6 @@ def results(
     call: Call,
     grad_output: Tensor,
     needs_grad: Collection[str] | None = None,
-    run: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function(),
 ) -> Results:
     """Output, gradients and running statistics after one forward and backward.
 
@@ -170,7 +169,6 @@ def results(
         call: left as it was: the running statistics are updated in copies.
         grad_output: of the output's shape; moved to the output's device and dtype.
         needs_grad: names of the tensors whose gradients are wanted; None for all that can have one.
-        run: runs the forward, for tests that do it in some context.
     """
     names = call.differentiable if needs_grad is None else [name for name in call.differentiable if name in needs_grad]
     leaves: dict[str, Tensor | None] = {}
@@ -178,7 +176,7 @@ def results(
         if tensor is not None:  # detach() keeps strides and offset, which clone() would normalise
             tensor = tensor.clone() if name in RUNNING else tensor.detach().requires_grad_(name in names)
         leaves[name] = tensor
-    output = run(lambda: functions[call.op](**leaves, **call.options))
+    output = functions[call.op](**leaves, **call.options)
     found: Results = {"output": output.detach()}
     if names:
         grads = torch.autograd.grad(output, [leaves[name] for name in names], grad_output.to(output))
@@ -239,7 +237,7 @@ def _anatomy(truth: Call) -> _Anatomy:
 
 
 def decided_by_rounding(call: Call, parts: _Anatomy | None = None) -> Tensor:
-    """Where the ReLU's argument lies within a few roundings of zero, so that its sign is anyone's."""
+    """A mask of the elements whose ReLU argument lies within a few roundings of zero: rounding decides its sign."""
     truth = call.truth()
     eps = torch.finfo(call.input.dtype).eps
     residual = truth.tensors.get("residual")
@@ -263,7 +261,7 @@ def decided_by_rounding(call: Call, parts: _Anatomy | None = None) -> Tensor:
 
 
 def _statistics_eps(call: Call) -> float:
-    """Of what batch statistics are kept in: float32, but PyTorch rounds them to a half precision that all else has."""
+    """Precision of batch statistics: float32, but PyTorch rounds them to half precision where all tensors have it."""
     dtype = call.input.dtype
     vectors = (call.tensors.get(name) for name in (*RUNNING, "weight", "bias"))
     wide = any(vector is not None and vector.dtype == torch.float32 for vector in vectors)

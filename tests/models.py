@@ -27,7 +27,7 @@ from resfuse import contract, functional, fuse_, unfuse_
 from resfuse.surgery import FuseReport
 
 Evaluate = Callable[[Any, Tensor], Tensor]
-"""How a model is run: its differentiable output for an input, as one tensor."""
+"""Runs a model: its differentiable output for an input, as one tensor."""
 
 IMAGE = (4, 3, 32, 32)
 TORCHVISION = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
@@ -61,7 +61,7 @@ def reloaded(model: nn.Module) -> nn.Module:
 
 
 def conv_bn_relu(channels: int = 8) -> nn.Sequential:
-    """What `fuse_` makes one call of."""
+    """`fuse_` makes one call of them."""
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
@@ -181,7 +181,7 @@ def decided_input(eager: nn.Module, shape: tuple[int, ...], margin: float = 2e-5
 
 
 def call(model: nn.Module, input: Tensor) -> Tensor:
-    """How a model is run that takes a tensor and returns one."""
+    """Runs a model that takes a tensor and returns one."""
     return model(input)
 
 
@@ -262,7 +262,7 @@ def assert_equal_before_and_after(
 
 
 class Calls:
-    """How often the operators were called."""
+    """Counts of the operators' calls."""
 
     def __init__(self) -> None:
         self.conv_bn_act = self.bn_act = self.add_relu = 0

@@ -23,7 +23,7 @@ from tests.shapes import ACTIVATIONS, CONVOLUTIONS, Convolution, add_relu_call, 
 LAYOUTS = ("nchw", "nhwc", "nhwc_misaligned")
 SHAPES = ("typical", "odd_channels", "one_pixel", "one_image", "many_channels")
 RAGGED = Convolution((2, 72, 9, 8), 136, (3, 3), padding=(1, 1))
-"""Of every tile several, the last of them not full."""
+"""Several of every tile, the last of them not full."""
 
 
 def problems(dtype: torch.dtype) -> Iterator[tuple[str, Call, cuda_conv.ConvConfig | None]]:

@@ -93,7 +93,7 @@ CONVOLUTIONS: dict[str, Convolution] = {
     "one_input_channel": Convolution((4, 1, 9, 9), 8, (5, 5), (2, 2), (2, 2)),
     "one_output_channel": Convolution((4, 20, 6, 6), 1, (3, 3), padding=(1, 1)),
     "one_image": Convolution((1, 16, 8, 8), 24, (3, 3), padding=(1, 1)),
-    "one_pixel": Convolution((8, 40, 1, 1), 24, (1, 1)),
+    "one_pixel": Convolution((19, 40, 1, 1), 24, (1, 1)),
     "to_one_pixel": Convolution((8, 9, 3, 3), 16, (3, 3)),
     "narrower_than_stride": Convolution((6, 16, 5, 1), 17, (3, 3), (2, 2), (1, 1)),
     "padding_beyond_kernel": Convolution((2, 6, 4, 4), 5, (1, 1), padding=(2, 1)),
@@ -242,7 +242,7 @@ KERNELS = {
 
 
 def devices_of(backend: str) -> list[str]:
-    """Where a backend runs on this machine: the reference runs everywhere."""
+    """The devices on which a backend runs here; the reference runs on all."""
     if backend == "reference":
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if backend == "triton" and triton.INTERPRETED:
@@ -251,7 +251,7 @@ def devices_of(backend: str) -> list[str]:
 
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether a backend runs an operator, forward and backward, on an ordinary problem."""
+    """True if a backend runs an operator, forward and backward, on an ordinary problem."""
     conv, module = CONVOLUTIONS["3x3"], dispatch.backend(backend)
     for kernel in KERNELS[op]:
         convolution = (torch.Size(conv.weight), conv.settings) if kernel.startswith("conv") else ()

@@ -243,7 +243,7 @@ class TestNotFinite:
         assert len(looks) == (0 if touch is None else 1)
 
     def test_a_residual_that_was_overwritten_is_looked_at_again(self, input: Tensor) -> None:
-        """What was found finite is gone, though the tensor is the same and nothing counted a new version of it."""
+        """The tensor is the same and no version was counted, but its finite values are gone."""
         first, last = Layer(), Layer()
         first.bn.bias.fill_(9)  # every pixel has a positive channel
         inner = first(input)

@@ -1,5 +1,6 @@
-"""What is special to the convolution kernels of csrc/cuda: every tile and form of launch, splits, odd channels and
-addresses, TF32.  Run in the emulator, and on a GPU where there is one.
+"""The convolution kernels of csrc/cuda: every tile and form of launch, splits, odd channels and addresses, TF32.
+
+Run in the emulator, and on a GPU where there is one.
 """
 
 from __future__ import annotations

@@ -18,21 +18,30 @@ DEVICES = [
 pytestmark = pytest.mark.skipif(not DEVICES, reason="neither the emulator nor the cuda backend runs here")
 DEVICE = pytest.mark.parametrize("device", DEVICES)
 EMULATED = pytest.mark.skipif("cpu" not in DEVICES, reason="the emulator does not run here")
-NHWC = torch.channels_last
 
 
-def inference_arguments(**changes: Any) -> list[Any]:
-    x, w, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
-               ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4)))  # fmt: skip
-    arguments = {
-        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": torch.zeros(16),
-        "running_var": torch.ones(16), "weight": None, "bias": None, "residual": None, "relu": True,
-        "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1,
-        "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1, "launches": 0, "workspace": None,
-        "output": y,
+def nhwc(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape).to(memory_format=torch.channels_last)
+
+
+def arguments(training: bool, **changes: Any) -> list[Any]:
+    """Arguments of the operator, right but for the changes, in the order of its schema."""
+    found: dict[str, Any] = {
+        "input": nhwc(2, 8, 4, 4), "conv_weight": nhwc(16, 8, 3, 3), "conv_bias": None,
+        "running_mean": torch.zeros(16), "running_var": torch.ones(16), "weight": None, "bias": None, "residual": None,
+        "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1,
+        "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1,
+        "launches": 0, "workspace": torch.zeros(64) if training else None, "z": nhwc(2, 16, 4, 4),
+        "output": nhwc(2, 16, 4, 4), "mean": torch.zeros(16), "invstd": torch.zeros(16),
     }  # fmt: skip
-    assert changes.keys() <= arguments.keys()
-    return list((arguments | changes).values())
+    assert changes.keys() <= found.keys()
+    schema = operator(training).default._schema
+    return [(found | changes)[argument.name] for argument in schema.arguments]
+
+
+def operator(training: bool) -> Any:
+    operators = torch.ops.resfuse_cuda
+    return operators.conv_train_forward if training else operators.conv_inference_forward
 
 
 @EMULATED
@@ -42,15 +51,9 @@ def inference_arguments(**changes: Any) -> list[Any]:
         ({"input": torch.zeros(2, 8, 4, 4)}, "input must be dense in channels_last"),
         ({"input": torch.zeros(2, 8, 4)}, "input must have 4 dimensions"),
         ({"input": torch.zeros(2, 8, 4, 4).double()}, "input must be float32, bfloat16 or float16"),
-        ({"conv_weight": torch.zeros(16, 8, 3, 3).half().to(memory_format=NHWC)}, "conv_weight must have the dtype"),
+        ({"conv_weight": nhwc(16, 8, 3, 3).half()}, "conv_weight must have the dtype"),
         ({"conv_weight": torch.zeros(16, 8, 3, 3)}, "conv_weight must be dense in channels_last"),
-        (
-            {
-                "input": torch.zeros(0, 8, 4, 4).to(memory_format=NHWC),
-                "output": torch.zeros(0, 16, 4, 4).to(memory_format=NHWC),
-            },
-            "output must not be empty",
-        ),
+        ({"input": nhwc(0, 8, 4, 4), "output": nhwc(0, 16, 4, 4)}, "output must not be empty"),
         ({"groups": 2}, "conv_weight must have the channels of input / groups"),
         ({"groups": 3}, "groups must divide"),
         ({"groups": 0}, "groups must divide"),
@@ -58,35 +61,21 @@ def inference_arguments(**changes: Any) -> list[Any]:
         ({"padding_h": -1}, "padding must not be negative"),
         ({"dilation_h": 0}, "dilation must be positive"),
         ({"padding_h": 0}, "output must have the shape"),
-        ({"residual": torch.zeros(2, 16, 4, 3).to(memory_format=NHWC)}, "residual must have the shape of output"),
+        ({"residual": nhwc(2, 16, 4, 3)}, "residual must have the shape of output"),
         ({"residual": torch.zeros(2, 16, 4, 4)}, "residual must be dense in channels_last"),
         ({"weight": torch.zeros(15)}, "weight must have one element per channel"),
         ({"running_var": torch.zeros(32)[::2]}, "running_var must be contiguous"),
         ({"conv_bias": torch.zeros(16).half()}, "conv_bias must be float32 or have the dtype"),
         ({"splits": 0}, "splits must be in 1 .. 1024"),
         ({"launches": 3}, "launches must be 0, 1 or 2"),
-        ({"block_m": 96}, "no tile of 96 x 64"),
+        ({"block_m": 96}, "unsupported tile 96 x 64"),
         ({"splits": 2}, "the workspace has 0 values and needs"),
         ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments(**changes))
-
-
-def train_arguments(**changes: Any) -> list[Any]:
-    x, w, z, y = (torch.zeros(shape).to(memory_format=NHWC) for shape in
-                  ((2, 8, 4, 4), (16, 8, 3, 3), (2, 16, 4, 4), (2, 16, 4, 4)))  # fmt: skip
-    arguments = {
-        "input": x, "conv_weight": w, "conv_bias": None, "running_mean": None, "running_var": None, "weight": None,
-        "bias": None, "residual": None, "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1,
-        "padding_h": 1, "padding_w": 1, "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64,
-        "block_n": 64, "launches": 0, "workspace": torch.zeros(64), "z": z, "output": y,
-        "mean": torch.zeros(16), "invstd": torch.zeros(16),
-    }  # fmt: skip
-    assert changes.keys() <= arguments.keys()
-    return list((arguments | changes).values())
+        operator(False)(*arguments(False, **changes))
 
 
 @EMULATED
@@ -94,29 +83,29 @@ def train_arguments(**changes: Any) -> list[Any]:
     ("changes", "message"),
     [
         ({"z": torch.zeros(2, 16, 4, 4)}, "z must be dense in channels_last"),
-        ({"z": torch.zeros(2, 16, 4, 3).to(memory_format=NHWC)}, "z must have the shape of output"),
+        ({"z": nhwc(2, 16, 4, 3)}, "z must have the shape of output"),
         ({"mean": torch.zeros(16).half()}, "mean must be float32"),
         ({"invstd": torch.zeros(15)}, "invstd must have one element per channel"),
         ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
         ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
         ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
-        ({"block_n": 32}, "no tile of 64 x 32"),
+        ({"block_n": 32}, "unsupported tile 64 x 32"),
     ],
 )
 def test_bad_arguments_of_training_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.resfuse_cuda.conv_train_forward(*train_arguments(**changes))
+        operator(True)(*arguments(True, **changes))
 
 
 @EMULATED
 def test_good_arguments_pass() -> None:
-    torch.ops.resfuse_cuda.conv_inference_forward(*inference_arguments())
-    torch.ops.resfuse_cuda.conv_train_forward(*train_arguments())
+    for training in (True, False):
+        operator(training)(*arguments(training))
 
 
 @DEVICE
 def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
-    """Which `unsupported_reasons` keeps from happening.  Nothing touches the 4 GB."""
+    """`unsupported_reasons` keeps it from happening.  Nothing touches the 4 GB."""
     storage = torch.UntypedStorage(2**32, device=device)
     memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
     x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
@@ -130,7 +119,7 @@ def problem(shape: tuple[int, ...], weight: tuple[int, ...]) -> Problem:
     return Problem("conv_forward", torch.device("cuda"), torch.float32, torch.Size(shape), *convolution)
 
 
-def test_what_is_too_large_is_a_reason() -> None:
+def test_problems_that_are_too_large_are_refused_with_a_reason() -> None:
     assert cuda_conv.unsupported_reasons(problem((64, 256, 56, 56), (64, 256, 1, 1))) == []
     assert "31 bits" in cuda_conv.unsupported_reasons(problem((1, 1, 1 << 16, 1 << 16), (1, 1, 1, 1)))[0]
     assert "tiles" in cuda_conv.unsupported_reasons(problem((1 << 30, 1, 1 << 10, 1 << 10), (64, 1, 1, 1)))[0]

@@ -1,8 +1,7 @@
 """Properties of the cuda backend that only a GPU can show; elsewhere skipped, with the reason.
 
-Its numbers are tested on a GPU by the tests of every backend.  Here: the layouts of the tensor cores' operands,
-compute-sanitizer's four tools, CUDA graphs, streams, devices, launches, synchronisation, determinism under load, and
-tensors of more than 2^31 elements.
+Its numbers are tested on a GPU by the tests of every backend.  Here: products on tensor cores, compute-sanitizer's four
+tools, CUDA graphs, streams, devices, launches, synchronisation, determinism under load, tensors of over 2^31 elements.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from benchmarks import cubin
-from resfuse import _build
 from resfuse.backends import cuda_conv, dispatch
 from resfuse.types import Convolution as Geometry
 from tests import contract, sanitized, shapes
 from tests.contract import Call
 from tests.needs import ROOT
 from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
+from tools import cubin
 
 pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 
@@ -81,29 +78,6 @@ def copies(call: Call) -> Call:
 # --- tensor cores ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fragments(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of cuda_fragments.cu, for this machine's GPU or, without one, for sm_80."""
-    toolkit = _build.find_toolkit(os.environ, sys.path, torch.version.cuda or "no CUDA")
-    if isinstance(toolkit, str):
-        pytest.skip(toolkit)
-    folder = tmp_path_factory.mktemp("fragments")
-    arch = "native" if torch.cuda.is_available() else "sm_80"
-    cubin.compile_program(toolkit, Path(__file__).with_name("cuda_fragments.cu"), folder / "fragments", arch)
-    return folder / "fragments"
-
-
-def test_fragments_compile(fragments: Path) -> None:
-    assert fragments.is_file()
-
-
-@gpu
-def test_fragments_have_the_layout_that_the_kernels_take_them_to_have(fragments: Path) -> None:
-    done = subprocess.run([fragments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count(": 0 of 256 wrong") == 3
-
-
 @cuda_and_emulator
 @pytest.mark.parametrize("tile", cuda_conv.TILES, ids=str)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "ieee"])
@@ -111,7 +85,7 @@ def test_fragments_have_the_layout_that_the_kernels_take_them_to_have(fragments:
 def test_products_of_small_integers_are_exact(
     kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str
 ) -> None:
-    """Whatever lands in a wrong place changes the result: every element, of every tile, in every bit."""
+    """A value in a wrong place changes the result: every element of every tile is compared in every bit."""
     if backend not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     dtype = getattr(torch, precision, torch.float32)
@@ -147,7 +121,7 @@ def test_compute_sanitizer(tool: str) -> None:
     assert "ERROR SUMMARY: 0 errors" in done.stdout or tool == "racecheck", done.stdout[-8000:]
 
 
-def test_what_the_sanitizer_watches_runs() -> None:
+def test_the_program_for_compute_sanitizer_runs() -> None:
     if "cuda_emulator" not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0
@@ -330,7 +304,7 @@ def test_bn_act_and_add_relu_beyond_2_31_elements(training: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_conv_bn_act_beyond_2_31_elements(training: bool) -> None:
-    """Of the output; test_cuda_conv has the input."""
+    """The output is that large; test_cuda_conv has such an input."""
     pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
     x = many_images(pattern, 2**31 // (8 * pattern.numel()) + 1, 2**31)
     w = torch.randn(64, 8, 1, 1, device="cuda", dtype=torch.bfloat16)

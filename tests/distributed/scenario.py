@@ -1,4 +1,4 @@
-"""What the scenarios share: how they are registered, and what two processes tell each other."""
+"""Shared by the scenarios: registration, and the exchange of results between two processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def to_sync(model: nn.Module, group: Any = None) -> nn.Module:
 
 
 class Traffic:
-    """Which collectives ran, and how many elements each took."""
+    """The collectives that ran, with the number of elements that each took."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

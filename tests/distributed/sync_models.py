@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resfuse
@@ -28,6 +27,7 @@ from tests.distributed.scenario import (
     summed,
     to_sync,
 )
+from tests.nn.pairs import WithResidual
 from tests.shapes import bn_act_call
 
 
@@ -79,15 +79,6 @@ def conversion() -> None:
 @scenario
 def own_modules() -> None:
     """resfuse.nn: each converts, SyncBNAct2d with its activation and residual."""
-
-    class WithResidual(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, input: Tensor) -> Tensor:
-            return self.module(input, input.flip(2))
-
     fused = models.seeded(
         lambda: nn.Sequential(
             rnn.ConvBNAct2d(3, 8, 3, padding=1),
@@ -257,38 +248,6 @@ def autocast() -> None:
     wide = share(models.random_input((5, 6, 4, 4)))
     with torch.autocast("cpu", torch.bfloat16):  # a residual in another dtype promotes, as in eager
         assert sync_bn_act(wide.bfloat16(), None, None, residual=wide).dtype == torch.float32
-
-
-@scenario
-def checkpointing() -> None:
-    """The recomputation of each block exchanges its statistics again."""
-
-    class Checkpointed(nn.Sequential):
-        def forward(self, input: Tensor) -> Tensor:
-            for module in self:
-                input = checkpoint(module, input, use_reentrant=False)
-            return input
-
-    eager = models.seeded(lambda: Checkpointed(BasicBlock(8, 8), Bottleneck(8, 2)))
-    fused = to_sync(copy.deepcopy(eager))
-    resfuse.fuse_(fused)
-    assert_model_equals_whole_batch(fused, eager, (5, 8, 6, 6))
-
-
-@scenario
-def statistics_without_gradients() -> None:
-    """`no_grad` in training, as when statistics are estimated anew: one all-gather per layer, nothing saved."""
-    eager = models.small_resnet().double()
-    fused = to_sync(copy.deepcopy(eager))
-    resfuse.fuse_(fused)
-    input = models.random_input(IMAGE).double()
-    with torch.no_grad(), recorded_traffic() as traffic:
-        output = fused(share(input))
-        expected = eager(input)
-    assert not output.requires_grad
-    assert traffic.count("all_gather_into_tensor") == len(traffic.calls)
-    torch.testing.assert_close(gathered(output), expected)
-    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
 
 
 @scenario

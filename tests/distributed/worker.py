@@ -1,4 +1,4 @@
-"""What the processes of test_distributed.py run: `torchrun ... -m tests.distributed.worker DIRECTORY SCENARIO...`.
+"""The processes of test_distributed.py: `torchrun ... -m tests.distributed.worker DIRECTORY SCENARIO...`.
 
 Starting processes takes much longer than what they check, so one start serves all scenarios.  Each process writes
 DIRECTORY/<rank>.json: the name of each scenario it has run and None, or the traceback of what failed.

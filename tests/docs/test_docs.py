@@ -1,4 +1,4 @@
-"""The pages in docs/ and the README: their examples run, their links and names are right, and they build."""
+"""The pages in docs/ and the README: examples run, links and names are right, and the site builds."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def prose(page: Path) -> str:
 
 
 def names_in(text: str) -> set[str]:
-    """What stands in backticks."""
+    """The names in backticks."""
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
@@ -176,13 +176,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{target}: no such file"
         if page in DOCS:
-            assert linked.is_relative_to(ROOT / "docs"), f"{target}: the built pages can not reach it"
+            assert linked.is_relative_to(ROOT / "docs"), f"{target}: the built pages cannot reach it"
         if anchor:
             assert anchor in anchors(linked), f"{target}: no such heading"
 
 
 def resolves(name: str) -> bool:
-    """Whether `resfuse.a.b` is a module or an attribute of one."""
+    """True if `resfuse.a.b` is a module or an attribute of one."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:

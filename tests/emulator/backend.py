@@ -58,7 +58,7 @@ def device(*, seed: int = 0, resident_blocks: int = RESIDENT_BLOCKS) -> Iterator
 
 @dataclasses.dataclass
 class Launches:
-    """What was launched inside `launches()`."""
+    """Counts of the launches inside `launches()`."""
 
     launches: int = 0
     blocks: int = 0

@@ -37,7 +37,7 @@ BINDINGS = ["-std=c++20", "-O1", "-g0", *_build.MACROS]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How kernels are instrumented.  The emulator never is: CUDA threads share its state without locks."""
+    """An instrumentation of the kernels.  The emulator never is: CUDA threads share its state without locks."""
 
     name: str
     kernels: tuple[str, ...]
@@ -70,7 +70,7 @@ VARIANTS = {variant.name: variant for variant in (PLAIN, UCONTEXT, ASAN, TSAN, C
 
 @cache
 def unavailable_reason() -> str | None:
-    """Why the emulator can not be built here, or None."""
+    """Why the emulator cannot be built here, or None."""
     if _build.flag_set(os.environ, "EMU_OFF"):
         return "EMU_OFF is set: what the kernels compute on a CPU is not asked for"
     compiler = _build.find_compiler(os.environ)
@@ -109,7 +109,7 @@ def probes(variant: Variant = PLAIN) -> Path:
 
 
 def sanitizer_environment(variant: Variant) -> dict[str, str]:
-    """What a process needs in its environment to load the variant: any finding ends it."""
+    """The environment of a process that loads the variant; any finding ends it."""
     if variant.preload is None:
         return {}
     answer = subprocess.run([*_compiler(), f"-print-file-name={variant.preload}"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Which lines of csrc/cuda the cases of tests.emulator.cases run, by gcov:
+"""Lines of csrc/cuda that the cases of tests.emulator.cases run, by gcov:
 
 python -m tests.emulator.coverage
 """
@@ -16,7 +16,7 @@ from tests.emulator import build
 from tests.emulator.run import run
 
 Lines = dict[str, dict[int, int]]
-"""How often each line of code ran, by file."""
+"""{file: {line: how often it ran}}"""
 
 
 def measure() -> Lines:

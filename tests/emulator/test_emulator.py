@@ -29,7 +29,7 @@ def library(variant: build.Variant = build.PLAIN) -> ctypes.CDLL:
 
 
 def probe(name: str, seed: int = 0, variant: build.Variant = build.PLAIN) -> tuple[str, list[float]]:
-    """What a kernel threw ("" if nothing) and what it wrote over zeros."""
+    """The error of a kernel ("" if none) and the values that it wrote over zeros."""
     out = (ctypes.c_float * (OUTPUTS + 4))(*[0.0] * OUTPUTS, *[1.0] * 4)
     library(variant).emulator_configure(seed, backend.RESIDENT_BLOCKS)
     message = library(variant).probe(name.encode(), out, (ctypes.c_uint * 2)())

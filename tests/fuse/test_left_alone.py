@@ -1,4 +1,4 @@
-"""What `fuse_` leaves alone: models that it does not know exactly, each with a reason."""
+"""Models that `fuse_` leaves alone: those that it does not know exactly, each with a reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "no pattern": (
         lambda: torchvision.models.googlenet(init_weights=False, aux_logits=False).conv1,
-        "has batch norms, but BasicConv2d is no pattern that resfuse knows",
+        "unsupported module type BasicConv2d, which has batch norms",
     ),
     "own module": (lambda: rnn.BasicBlock(8, 8), "already fused"),
     "fx": (lambda: torch.fx.symbolic_trace(conv_bn_relu()), "a torch.fx.GraphModule"),
@@ -108,7 +108,7 @@ def test_a_library_whose_forward_is_another_is_left_alone(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(BasicBlock, "forward", forward)
     report = fuse_(BasicBlock(8, 8))
-    assert "is not the one that resfuse knows" in report.left[0].reason
+    assert "differs from the supported releases" in report.left[0].reason
 
 
 def test_part_of_a_sequential_is_left_alone() -> None:

@@ -59,12 +59,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, int], set[str]]] = 
     "resnext": (
         lambda: resnet(cardinality=4, base_width=32), {STEM: 1, BOTTLENECK: 12, "Sequential": 4}, set(),
     ),
-    "wide": (lambda: resnet(base_width=128), {STEM: 1, BOTTLENECK: 12, "Sequential": 4}, set()),
     "seresnet": (
         lambda: attentive("Bottleneck", "se"), {STEM: 1, BOTTLENECK: 4 * 4, "Sequential": 4}, {"se"},
-    ),
-    "seresnet, basic": (
-        lambda: attentive("BasicBlock", "se"), {STEM: 1, BASIC: 4 * 3, "Sequential": 4}, {"se"},
     ),
     "ecaresnet-d": (
         lambda: attentive("Bottleneck", "eca", stem_type="deep", stem_width=8, avg_down=True),
@@ -73,9 +69,6 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, int], set[str]]] = 
     ),
     "anti-aliased": (
         lambda: resnet(aa_layer=BlurPool2d), {STEM: 1, BOTTLENECK: 3 + 3 * 4, "Sequential": 4}, {"aa"},
-    ),
-    "blurred, basic": (
-        lambda: resnet("BasicBlock", aa_layer=BlurPool2d), {STEM: 1, BASIC: 2 + 3 * 3, "Sequential": 4}, {"aa"},
     ),
     "drop-path": (
         lambda: resnet(drop_path_rate=0.5), {STEM: 1, BOTTLENECK: 3 + 3 * 4, "Sequential": 4}, {"drop_path"},
@@ -102,7 +95,6 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, int], set[str]]] = 
         {STEM: 1, "timm ConvNormAct": 4 * 3, "Sequential": 4},
         {"attn"},
     ),
-    "resnetv2, drop-path": (lambda: resnetv2(drop_path_rate=0.5), {V2: 1, PRE: 5 * 3}, set()),
 }  # fmt: skip
 
 
@@ -112,7 +104,9 @@ def test_family_equals_eager(family: str) -> None:
     report = models.assert_equal_before_and_after(build, IMAGE, drawn_alike)
     assert calls_by_kind(report) == calls
     assert {module.name.rpartition(".")[2] for module in report.left} == left
-    assert all("called as it is" in module.reason or "is no pattern" in module.reason for module in report.left)
+    assert all(
+        "called as it is" in module.reason or "unsupported module type" in module.reason for module in report.left
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,21 +223,8 @@ def test_norm_with_another_activation_is_left_alone() -> None:
     models.assert_same(fused.double(), eager.double(), models.random_input(IMAGE))
 
 
-@models.compiles
-@pytest.mark.parametrize("name", ["se", "preact-projection"])
-def test_block_compiles_fullgraph(name: str) -> None:
-    torch._dynamo.reset()
-    build, channels = BLOCKS[name]
-    fused, eager, _ = both(build)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    input = models.random_input((2, channels, 9, 9))
-    output, expected = compiled(input), eager(input)
-    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-    output.sum().backward()
-
-
 def test_preactivation_block_under_vmap() -> None:
-    """Where the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
+    """If the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
     fused, eager, _ = both(BLOCKS["preact-projection"][0])
     input = models.random_input((2, 16, 9, 9))
     expected = eager.eval()(input)
@@ -257,19 +238,8 @@ def test_preactivation_block_under_vmap() -> None:
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_checkpointing_and_intermediate_features() -> None:
-    fused, eager, _ = both(resnetv2)
-    input = models.random_input(IMAGE)
-    with torch.no_grad():
-        found, expected = (model.eval().forward_intermediates(input, indices=2) for model in (fused, eager))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    for model in (fused.double().train(), eager.double().train()):
-        model.set_grad_checkpointing()
-    models.assert_same(fused, eager, input)
-
-
 def test_a_name_of_the_library_is_enough() -> None:
-    """What timm registers under a family's name is what the narrow models above stand for."""
+    """The narrow models above stand for those that timm registers under a family's name."""
     with torch.device("meta"):
         report = fuse_(timm.create_model("resnetv2_50"))
     assert calls_by_kind(report) == {V2: 1, PRE: 16 * 3}

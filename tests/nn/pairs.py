@@ -26,7 +26,7 @@ def own_block(name: str) -> nn.Module:
 
 
 class Eager(nn.Module):
-    """What a fused module is equivalent to, spelled out."""
+    """The eager equivalent of a fused module, spelled out."""
 
     def __init__(self, conv: nn.Module, bn: nn.Module, act: nn.Module | None = None) -> None:
         super().__init__()

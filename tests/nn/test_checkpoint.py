@@ -56,7 +56,7 @@ def test_backward_computes_the_stages_again(checkpoint: int) -> None:
 
 
 def test_activations_are_not_kept() -> None:
-    """Of what the stages save for backward nothing is left, but for the blocks' inputs, which the graph holds."""
+    """Nothing that the stages save for backward is left, except the blocks' inputs, which the graph holds."""
 
     def kept(checkpoint: int) -> int:
         network = NETWORKS["cifar-resnet20"](checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""Where a fused call is none: it is noticed that the modules have to be called, and they are."""
+"""Fallback of fused calls: modules that have to be called are called."""
 
 from __future__ import annotations
 

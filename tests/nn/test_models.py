@@ -13,7 +13,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import resfuse
 import resfuse.nn as rnn
 from resfuse import models as zoo
 from resfuse.nn import PlainBlock, ZeroPadShortcut
@@ -76,7 +75,7 @@ def convolutions(model: nn.Module) -> int:
 
 
 def fused_calls(model: nn.Module) -> tuple[int, int]:
-    """How often conv_bn_act and bn_act have to be called: every batch norm is in one of them."""
+    """Numbers of calls of conv_bn_act and bn_act: every batch norm is in one of them."""
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if not isinstance(model, zoo.CifarPreActResNet):
         return norms, 0
@@ -106,7 +105,7 @@ def test_equals_its_eager_twin(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet18-A", "resnet50", "plain18", "cifar-resnet20", "cifar-preact29-bottleneck-B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inference_without_gradients(name: str, dtype: torch.dtype) -> None:
-    """Where blocks write over their input, on this machine's own backend: as near to the truth as eager is."""
+    """Blocks then write over their input, on this machine's own backend: as near to the truth as eager is."""
     fused, eager = (model.to(dtype).eval() for model in pair(name))
     truth = copy.deepcopy(eager).double()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -175,15 +174,6 @@ def test_autocast(name: str) -> None:
         found.sum().backward()
         for parameter in fused.parameters():
             assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["resnet50-A", "cifar-preact20-A", "plain18"])
-def test_synchronised_batch_norm(name: str) -> None:
-    """Converted networks compute the same; alone, a SyncBatchNorm is a batch norm."""
-    fused, eager = pair(name)
-    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in fused.modules())
-    models.assert_same(fused.eval(), eager.eval(), image(name))
 
 
 @pytest.mark.parametrize(
@@ -373,8 +363,6 @@ def test_bad_input(make: Callable[[], object], message: str) -> None:
 
 def test_options_reach_the_layers() -> None:
     model = zoo.cifar_resnet(8, in_channels=1, num_classes=3, width=6, norm_layer=lambda n: nn.BatchNorm2d(n, eps=0.5))
-    assert model.conv1.weight.shape == (6, 1, 3, 3)
-    assert model.fc.weight.shape == (3, 24)
     assert all(module.eps == 0.5 for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     assert model(torch.zeros(2, 1, 9, 9)).shape == (2, 3)
     group = zoo.resnet18(width=8, norm_layer=lambda n: nn.GroupNorm(2, n))
@@ -412,11 +400,3 @@ def test_parts_of_a_network() -> None:
     assert list(network.layer2[0].downsample[:1]) == [network.layer2[0].downsample[0]]
     body = nn.Sequential(*list(network.children())[:-2])
     assert body(torch.zeros(2, 3, 8, 8)).shape == (2, 16, 2, 2)
-
-
-def test_fusing_changes_nothing() -> None:
-    """`fuse_` finds everything fused already."""
-    model = zoo.resnet18(width=8)
-    report = resfuse.fuse_(model)
-    assert not report.fused
-    assert {left.reason for left in report.left} <= {"already fused"}

@@ -92,27 +92,6 @@ def test_momentum_none_is_the_average_of_all_batches() -> None:
     assert fused.bn.num_batches_tracked == 3
 
 
-def test_two_forwards_before_one_backward() -> None:
-    eager, fused = pair()
-    first, second = models.random_input((2, 6, 5, 5), 1).double(), models.random_input((3, 6, 4, 4), 2).double()
-    grads = []
-    for model in (eager, fused):
-        model.double().train()
-        outputs = model(first), model(second)
-        (outputs[0].sum() + outputs[1].square().sum()).backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_nan_is_not_swallowed() -> None:
-    _, fused = pair()
-    input = models.random_input((1, 6, 5, 5))
-    input[0, 0, 2, 2] = float("nan")
-    for training in (True, False):
-        output = fused.train(training)(input)
-        assert output.isnan().any(), training
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", ["basic", "bottleneck-stride"])
 def test_layout_of_the_output_is_eagers(name: str, memory_format: torch.memory_format) -> None:

@@ -70,13 +70,6 @@ def test_sync_conversion_of_others_is_left_alone() -> None:
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(BatchNormAct2d(4))) is nn.SyncBatchNorm
 
 
-@pytest.mark.parametrize("name", ["basic-stride", "bottleneck"])
-def test_block_after_sync_conversion(name: str) -> None:
-    fused = nn.SyncBatchNorm.convert_sync_batchnorm(own_block(name)).double()
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in fused.modules())
-    models.assert_same(fused, models.block(name).double(), models.block_input(name))
-
-
 def test_lazy_modules() -> None:
     fused = Called(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     input = models.random_input((2, 6, 5, 5))
@@ -161,21 +154,6 @@ def test_compile_fullgraph(name: str, training: bool) -> None:
         )  # fmt: skip
     tracked = [buffer for buffer_name, buffer in fused.named_buffers() if "num_batches" in buffer_name]
     assert all(count == int(training) for count in tracked)
-
-
-@models.compiles
-def test_compiled_torch_func() -> None:
-    """Inside of compiled torch.func transforms tensors do not say that they need a gradient."""
-    torch._dynamo.reset()
-    block, eager = own_block("basic").eval(), models.block("basic").eval()
-    input = models.block_input("basic")
-    parameters = {name: tensor.detach() for name, tensor in block.named_parameters()}
-
-    def gradient(model: nn.Module) -> Callable[..., dict[str, Tensor]]:
-        return torch.func.grad(lambda state: torch.func.functional_call(model, state, (input,)).square().mean())
-
-    compiled = torch.compile(gradient(block), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(parameters), gradient(eager)(parameters), rtol=1e-4, atol=1e-5)
 
 
 @models.compiles

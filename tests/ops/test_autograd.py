@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
 
 import resfuse
 from tests import contract, shapes
@@ -162,20 +161,6 @@ def layer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def test_two_forwards_before_one_backward(layer: tuple[Tensor, ...]) -> None:
-    input, weight, mean, var = layer
-    other = input.detach() * 3 + 1
-
-    def run(x: Tensor) -> Tensor:
-        return resfuse.conv_bn_act(x, weight, mean, var, training=True, padding=1)
-
-    (alone,) = torch.autograd.grad(run(input).square().sum(), weight)
-    first = run(input)
-    run(other)
-    (interleaved,) = torch.autograd.grad(first.square().sum(), weight)
-    torch.testing.assert_close(interleaved, alone)
-
-
 def test_statistics_of_an_eval_forward_survive_training(layer: tuple[Tensor, ...]) -> None:
     """backward uses the running statistics of its forward, whatever has happened to them since."""
     input, _, _, _ = layer
@@ -241,19 +226,6 @@ def test_first_gradient_with_create_graph_in_bfloat16(training: bool) -> None:
     expected = torch.autograd.grad(output, [input, weight], grad, retain_graph=True)
     found = torch.autograd.grad(output, [input, weight], grad, create_graph=True)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing(use_reentrant: bool, layer: tuple[Tensor, ...]) -> None:
-    input, weight, _, _ = layer
-
-    def run(x: Tensor) -> Tensor:
-        return resfuse.conv_bn_act(x, weight, torch.zeros(16), torch.ones(16), training=True, padding=1)
-
-    expected = torch.autograd.grad(run(input).square().sum(), [input, weight])
-    weight.grad = input.grad = None
-    checkpoint(run, input, use_reentrant=use_reentrant).square().sum().backward()
-    torch.testing.assert_close((input.grad, weight.grad), expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by the first dual number of a process

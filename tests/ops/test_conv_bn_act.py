@@ -123,7 +123,7 @@ def test_large_mean(dtype: torch.dtype, training: bool) -> None:
 @FAST
 @pytest.mark.parametrize("frozen", ["input", "conv_weight", "conv_bias", "weight", "bias", "residual"])
 def test_without_one_gradient(frozen: str, dtype: torch.dtype, training: bool) -> None:
-    """What is not needed is not computed, and all else is what it was: above all for a frozen batch norm's weight."""
+    """A gradient that is not needed is not computed, and the others do not change: as for a frozen batch norm."""
     call = conv_bn_act_call(CONVOLUTIONS["3x3"], dtype, layout="nhwc", conv_bias=True, training=training)
     for found in check_all(call, needs_grad=[name for name in call.differentiable if name != frozen]).values():
         assert f"grad_{frozen}" not in found

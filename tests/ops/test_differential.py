@@ -33,9 +33,10 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = (1, 3, 5, 7, 8, 9, 16, 17, 24, 31, 32, 40, 64, 65, 72, 130)
 KERNELS = ((1, 1), (1, 1), (3, 3), (3, 3), (3, 3), (1, 3), (3, 2), (5, 5), (7, 7))
 ROUNDINGS = 32
-"""Of all terms of a result, in the dtype of the problem, by which two implementations may differ: each rounds, or does
-not, z, what is normalised, the sum with the residual, and their gradients.  Results that are no sums (the gradient of
-the residual), or are rounded once (the output of add_relu), are the same in every bit."""
+"""Two implementations may differ by so many roundings of all terms of a result.
+
+Each may round z, the normalised values, the sum with the residual, and their gradients.  Results that are no sums (the
+gradient of the residual), or are rounded once (the output of add_relu), are the same in every bit."""
 TF32_EPS = 2.0**-10
 
 
@@ -159,7 +160,7 @@ def numbers(kind: str) -> pytest.MarkDecorator:
 
 
 def test_all_implementations_take_part() -> None:
-    """Whatever this machine has takes part in each operator and dtype."""
+    """Every backend of this machine takes part in each operator and dtype."""
     for kind in ("add_relu", "bn_act", "conv_bn_act", "split"):
         for dtype in TYPES:
             found = {backend for backend, _ in implementations(dataclasses.replace(problem(kind, 0), dtype=dtype))}

@@ -179,27 +179,6 @@ def test_relu_does_not_swallow_nan(backend: str, device: str, dtype: torch.dtype
     assert struck.sum() == struck[0, :, 3:6, 3:6].numel()
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_kernels_run_on_the_device_of_their_tensors() -> None:
-    input = torch.randn(4, 8, 5, 5, device="cuda:1")
-    assert torch.equal(resfuse.add_relu(input, input), torch.relu(2 * input))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_kernels_run_on_the_current_stream() -> None:
-    input = torch.zeros(64, 64, 64, 64, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        input.fill_(1)
-        output = resfuse.add_relu(input, input)
-    stream.synchronize()
-    assert (output == 2).all()
-
-
 # --- faults of PyTorch -----------------------------------------------------------------------------------------------
 
 

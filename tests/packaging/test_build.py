@@ -1,4 +1,4 @@
-"""The build: what is decided, what is shipped, what the libraries link to, and how a missing one is reported."""
+"""The build: its decisions, the distributions, the symbols of the libraries, reports of a missing one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def decide(env: dict[str, str], **changes: object) -> _build.Settings:
     return _build.decide(env, **{**facts, **changes})  # type: ignore[arg-type]
 
 
-# --- what is decided -------------------------------------------------------------------------------------------------
+# --- decisions -------------------------------------------------------------------------------------------------------
 
 
 def test_a_toolkit_of_torchs_cuda_version_builds_both(compiler_only: dict[str, str], tmp_path: Path) -> None:
@@ -119,11 +120,7 @@ def test_no_toolkit_is_one_clear_line(
     ],
 )
 def test_every_skipped_library_has_a_reason(
-    compiler_only: dict[str, str],
-    tmp_path: Path,
-    env: dict[str, str],
-    facts: dict[str, object],
-    skipped: dict[str, str],
+    compiler_only: dict[str, str], tmp_path: Path, env: dict[str, str], facts: dict[str, Any], skipped: dict[str, str]
 ) -> None:
     base = {**compiler_only, "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda"))}
     settings = decide({**base, **env}, **facts)
@@ -133,15 +130,12 @@ def test_every_skipped_library_has_a_reason(
         assert name not in settings.libraries
 
 
-def test_the_presence_of_a_gpu_decides_nothing(
-    compiler_only: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    env = {**compiler_only, "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda"))}
-    outcomes = set()
-    for available in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        outcomes.add(str(decide(env)))
-    assert len(outcomes) == 1
+def test_the_presence_of_a_gpu_decides_nothing(compiler_only: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("torch.cuda.is_available() was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    decide(compiler_only)
 
 
 def test_arch_list_jobs_and_debug_come_from_the_environment(compiler_only: dict[str, str]) -> None:
@@ -180,18 +174,13 @@ def test_build_environment_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
     for name in ("CXX", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
-    before = cpp_extension.CUDA_HOME
+    before = cpp_extension.CUDA_HOME, dict(os.environ)
     toolkit = _build.Toolkit(tmp_path, "13.0")
     settings = _build.Settings("2.11.0", "13.0", "c++", toolkit, "9.0a", max_jobs=3, debug=False, skipped={})
     with _build.build_environment(settings):
-        assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0a"
-        assert os.environ["CXX"] == "c++"
-        assert os.environ["MAX_JOBS"] == "3"
-        assert str(tmp_path) == cpp_extension.CUDA_HOME
-    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.6"
-    assert "CXX" not in os.environ
-    assert "MAX_JOBS" not in os.environ
-    assert before == cpp_extension.CUDA_HOME
+        found = [os.environ[name] for name in ("TORCH_CUDA_ARCH_LIST", "CXX", "MAX_JOBS")]
+        assert (found, cpp_extension.CUDA_HOME) == (["9.0a", "c++", "3"], str(tmp_path))
+    assert before == (cpp_extension.CUDA_HOME, dict(os.environ))
 
 
 def test_every_source_is_compiled() -> None:
@@ -305,35 +294,27 @@ def test_cuda_library_registers_its_operators_without_a_gpu() -> None:
 # --- how a missing library is reported -------------------------------------------------------------------------------
 
 
-def test_missing_library_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_HERE", tmp_path)
-    monkeypatch.setattr(_extension, "_outcome", {})
+    outcome: dict[str, str | None] = {}
+    monkeypatch.setattr(_extension, "_outcome", outcome)
     assert _extension.build_info() == {}
     assert "_cpu.abi3.so is not beside resfuse; run `pip install" in (_extension.load("_cpu") or "")
+    outcome.clear()
+    (tmp_path / "_cpu.abi3.so").write_text("not a library")
+    reason = _extension.load("_cpu") or ""
+    assert f"torch {torch.__version__} cannot load it" in reason
+    assert _extension.load("_cpu") is reason, "asked once per process"
 
+    (tmp_path / "_cuda.abi3.so").touch()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a CPU-only build" in (_extension.load("_cuda") or "")
+    outcome.clear()  # a library of an earlier build: the record counts
     (tmp_path / "_build_info.json").write_text(json.dumps({"skipped": {"_cuda": "no CUDA toolkit was found"}}))
-    (tmp_path / "_cuda.abi3.so").touch()  # left over from an earlier build: the record counts
     assert _extension.load("_cuda") == "not built: no CUDA toolkit was found"
 
 
-def test_library_that_can_not_be_loaded_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_HERE", tmp_path)
-    monkeypatch.setattr(_extension, "_outcome", {})
-    (tmp_path / "_cpu.abi3.so").write_text("not a library")
-    reason = _extension.load("_cpu") or ""
-    assert f"torch {torch.__version__} can not load it" in reason
-    assert _extension.load("_cpu") is reason, "asked once per process"
-
-
-def test_cpu_only_torch_explains_the_cuda_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "_HERE", tmp_path)
-    monkeypatch.setattr(_extension, "_outcome", {})
-    monkeypatch.setattr(torch.version, "cuda", None)
-    (tmp_path / "_cuda.abi3.so").touch()
-    assert "is a CPU-only build" in (_extension.load("_cuda") or "")
-
-
-# --- what is shipped -------------------------------------------------------------------------------------------------
+# --- distributions ---------------------------------------------------------------------------------------------------
 
 TABLE = "backends/triton/tables/gpu-of-the-tests.json"
 NATIVE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file())
@@ -350,17 +331,8 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, folder / "checkout", ignore=skipped)
     (folder / "checkout" / "resfuse" / TABLE).parent.mkdir(exist_ok=True)
     (folder / "checkout" / "resfuse" / TABLE).write_text("{}")
-    run(
-        sys.executable,
-        "-m",
-        "build",
-        "--sdist",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "-o",
-        folder,
-        folder / "checkout",
-    )
+    options = ("--sdist", "--no-isolation", "--skip-dependency-check")
+    run(sys.executable, "-m", "build", *options, "-o", folder, folder / "checkout")
     (archive,) = folder.glob("*.tar.gz")
     (folder / "unpacked").mkdir()
     run("tar", "xf", archive, "-C", folder / "unpacked")  # tarfile's safe filter is missing from Debian 12's Python
@@ -438,4 +410,4 @@ def test_force_cuda_without_a_toolkit_fails_the_build(sdist: Path, tmp_path: Pat
         [sys.executable, "setup.py", "--version"], cwd=sdist, env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "error: FORCE_CUDA=1, but the CUDA library can not be built" in done.stderr
+    assert "error: FORCE_CUDA=1, but the CUDA library cannot be built" in done.stderr

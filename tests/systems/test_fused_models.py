@@ -1,8 +1,7 @@
-"""Fused models under torch.compile, export, FX, on the meta device, in DDP and in FSDP."""
+"""Fused models under torch.compile, export, FX, and on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -86,39 +85,3 @@ def test_meta_device() -> None:
     assert model(torch.empty(IMAGE, device="meta")).shape == (4, 10)
     unfuse_(model)
     assert model.conv1.weight.is_contiguous()
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_distributed_data_parallel() -> None:
-    fused, eager, report = both(models.small_resnet)
-    wrapped = nn.parallel.DistributedDataParallel(fused.double())
-    with models.counted_calls() as calls:
-        found = models.results(wrapped, models.random_input(IMAGE).double())
-    assert calls.conv_bn_act == report.fused_ops
-    expected = models.results(eager.double(), models.random_input(IMAGE).double())
-    for name, tensor in expected.items():
-        key = name.replace("grad of ", "grad of module.").replace("buffer ", "buffer module.")
-        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.usefixtures("process_group")
-def test_fully_sharded() -> None:
-    fused, eager, report = both(models.small_resnet, memory_format=torch.preserve_format)
-    for module in (fused.layer1[0], fused.layer2[0], fused):
-        torch.distributed.fsdp.fully_shard(module)
-    input = models.random_input(IMAGE)
-    with models.counted_calls() as calls:
-        output = fused(input)
-        output.sum().backward()
-    assert calls.conv_bn_act == report.fused_ops
-    torch.testing.assert_close(output, eager(input), rtol=1e-4, atol=1e-4)
-    with pytest.raises(TypeError, match="FSDP"):
-        unfuse_(fused)

@@ -225,45 +225,6 @@ def test_checkpointing(how: str) -> None:
     assert fused[0][1].num_batches_tracked == eager[0][1].num_batches_tracked >= 1
 
 
-# torch.func
-
-
-def test_per_sample_gradients() -> None:
-    """vmap over grad over functional_call; the model runs its parts one by one there, as documented."""
-    input, target = batch(0)
-    found = []
-    for model in both():
-        model.eval()
-        parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
-
-        def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor, model: nn.Module = model) -> Tensor:
-            logits = torch.func.functional_call(model, parameters, (image.unsqueeze(0),))
-            return nn.functional.cross_entropy(logits, label.unsqueeze(0))
-
-        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, input, target))
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's, of eager operators
-def test_ensemble() -> None:
-    """stack_module_state and vmap: several models' weights through one fused model."""
-    fused, eager = (list(pair) for pair in zip(both(), both(), strict=True))
-    for members in (fused, eager):
-        members[1].load_state_dict({name: 0.9 * tensor for name, tensor in members[1].state_dict().items()})
-    found = []
-    for members in (fused, eager):
-        state = torch.func.stack_module_state([member.eval() for member in members])
-        run = torch.func.vmap(
-            lambda parameters, buffers, x, base=members[0]: torch.func.functional_call(
-                base, (parameters, buffers), (x,)
-            ),
-            (0, 0, None),
-        )
-        found.append(run(*state, batch(0)[0]))
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close(found[0][1], eager[1](batch(0)[0]))
-
-
 # torch.compile
 
 
@@ -301,28 +262,7 @@ def test_compiled_by_default_settings() -> None:
     torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-4)
 
 
-# CUDA graphs and DataParallel
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-
-
-@gpu
-@pytest.mark.parametrize("training", [True, False])
-def test_cuda_graphs(training: bool) -> None:
-    """make_graphed_callables: each replay gives the gradients and running statistics of a call of its own."""
-    pair = []
-    for model in both(torch.float32):
-        model.cuda().train(training)
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        pair.append((model, state))
-    (fused, state), (eager, _) = pair
-    graphed = torch.cuda.make_graphed_callables(fused, (torch.randn(IMAGE, device="cuda", requires_grad=True),))
-    fused.load_state_dict(state)  # capturing took several steps
-    for step in range(3):
-        input = models.random_input(IMAGE, step).cuda()
-        found, expected = models.results(graphed, input), models.results(eager, input)
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-2, msg=name)
+# DataParallel
 
 
 @contextlib.contextmanager
@@ -337,7 +277,7 @@ def copies_for_devices() -> Iterator[None]:
 
 
 def test_data_parallel_replicas() -> None:
-    """What nn.DataParallel runs on each device: replicas without parameters, whose gradients reach the original."""
+    """nn.DataParallel runs replicas without parameters, whose gradients reach the original."""
     fused, eager = both()
     input, target = batch(0)
     for model in (fused, eager):
