@@ -33,7 +33,7 @@ _GARBAGE = 0.5
 
 
 class ContractError(AssertionError):
-    """A result is less accurate than the contract allows."""
+    """A result cannot be compared: it has another shape than the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,23 +126,6 @@ def measure(
         eager_max=error_max,
         limit_max=ELEMENT_FACTOR * error_max + max(floor, rounding) * largest,
     )
-
-
-def check(
-    quantity: str,
-    fused: Tensor,
-    eager: Tensor | Sequence[Tensor],
-    reference: Tensor,
-    dtype: torch.dtype,
-    *,
-    floor: float | None = None,
-    scale: float | None = None,
-) -> Deviation:
-    """`measure`, and raise ContractError on a violation."""
-    deviation = measure(quantity, fused, eager, reference, dtype, floor=floor, scale=scale)
-    if deviation.violated:
-        raise ContractError(str(deviation))
-    return deviation
 
 
 def decided_by_rounding(preactivation: Tensor, dtype: torch.dtype) -> Tensor:

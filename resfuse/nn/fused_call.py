@@ -334,13 +334,11 @@ def must_decompose(input: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and _function_mode_observes())
+        or (  # a mode other than that of `torch.device` and `set_default_device`
+            torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        )
     )
-
-
-def _function_mode_observes() -> bool:
-    """True if a TorchFunctionMode other than that of `torch.device` and `set_default_device` is active."""
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 _traced_as_pytorch = False

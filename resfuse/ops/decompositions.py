@@ -38,8 +38,8 @@ def _add_relu(input: Tensor, residual: Tensor) -> Tensor:
 
 
 def _bn_act(input: Tensor, *args: Any) -> Tensor:
-    *batch_norm, residual, relu, eps = args
-    output = F.batch_norm(input, *batch_norm, False, 0.0, eps)
+    running_mean, running_var, weight, bias, residual, relu, eps = args
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     if residual is not None:
         missing = output.shape[1] - residual.shape[1]
         output = output + (F.pad(residual, (0, 0, 0, 0, 0, missing)) if missing else residual)
