@@ -1,214 +1,327 @@
-"""Tables, for a terminal of 80 columns."""
+"""Tables, plots, report.md and the README's table, from the CSV files of the benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+import argparse
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import pandas as pd
 
-from benchmarks import labels, speeds
-from benchmarks.labels import number_text, time_unit
-from benchmarks.measure import Quantiles
-from benchmarks.providers import BASELINE, BASELINE_CHANNELS_LAST
-from benchmarks.records import Record
-from benchmarks.speeds import OURS, Comparison, by_level, comparisons, views
+from benchmarks.results import CASE, CEILING, RESULTS, ROOT, read
 
-FASTER, SLOWER = 1.02, 0.98
-"""Ratios outside of these are coloured."""
-RESTLESS = 0.15
-"""A spread over which a measurement says more about the machine than about what was measured."""
-WIDTH, GAP = 80, 2
-"""Of a table, and between its columns."""
-
-
-def new_table(title: str, columns: Sequence[str]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-        show_edge=False, pad_edge=False,
-    )  # fmt: skip
-    table.add_column(columns[0], style="cyan", no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+OURS = "resfuse"
+BASELINES = ("eager_channels_last", "eager_nchw")
+"""What a ratio against eager refers to: the first of them that took part."""
+LABELS = {
+    "eager_nchw": "eager NCHW",
+    "eager_channels_last": "eager channels_last",
+    "inductor": "torch.compile",
+    "cudnn": "cuDNN",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+}
+FAMILIES = (*LABELS, OURS)
+"""Columns of the README's table: of a family that ran in several ways the fastest counts."""
+WORDS = {"inference": "inference", "train": "training step"}
+README_MODEL, README_SHAPE = "resnet50", r"(\d+)x3x224x224"
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+VIEW = [*CASE, "x", "device", "threads"]
 
 
-def spread_text(values: Quantiles) -> str:
-    """The distance from p20 to p80, as a part of the median."""
-    return f"{spread(values):.0%}"
+def label(provider: str) -> str:
+    """A provider's name in prose: torch.compile max autotune."""
+    if provider in LABELS:
+        return LABELS[provider]
+    family, _, rest = provider.partition("_")
+    return f"{LABELS.get(family, family)} {rest.replace('_', ' ')}".strip()
 
 
-def spread(values: Quantiles) -> float:
-    """(p80 - p20) / p50."""
-    return (values.p80 - values.p20) / values.p50
+def is_ours(provider: str) -> bool:
+    """Whether a provider is resfuse, in whatever layout, by whatever backend or behind a compiler."""
+    return provider.partition("_")[0] == OURS
 
 
-def warn_if_restless(console: Console, records: Iterable[Record]) -> None:
-    """Say so where times scatter too much for their ratios to mean something."""
-    restless = [record for record in records if spread(record.quantiles) > RESTLESS]
-    if restless:
-        console.print(
-            f"The spread is over {RESTLESS:.0%} in {len(restless)} of these rows: was something else running? Not all "
-            "providers suffer alike from that, so the ratios would be wrong too.",
-            style="yellow",
+def ordered(providers: Iterable[str]) -> list[str]:
+    """Eager first, resfuse last, each once."""
+    names = list(dict.fromkeys(providers))
+    return sorted(names, key=lambda name: (not name.startswith("eager"), is_ours(name), names.index(name)))
+
+
+def times(rows: pd.DataFrame, graphs: bool = False) -> pd.DataFrame:
+    """Median seconds per call: a row per case, a column per provider.
+
+    With `graphs`, the cases that were replayed from CUDA graphs; a provider that was not captured has the time of its
+    calls, because it captures graphs itself or cannot be captured.
+    """
+    frame = rows[rows["metric"].isin(["time", "graph_time"])].sort_values("date", kind="stable")
+    found: pd.DataFrame = frame[frame["metric"] == "time"].pivot_table(
+        index=VIEW, columns="provider", values="p50", aggfunc="last", sort=False
+    )
+    if graphs:
+        replayed = frame[frame["metric"] == "graph_time"].pivot_table(
+            index=VIEW, columns="provider", values="p50", aggfunc="last", sort=False
         )
+        found = replayed.combine_first(found.loc[found.index.isin(replayed.index)])
+    return found[ordered(name for name in rows["provider"] if name in found)]
 
 
-def show_table(console: Console, table: Table) -> None:
-    """Print a table between blank lines."""
-    console.print()
-    console.print(table)
-    console.print()
+def ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """Speed of resfuse relative to eager and to the fastest peer, of rows of `times`; more than 1 is faster."""
+    eager = pd.Series(math.nan, index=table.index)
+    for name in BASELINES:
+        if name in table:
+            eager = eager.fillna(table[name])
+    peers = table[[name for name in table if not is_ours(name)]]
+    ours = table.get(OURS, math.nan)
+    return pd.DataFrame({"vs eager": eager / ours, "vs fastest peer": peers.min(axis=1) / ours})
 
 
-def ratio_text(ratio: float | None) -> str:
-    """A speed ratio, where more than 1 is better; a dash where it is unknown."""
-    if ratio is None:
-        return "-"
-    color = "green" if ratio > FASTER else "red" if ratio < SLOWER else "default"
-    return f"[{color}]{labels.ratio_text(ratio)}[/]"
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean of ratios; NaN of none."""
+    logs = [math.log(value) for value in values if value == value]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-class _Column(NamedTuple):
-    """One that is shown where there is something in it and room for it."""
-
-    head: str
-    text: Callable[[Comparison, str], str | None]
-    """Of a provider; None where there is nothing."""
-
-
-def case_tables(records: Sequence[Record]) -> Iterable[Table]:
-    """A table of all providers for each case and dtype."""
-    found = views(comparisons(records))
-    wide = {_but_dtype(one): one for one in found if one.first.dtype == "float32"}
-    for one in by_level(found):
-        if one.times:
-            yield _case_table(one, wide.get(_but_dtype(one)))
-
-
-def _but_dtype(one: Comparison) -> tuple[object, ...]:
-    first = one.first
-    return first.level, first.name, first.mode, first.shape, first.conditions, one.graphed
+def case_text(rows: Sequence[dict[str, Any]]) -> str:
+    """One case's providers for a terminal: p50, spread, speed against eager, peak memory, error."""
+    frame = pd.DataFrame(rows)
+    timed = frame[frame["metric"].isin(["time", "graph_time"])] if len(frame) else frame
+    if timed.empty:
+        return "  no provider has a speed"
+    base = next((name for name in BASELINES if name in set(timed["provider"])), None)
+    lines = {}
+    for (provider, metric), row in timed.set_index(["provider", "metric"])[["p20", "p50", "p80"]].iterrows():
+        eager = timed[(timed["provider"] == base) & (timed["metric"] == metric)]["p50"].min()
+        errors = frame[(frame["provider"] == provider) & frame["metric"].str.startswith("error_")]["p50"]
+        peak = frame[(frame["provider"] == provider) & (frame["metric"] == "peak_memory")]["p50"].min()
+        spread = (row["p80"] - row["p20"]) / row["p50"]
+        lines[f"{provider}, {metric}"] = {
+            "ms": row["p50"] * 1e3, "spread": spread, "vs eager": eager / row["p50"], "peak MB": peak / 1e6,
+            "error": errors.max(),
+        }  # fmt: skip
+    return textwrap.indent(pd.DataFrame(lines).T.to_string(float_format="%.3g", na_rep="-"), "  ")
 
 
-def _case_table(one: Comparison, wide: Comparison | None) -> Table:
-    scale, unit = time_unit(row.p50 for row in one.times.values())
-    rows = {provider: [provider] for provider in one.times}
-    heads = ["provider"]
-    width = max(map(len, rows))
-    for column in _columns(one, wide, scale, unit):
-        texts = {provider: column.text(one, provider) for provider in rows}
-        lines = [*column.head.split("\n"), *(Text.from_markup(text).plain for text in texts.values() if text)]
-        needed = GAP + max(map(len, lines))
-        if any(texts.values()) and width + needed <= WIDTH:
-            width += needed
-            heads.append(column.head)
-            for provider, text in texts.items():
-                rows[provider].append(text or "-")
-    first = one.first
-    how = ", CUDA graphs" * one.graphed
-    table = new_table(f"{first.name}, {first.mode}, {first.shape}, {first.dtype}{how}", heads)
-    for cells in rows.values():
-        table.add_row(*cells)
-    return table
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table; the index is text, the columns are numbers or texts."""
+    cells = [["", *map(str, frame.columns)], ["---", *["--:"] * len(frame.columns)]]
+    cells += [[str(index), *map(str, row)] for index, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
-def _columns(one: Comparison, wide: Comparison | None, scale: float, unit: str) -> Sequence[_Column]:
-    """The most important first."""
-
-    def metric(name: str, form: Callable[[float], str]) -> Callable[[Comparison, str], str | None]:
-        def text(one: Comparison, provider: str) -> str | None:
-            value = one.median(provider, name)
-            return None if value is None else form(value)
-
-        return text
-
-    def roofline(one: Comparison, provider: str) -> str | None:
-        fraction = one.times[provider].roofline
-        return f"{fraction:.0%}" if fraction else None
-
-    def against(base: str, other: Comparison | None = None) -> Callable[[Comparison, str], str | None]:
-        other = other or one
-        return lambda one, provider: (
-            ratio_text(other.times[base].p50 / one.times[provider].p50) if base in other.times else None
-        )
-
-    columns = [
-        _Column(unit, lambda one, provider: number_text(one.times[provider].p50 * scale)),
-        _Column("spread", lambda one, provider: spread_text(one.times[provider].quantiles)),
-        _Column("vs\neager", against(BASELINE)),
-        _Column("vs ch.\nlast", against(BASELINE_CHANNELS_LAST)),
-        _Column("roof-\nline", roofline),
-        _Column("error", _error),
-        _Column("launches", metric("launches", lambda value: f"{value:.0f}")),
-        _Column("host\nus", metric("host_time", lambda value: number_text(value * 1e6))),
-        _Column("peak\nMB", metric("peak_memory", lambda value: f"{value / 1e6:.0f}")),
-        _Column("page\nfaults", metric("minor_faults", lambda value: f"{value:.0f}")),
-        _Column("system\nms", metric("system_time", lambda value: f"{value * 1e3:.1f}")),
-    ]
-    if wide and one.first.dtype != "float32":
-        columns.insert(4, _Column("vs\nfp32", against(BASELINE, wide)))
-    return columns
+def number(value: float, factor: float = 1.0, digits: int = 3) -> str:
+    """Three digits, or all those before the point; a dash for NaN."""
+    value *= factor
+    return "-" if value != value else f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
-def _error(one: Comparison, provider: str) -> str | None:
-    errors = [row.p50 for name, row in one.rows[provider].items() if name.startswith("error_")]
-    return f"{max(errors):.0e}" if errors else None
+def ratio(value: float) -> str:
+    """1.57x; a dash for NaN."""
+    return "-" if value != value else f"{value:.2f}x"
 
 
-def summary_tables(records: Sequence[Record]) -> Iterable[Table]:
-    """A table for each level, mode and dtype: resfuse against its best peer in every case."""
-    found = [one for one in views(by_level(comparisons(records))) if OURS in one.times]
-    for key in dict.fromkeys(_chapter(one) for one in found):
-        yield _summary_table(key, [one for one in found if _chapter(one) == key])
+def conditions(rows: pd.DataFrame) -> str:
+    """Machine, versions, commits and days of rows of one machine."""
+    first = rows.iloc[0]
+    # "torch 2.11.0, resfuse 0.1.0 (cpu, reference)": a comma separates where a name and a number follow.
+    versions = dict.fromkeys(part for text in rows["versions"].unique() for part in re.split(r", (?=\S+ v?\d)", text))
+    days = sorted({date.partition("T")[0] for date in rows["date"]})
+    return (
+        f"{first['device']}, {_threads(first['threads'])}; {', '.join(versions)}; "
+        f"commit {', '.join(rows['commit'].unique())}, {' to '.join(dict.fromkeys([days[0], days[-1]]))}"
+    )
 
 
-def _chapter(one: Comparison) -> tuple[str, str, str, str, bool]:
-    first = one.first
-    return first.level, first.mode, first.dtype, first.conditions.device, one.graphed
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _summary_table(key: tuple[str, str, str, str, bool], found: Sequence[Comparison]) -> Table:
-    level, mode, dtype, device, graphed = key
-    scale, unit = time_unit(one.times[OURS].p50 for one in found)
-    batches, images = {one.batch for one in found}, {one.image for one in found}
-    same = f", batch {batches.pop()}" if len(batches) == 1 else ""
-    heads = ["case", *([] if same else ["batch"]), f"resfuse\n{unit}", "best peer", f"its\n{unit}"]
-    title = f"{level}s, {mode}, {dtype}{', CUDA graphs' * graphed}{same}"
-    title += f", images {images.pop()}" if level == "model" and len(images) == 1 else ""
-    table = new_table(f"{title}, {device}", [*heads, "vs\npeer", "vs\neager", "roof-\nline"])
-    table.columns[heads.index("best peer")].justify = "left"
-    table.columns[0].no_wrap = False
-    for one in found:
-        peer, row = one.best_peer, one.times[OURS]
-        table.add_row(
-            one.first.name, *([] if same else [str(one.batch)]), number_text(row.p50 * scale), peer or "-",
-            number_text(one.times[peer].p50 * scale) if peer else "-", ratio_text(one.against_best_peer()),
-            ratio_text(one.speed(OURS, one.base)), f"{row.roofline:.0%}" if row.roofline else "-",
-        )  # fmt: skip
-    if len(found) > 1:
-        table.add_section()
-        peer_mean = speeds.geometric_mean(one.against_best_peer() for one in found)
-        eager_mean = speeds.geometric_mean(one.speed(OURS, one.base) for one in found)
-        blank = [""] * (len(heads) - 1)
-        table.add_row("geometric mean", *blank, ratio_text(peer_mean), ratio_text(eager_mean), "")
-    return table
+def readme_table(rows: pd.DataFrame) -> str:
+    """ResNet-50 on each machine: milliseconds by family, with the conditions below.
+
+    Raises:
+        ValueError: there are no results of ResNet-50.
+    """
+    wanted = rows[(rows["op"] == "models") & (rows["name"] == README_MODEL) & rows["shape"].str.fullmatch(README_SHAPE)]
+    wanted = wanted[wanted["metric"].isin(["time", "graph_time"])]
+    if wanted.empty:
+        raise ValueError(f"no results of {README_MODEL} at 224x224")
+    machines = wanted.groupby(["device", "threads"], sort=False)
+    found = [(not device.startswith("NVIDIA"), _machine(device, one)) for (device, _), one in machines]
+    return "\n\n".join(text for _, text in sorted(found, key=lambda pair: pair[0]))
 
 
-def pair_table(title: str, records: Sequence[Record], unit: str, scale: float) -> Table:
-    """Two providers side by side, resfuse the second; the ratio is of what it needs to what the first needs."""
-    first, second = dict.fromkeys(record.provider for record in records)
-    table = new_table(title, ["what", "mode", "eager", second, "ratio"])
-    table.columns[1].justify = "left"
-    by_key = {(record.name, record.mode, record.provider): record.p50 for record in records}
-    for name, mode in dict.fromkeys((record.name, record.mode) for record in records):
-        before, after = by_key[name, mode, first], by_key[name, mode, second]
-        table.add_row(
-            name, mode, f"{number_text(before * scale)} {unit}", f"{number_text(after * scale)} {unit}",
-            f"{after / before:.2f}",
-        )  # fmt: skip
-    return table
+def _machine(device: str, rows: pd.DataFrame) -> str:
+    lines, speeds = {}, []
+    for graphs in (False, True):
+        table = times(rows, graphs)
+        for key, line in table.iterrows():
+            case = dict(zip(VIEW, key, strict=True))
+            fastest = {
+                family: min((line[name] for name in table if _in_family(name, family) and line[name] == line[name]),
+                            default=math.nan)
+                for family in FAMILIES
+            }  # fmt: skip
+            peer = min(value for family, value in fastest.items() if family != OURS and value == value)
+            title = f"{WORDS[case['mode']]}, {case['dtype']}, batch {case['x']}{', CUDA graphs' * graphs}"
+            eager = fastest["eager_channels_last"]
+            speeds.append((case["mode"], eager / fastest[OURS], peer / fastest[OURS]))
+            rank = (list(WORDS).index(case["mode"]), case["x"], case["dtype"] != "float32", graphs)
+            lines[rank] = (title, {**fastest, "vs": peer / fastest[OURS]})
+    shown = [lines[rank] for rank in sorted(lines)]
+    families = [family for family in FAMILIES if any(values[family] == values[family] for _, values in shown)]
+    head = [f"**{OURS}**" if family == OURS else label(family) for family in families]
+    cells = [
+        [*(number(values[family], 1e3) if values[family] < 0.02 else f"{values[family] * 1e3:.0f}"
+           if values[family] == values[family] else "-" for family in families), ratio(values["vs"])]
+        for _, values in shown
+    ]  # fmt: skip
+    table = pd.DataFrame(cells, index=[title for title, _ in shown], columns=[*head, "vs fastest peer"])
+    spread = ((rows["p80"] - rows["p20"]) / rows["p50"]).max()
+    text = (
+        f"{_ranges(speeds)} Conditions: {conditions(rows)}. p80 and p20 are at most {spread:.0%} of the median apart."
+    )
+    title = f"ResNet-50 at 224x224, {device}, median milliseconds per step:"
+    return "\n\n".join([title, markdown(table), "\n".join(textwrap.wrap(text, 120))])
+
+
+def _in_family(provider: str, family: str) -> bool:
+    if family == OURS or family.startswith("eager"):
+        return provider == family  # resfuse chooses itself
+    return provider == family or provider.startswith(f"{family}_")
+
+
+def _ranges(speeds: Sequence[tuple[str, float, float]]) -> str:
+    parts = []
+    for mode, words in WORDS.items():
+        mine = [(eager, peer) for one, eager, peer in speeds if one == mode]
+        if mine:
+            eager, peer = (_range(values) for values in zip(*mine, strict=True))
+            parts.append(f"{words} {eager} eager channels_last's, {peer} the fastest peer's")
+    return f"Speed of resfuse: {'; '.join(parts)}."
+
+
+def _range(values: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys([ratio(min(values)), ratio(max(values))]))
+
+
+def replace(text: str, block: str) -> str:
+    """The README with the block between its markers replaced.
+
+    Raises:
+        ValueError: it has not exactly one marker of each kind, in their order.
+    """
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or END not in rest:
+        raise ValueError(f"expected one line {BEGIN} and, below it, one line {END}")
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def page(rows: pd.DataFrame, plots: Sequence[str]) -> str:
+    """report.md: machines and their ceilings, tables by op, and the plots."""
+    parts = ["# What the benchmarks say", "## Machines"]
+    for _, mine in rows.groupby(["device", "threads"], sort=False):
+        measured = mine[mine["op"] != CEILING]
+        parts.append(f"{conditions(measured if len(measured) else mine)}.")
+        reached = mine[mine["op"] == CEILING].groupby(["metric", "dtype"], sort=False)["p50"].max()
+        if len(reached):
+            texts = [
+                f"{number(value, 1e-9)} GB/s copied"
+                if metric == "bandwidth"
+                else f"{number(value, 1e-12)} TFLOP/s {dtype}"
+                for (metric, dtype), value in reached.items()
+            ]
+            parts.append(f"Ceilings, the best of all runs: {', '.join(texts)}.")
+    groups = ["op", "mode", "dtype", "device", "threads"]
+    for graphs in (False, True):
+        table = times(rows, graphs)
+        for (op, mode, dtype, device, threads), part in table.groupby(groups, sort=False):
+            shown = part.dropna(axis=1, how="all")
+            where = f"{device}, {_threads(threads)}{', CUDA graphs' * graphs}"
+            parts.append(f"## {op}, {mode}, {dtype}, {where}: milliseconds")
+            speeds = ratios(shown)
+            reached = _fraction(rows, shown.index, "graph_time" if graphs else "time")
+            text = shown.map(lambda value: number(value, 1e3)).rename(columns=label)
+            text = text.assign(**speeds.map(ratio), roofline=reached)
+            text.index = [f"{key[VIEW.index('name')]} {key[VIEW.index('shape')]}" for key in shown.index]
+            parts.append(markdown(text))
+            means = [ratio(geometric_mean(speeds[name])) for name in speeds]
+            parts.append(f"Geometric mean: {means[0]} eager's speed, {means[1]} the fastest peer's.")
+    parts += _other_tables(rows)
+    parts += [f"![{name}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fraction(rows: pd.DataFrame, index: pd.Index, metric: str) -> list[str]:
+    mine = rows[(rows["provider"] == OURS) & (rows["metric"] == metric)].drop_duplicates(VIEW, keep="last")
+    found = mine.set_index(VIEW)["roofline"].reindex(index)
+    return [f"{value:.0%}" if value == value else "-" for value in found]
+
+
+def _other_tables(rows: pd.DataFrame) -> list[str]:
+    """Host time, and memory kept by a training step."""
+    parts = []
+    for title, metric, factor, op in (
+        ("Host time per call, one thread: us", "host_time", 1e6, "overhead"),
+        ("Bytes kept for backward: MB", "saved_bytes", 1e-6, "memory"),
+    ):
+        mine = rows[(rows["op"] == op) & (rows["metric"] == metric)]
+        if mine.empty:
+            continue
+        table = mine.pivot_table(index=["name", "mode", "dtype", "x"], columns="provider", values="p50", sort=False)
+        table = table[ordered(table.columns)]
+        text = table.map(lambda value, factor=factor: number(value, factor)).rename(columns=label)
+        base = next((name for name in BASELINES if name in table), None)
+        if base and OURS in table:
+            text["resfuse / eager"] = [number(value) for value in table[OURS] / table[base]]
+        text.index = [", ".join(map(str, key)) for key in text.index]
+        parts += [f"## {title}", markdown(text)]
+    return parts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write plots and report.md beside the CSV files, and the README's table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=RESULTS, help="of CSV files (default %(default)s)")
+    parser.add_argument("--readme", type=Path, help="default: the README, where the folder is the default one")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the README's table would change")
+    parser.add_argument("--no-plots", action="store_true", help="tables only, where matplotlib is not installed")
+    args = parser.parse_args(argv)
+    readme = args.readme or (ROOT / "README.md" if args.folder == RESULTS else None)
+    rows = read(*sorted(args.folder.glob("*.csv")))
+    if rows.empty:
+        print(f"{args.folder} has no results", file=sys.stderr)
+        return 1
+    if not args.check:
+        names: list[str] = []
+        if not args.no_plots:
+            from benchmarks import plots
+
+            names = plots.draw(rows, args.folder)
+        (args.folder / "report.md").write_text(page(rows, names))
+        print(f"Wrote {args.folder / 'report.md'}")
+    if readme is None:
+        return 0
+    try:
+        before = readme.read_text()
+        after = replace(before, readme_table(rows))
+    except ValueError as error:
+        print(f"{readme} stays as it is: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        return int(before != after)
+    readme.write_text(after)
+    print(f"Wrote the table of {readme}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

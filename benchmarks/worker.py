@@ -1,132 +1,300 @@
-"""A provider in a process of its own.
+"""A provider in a process of its own, so that its allocator, threads and compiler disturb no other provider.
 
-Allocators, thread pools and compilers of one provider must not disturb another: what the C library's allocator gives
-back to the system, for one, depends on everything that the process has freed before.  The processes take turns; those
-that wait do nothing.  A process serves one model, or, where cases are many and small, one after the other.
+The processes take turns; those that wait do nothing.  A process can also import the `resfuse` of another checkout, for
+`benchmarks.compare`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import gc
+import itertools
+import os
+import subprocess
+import sys
 import time
 import traceback
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.measure import Sample
-from benchmarks.providers.base import UnsuitableError
-from benchmarks.runner import Findings, Runner
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# `benchmarks` is this tree's, `resfuse` the given tree's: the package that is imported first stays.
+PROGRAM = """
+import sys
+tree, root, descriptor, provider = sys.argv[1:]
+sys.path[0] = tree
+import resfuse
+sys.path[0] = root
+from benchmarks import worker
+worker.serve(int(descriptor), provider)
+"""
+INPUTS = 4
+"""Batches that take turns."""
+FREE = 2 << 30
+"""Bytes of GPU memory that a waiting process may keep beside what is in use."""
 
 
 class ProviderError(RuntimeError):
     """A provider failed, or its results are wrong; the message says how, or holds its traceback."""
 
 
-class LateError(ProviderError):
-    """A provider was not done in time."""
-
-
-class NothingToOfferError(ProviderError):
-    """A provider is in order, but not for this case; the message says why."""
-
-
-class _Failure(NamedTuple):
-    traceback: str
-    unsuitable: bool = False
+class UnsuitableError(ProviderError):
+    """A provider is in order, but has nothing to offer for this case; the message says why."""
 
 
 class Worker:
     """The caller's side.  Use as a context manager, or `close` it."""
 
-    def __init__(self, provider: str) -> None:
-        """Start the process."""
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, provider), daemon=False)
-        self._process.start()
+    def __init__(self, provider: str, tree: Path = ROOT, threads: int = 0) -> None:
+        """Start the process.
+
+        Args:
+            provider: a name in `benchmarks.providers.PROVIDERS`.
+            tree: the checkout whose `resfuse` it imports.
+            threads: of OpenMP, which reads them once, at start; 0 leaves them as they are.
+        """
+        self.provider = provider
+        self._connection, theirs = Pipe()
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tree), str(ROOT), str(theirs.fileno()), provider],
+            pass_fds=[theirs.fileno()], cwd=tree, env=environment,
+            start_new_session=True,  # Ctrl-C is for the caller, which ends it
+        )  # fmt: skip
         theirs.close()
 
-    def prepare(self, workload: Path, patience: float | None = None) -> dict[str, float]:
-        """Take over a workload in place of the one before; the relative errors of what the provider computes.
+    def ask(self, method: str, *arguments: object, timeout: float) -> Any:
+        """Call a method of `Runner` over there.
 
         Raises:
-            ProviderError: it failed.
-            LateError: it took longer than `patience` seconds.
+            UnsuitableError: the provider has nothing to offer for the case.
+            ProviderError: it failed, crashed, or took longer than `timeout` seconds; after the latter two the process
+                is gone.
         """
-        return self._ask("prepare", workload, patience=patience, what="it was not ready")
+        try:
+            self._connection.send((method, arguments))
+            if not self._connection.poll(timeout):
+                self.kill()
+                raise ProviderError(f"{method} took longer than {timeout:.0f} s")
+            kind, reply = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.kill()
+            raise ProviderError(f"its process ended with code {self._process.returncode}") from error
+        if kind == "done":
+            return reply
+        raise (UnsuitableError if kind == "unsuitable" else ProviderError)(reply)
 
-    def warm_up(self, limit: float) -> float:
-        """Call until the time per call is stable, for at most `limit` seconds; returns it."""
-        return self._ask("warm_up", limit)
-
-    def run(self, calls: int, lead_in: bool) -> list[Sample]:
-        """Time that many calls, after one that does not count if `lead_in`."""
-        return self._ask("run", calls, lead_in)
-
-    def finish(self) -> Findings:
-        """What is found out once, after the times: memory, launches, time on the host."""
-        return self._ask("finish")
-
-    def release(self) -> None:
-        """Forget the workload, and give back its memory."""
-        self._ask("release")
-
-    def end(self) -> None:
-        """Tell the process to end, without waiting for it."""
-        with contextlib.suppress(OSError):  # it may have ended already
-            self._connection.send(None)
-
-    def close(self) -> None:
-        """End the process."""
-        self.end()
-        self._connection.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def kill(self) -> None:
-        """End the process whatever it does."""
+        """End the process, whatever it does."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.2)  # one that has crashed keeps its own exit code
         self._process.kill()
-        self.close()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End the process, which is idle."""
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
+        self.kill()
+        self._connection.close()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def _ask(self, method: str, *args: Any, patience: float | None = None, what: str = "") -> Any:
-        started = time.monotonic()
-        try:
-            self._connection.send((method, *args))
-            if not self._connection.poll(patience):
-                self._process.kill()
-                raise LateError(f"{what} after {time.monotonic() - started:.0f} s")
-            reply = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(timeout=10)
-            raise ProviderError(f"its process ended with code {self._process.exitcode}") from error
-        if isinstance(reply, _Failure):
-            raise (NothingToOfferError if reply.unsuitable else ProviderError)(reply.traceback)
-        return reply
+        self.kill() if exception[0] else self.close()
 
 
-def _serve(connection: Connection, provider: str) -> None:
-    try:
-        runner = Runner(provider)
+def serve(descriptor: int, provider: str) -> None:
+    """Answer requests until one is None or nobody asks any more."""
+    connection, runner = Connection(descriptor), Runner(provider)
+    with contextlib.suppress(EOFError, OSError):
         while (request := connection.recv()) is not None:
-            method, *args = request
+            method, arguments = request
             try:
-                reply = getattr(runner, method)(*args)
+                reply = "done", getattr(runner, method)(*arguments)
             except UnsuitableError as reason:
-                reply = _Failure(str(reason), unsuitable=True)
+                reply = "unsuitable", str(reason)
             except Exception:
-                reply = _Failure(traceback.format_exc())
+                reply = "failed", traceback.format_exc()
             connection.send(reply)
-    except (EOFError, KeyboardInterrupt):
-        pass  # the caller is gone
-    except Exception:
-        connection.send(_Failure(traceback.format_exc()))
+
+
+class Runner:
+    """The provider's side: one workload after the other."""
+
+    def __init__(self, provider: str) -> None:
+        self._provider = provider
+        self._calls: dict[str, Callable[[], object]] = {}
+
+    def versions(self) -> dict[str, Any]:
+        """The `resfuse` that was imported, and its backends."""
+        import resfuse
+
+        return {"path": str(Path(str(resfuse.__file__)).parent), "backends": resfuse.available_backends()}
+
+    def prepare(self, path: Path, graph: bool = False) -> dict[str, float]:
+        """Take over a workload in place of the one before.
+
+        Args:
+            path: a `Workload` by torch.save.
+            graph: capture the step as a CUDA graph too.
+
+        Returns:
+            The relative error of every result against float64.
+        """
+        from benchmarks.providers import PROVIDERS
+        from benchmarks.steps import named_results
+
+        self.release()
+        provider, workload = PROVIDERS[self._provider], torch.load(path, weights_only=False)
+        setting = workload.setting
+        self._device, self._threads = torch.device(setting.device), setting.threads
+        torch.set_num_threads(setting.threads)
+        torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms, for all providers alike
+        module, inputs = workload.module(), workload.batch(0)[: len(workload.case.shapes)]
+        step = provider.prepare(module, tuple(tensor.detach() for tensor in inputs), setting)
+        module.train(setting.trains)
+        # On a GPU do_bench empties the L2 cache before every call, so that one batch is enough.
+        count = 1 if self._device.type == "cuda" else INPUTS
+        batches = [tuple(provider.convert_leaf(tensor) for tensor in workload.batch(i)) for i in range(count)]
+        errors = workload.errors(named_results(step(*batches[0]), module, workload.batch(0), setting))
+        turns = itertools.cycle(batches)
+        self._calls = {"time": lambda: step(*next(turns))}
+        if graph:
+            results, self._calls["graph_time"] = _captured(lambda: step(*batches[0]))
+            errors = workload.errors(named_results(results, module, workload.batch(0), setting))
+        return errors
+
+    def prepare_overhead(self, name: str, mode: str, device: str) -> None:
+        """Take over a tiny call of one operator, of which host time is measured."""
+        from benchmarks import overhead
+
+        torch.set_num_threads(1)
+        self._device, self._threads = torch.device(device), 1
+        fused, _ = overhead.calls(overhead.TINY[name], mode, torch.float32, device)
+        self._calls = {"time": fused}
+
+    def warm_up(self, limit: float) -> None:
+        """Call until the time per call no longer falls, for at most `limit` seconds.
+
+        A GPU's clocks need half a second under load before they stay where they are.
+        """
+        for call in self._calls.values():
+            _warm_up(call, self._device, limit)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # Linux: forget the largest resident set so far
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def turn(self, seconds: float) -> dict[str, list[float]]:
+        """Seconds per call, of calls that last about so many seconds together; at least one call."""
+        found = {name: _times(call, self._device, self._threads, seconds) for name, call in self._calls.items()}
+        if self._device.type == "cuda" and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > FREE:
+            torch.cuda.empty_cache()
+        return found
+
+    def host_turn(self, calls: int) -> float:
+        """Seconds per call of the calling thread."""
+        from benchmarks import overhead
+
+        return overhead.host_seconds(self._calls["time"], calls, self._device)
+
+    def finish(self) -> dict[str, float]:
+        """Peak memory in bytes and, on a GPU, kernel launches of one call.
+
+        The peak is what PyTorch allocates during a call beyond what was allocated before it (weights and inputs are
+        not in it); on a CPU it is the resident set of the process.
+        """
+        call = self._calls["time"]
+        if self._device.type != "cuda":
+            call()
+            return {"peak_memory": resident_peak()}
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        found = {"peak_memory": torch.cuda.max_memory_allocated() - before}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        kernels = [
+            event for event in profile.events() or ()
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        ]  # fmt: skip
+        return found | ({"launches": len(kernels)} if kernels else {})
+
+    def release(self) -> None:
+        """Forget the workload, and what was compiled for it: torch.compile keys its code by the forward function."""
+        self._calls = {}
+        torch._dynamo.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def resident_peak() -> int:
+    """The largest resident set of this process, in bytes."""
+    import resource
+
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _times(call: Callable[[], object], device: torch.device, threads: int, seconds: float) -> list[float]:
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return [ms / 1e3 for ms in do_bench(call, warmup=10, rep=max(1, int(seconds * 1e3)), return_mode="all")]
+    from torch.utils.benchmark import Timer
+
+    # The first call does not count: it brings back the caches that other processes have used since.
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=seconds).times
+
+
+def _warm_up(call: Callable[[], object], device: torch.device, limit: float) -> None:
+    started, before = time.perf_counter(), float("inf")
+    least = 0.5 if device.type == "cuda" else 0.0
+    while True:
+        begun = time.perf_counter()
+        for _ in range(3):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        stable = (now - begun) * 1.05 > before and now - started > min(least, limit)
+        if stable or now - started > limit:
+            return
+        before = now - begun
+
+
+def _captured(step: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:
+    """(results of a replay, the replay) of a step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # algorithms are chosen and state is made before the capture
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return results, graph.replay

@@ -239,8 +239,6 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
     for module in copied.modules():
-        for hooks in (getattr(module, name) for name in _HOOKS):
-            hooks.update(dict.fromkeys(hooks, _do_nothing))
         if isinstance(module, _BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # the average would need a counter's value, and costs the same
     return copied

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--arch", type=int, nargs="+", choices=tuple(DEVICES), default=list(DEVICES))
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"])
     add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N", help="default 1 2 4 ... 512")
-    add("--tables", action="store_true", help="also every convolution that tables may choose")
+    add("--convolutions", action="store_true", help="no other kernels")
     add("--quick", action="store_true", help="one layer of every configuration")
     add("--jobs", type=int, default=_build.usable_cores(), metavar="N", help="processes (default %(default)s)")
     cuda = commands.add_parser("cuda", help="read the CUDA library")
@@ -76,48 +73,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2
-    console = Console(highlight=False)
-    with console.status("compiling" if args.command == "triton" else "disassembling"):
-        rows = cuda_rows(args.library) if args.command == "cuda" else triton_rows(args)
+    rows = cuda_rows(args.library) if args.command == "cuda" else triton_rows(args)
     errors = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
-    console.print(_table(rows))
+    _print_summary(rows)
     for row in errors:
-        console.print(
-            f"[red]sm_{row['arch']} {row['kernel']}, {row['layer']}:[/] {escape(row['error'])}", soft_wrap=True
-        )
+        print(f"sm_{row['arch']} {row['kernel']}, {row['layer']}: {row['error']}", file=sys.stderr)
     path = args.output or RESULTS / args.command / "resources.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    console.print(f"{len(rows)} kernels, a row each in {path}; {len(errors)} could not be compiled")
+    print(f"{len(rows)} kernels, a row each in {path}; {len(errors)} could not be compiled")
     return 1 if errors else 0
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    """The most that any layer needs, a line per kernel, tile and architecture."""
-    table = Table("kernel", "", pad_edge=False, padding=(0, 1, 0, 0))
-    columns = ("arch", "count", "registers", "spill", "shared", "blocks", "instructions")
-    for column in columns:
-        table.add_column(column, justify="right")
+def _print_summary(rows: Sequence[Row]) -> None:
+    """The most that any layer needs, a line per architecture, kernel and variant."""
 
-    def variant(row: Row) -> tuple[str, str, int]:
-        return row["kernel"], row["variant"], row["arch"]
+    def variant(row: Row) -> tuple[int, str, str]:
+        return row["arch"], row["kernel"], row["variant"]
 
-    for (kernel, name, arch), found in itertools.groupby(sorted(rows, key=variant), key=variant):
+    print(f"{'kernel':>60} {'registers':>10} {'spill':>6} {'shared':>7} {'blocks':>6}")
+    for (arch, kernel, name), found in itertools.groupby(sorted(rows, key=variant), key=variant):
         group = list(found)
-        most = [max(row[column] for row in group) for column in ("registers", "spill", "shared")]
-        cells = (
-            arch,
-            len(group),
-            *most,
-            min(row["blocks"] for row in group),
-            max(row["instructions"] for row in group),
-        )
-        table.add_row(kernel.removesuffix("_kernel"), escape(name), *map(str, cells))
-    return table
+        registers, spill, shared = (max(row[column] for row in group) for column in ("registers", "spill", "shared"))
+        blocks = min(row["blocks"] for row in group)
+        print(f"{f'sm_{arch} {kernel} {name}':>60} {registers:10} {spill:6} {shared:7} {blocks:6}")
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -149,9 +132,9 @@ def problems(network: str, batches: Iterable[int], dtype: str) -> list[ConvProbl
     ]
 
 
-def convolution_specs(problem: ConvProblem, device: DeviceProperties, forced: ConvConfig | None = None) -> list[Any]:
+def convolution_specs(problem: ConvProblem, device: DeviceProperties) -> list[Any]:
     """The kernels of a convolution in the form that takes the most registers, with a residual and a ReLU."""
-    from resfuse.backends.triton import conv_bn_act, launch, plan
+    from resfuse.backends.triton import conv_bn_act, launch
 
     p = problem
     x, w, residual = (
@@ -164,7 +147,7 @@ def convolution_specs(problem: ConvProblem, device: DeviceProperties, forced: Co
     switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, switch.fp32_precision = switch.fp32_precision, p.precision
     try:
-        with launch.collected(device) as specs, plan.forced(p.kind, forced):
+        with launch.collected(device) as specs:
             conv_bn_act.conv_bn_act_forward(x, w, None, convolution, bn, residual, True)
     finally:
         switch.fp32_precision = before
@@ -172,7 +155,7 @@ def convolution_specs(problem: ConvProblem, device: DeviceProperties, forced: Co
 
 
 def pointwise_specs(x: Tensor, device: DeviceProperties) -> list[Any]:
-    """The kernels of add_relu, bn_act and synchronised batch norm on one tensor, with everything optional and without."""
+    """The kernels of add_relu, bn_act and synchronised batch norm on a tensor, with all optional operands or none."""
     from resfuse.backends.triton import add_relu, bn_act, launch
 
     v = torch.empty(x.shape[1], device="meta")
@@ -180,13 +163,12 @@ def pointwise_specs(x: Tensor, device: DeviceProperties) -> list[Any]:
         add_relu.add_relu_forward(x, x)
         add_relu.add_relu_backward(x, x)
         bn_act.bn_statistics(x)
-        for y, residual, vector, training in itertools.product((x, None), (x, None), (v, None), (True, False)):
-            relu = y is not None
-            bn_act.bn_act_forward(x, BatchNorm(v, v, vector, vector, training, 0.1, 1e-5), residual, relu)
-            bn_act.bn_apply(x, v, v, vector, vector, residual, relu)
-            for needs_input in (True, False):
-                bn_act.bn_act_backward(x, x, y, vector, v, v, training, needs_input, residual is not None)
+        for (y, vector), training in itertools.product(((x, v), (None, None)), (True, False)):
+            bn_act.bn_act_forward(x, BatchNorm(v, v, vector, vector, training, 0.1, 1e-5), y, y is not None)
+            bn_act.bn_act_backward(x, x, y, vector, v, v, training, True, y is not None)
             bn_act.bn_backward_apply(x, x, y, vector, v, v, v, v, 7 if training else None)
+        bn_act.bn_apply(x, v, v, v, v, x, True)
+        bn_act.bn_backward_reduce(x, x, x, v, v)
     return specs
 
 
@@ -234,12 +216,11 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
     for problem in dict.fromkeys(p for network in args.network for p in problems(network, args.batch, dtype)):
         p, tiled = problem, plan.tile_problem(problem)
         layer = f"{p.kind} {p.n}x{p.h}x{p.w}x{p.c} > {p.k}, {p.r}x{p.s} /{p.stride[0]} {dtype}"
-        for forced in (None, *(config.every_config(tiled, device) if args.tables else ())):
-            for spec in convolution_specs(problem, device, forced):
-                tile = spec.constants["CONV"][-5:-2]
-                bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
-                yield layer, spec, bound
-        if p.kind == "forward" and dtype != "tf32":
+        for spec in convolution_specs(problem, device):
+            tile = spec.constants["CONV"][-5:-2]
+            bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
+            yield layer, spec, bound
+        if p.kind == "forward" and dtype != "tf32" and not args.convolutions:
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 x = torch.empty((p.n, p.k, p.oh, p.ow), dtype=p.dtype, device="meta", memory_format=memory_format)
                 for spec in pointwise_specs(x, device):
@@ -362,20 +343,9 @@ def defined_kernels() -> set[str]:
 def split_name(demangled: str) -> tuple[str, str]:
     """("a_kernel", "<Bf16, 4>") of "void resfuse::cuda::a_kernel<resfuse::cuda::Bf16, 4>(...)"."""
     short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::)?|^void ", "", demangled)
-    short = re.sub(r"\((\w+)\)(\d+)", lambda value: _enumerator(value[1], int(value[2])), short)
-    found = re.match(r"(\w+)(<(?:[^<>]|<[^<>]*>)*>)?", short)
+    found = re.match(r"(\w+)(<(?:[^<>]|<[^<>]*>)*>)?", re.sub(r"\(\w+\)(?=\d)", "", short))  # (Copies)0: a number
     assert found is not None, demangled
     return found[1], found[2] or ""
-
-
-@functools.cache
-def _enumerator(enumeration: str, value: int) -> str:
-    """The name of "(Copies)0", from the sources; the text itself where it is none of theirs."""
-    definition = re.compile(rf"enum class {enumeration}\b[^{{]*{{([^}}]*)}}")
-    for path in (_build.csrc_dir() / "cuda").glob("*.cuh"):
-        if found := definition.search(path.read_text()):
-            return re.sub(r"//.*", "", found[1]).split(",")[value].strip()
-    return f"({enumeration}){value}"
 
 
 def _tile_bytes(tiles: Sequence[str]) -> dict[str, int]:

@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-from benchmarks.providers.base import Level, Mode, Provider, Setting, Step, UnsuitableError
-from benchmarks.providers.compiled import Inductor
-from benchmarks.providers.cudnn_aten import AtenCudnn
-from benchmarks.providers.cudnn_graph import CudnnGraph
-from benchmarks.providers.fused import BACKENDS, Resfuse
-from benchmarks.providers.native import Eager
-from benchmarks.providers.onnx_runtime import OnnxRuntime
-from benchmarks.providers.openvino_cpu import OpenVino
-from benchmarks.providers.tensorrt_engine import TensorRT
-
-BASELINE = "eager_nchw"
-"""What most models run as today, and what every ratio refers to first."""
-BASELINE_CHANNELS_LAST = "eager_channels_last"
+from benchmarks.providers.base import Provider
+from benchmarks.providers.cudnn import AtenCall, Cudnn, GraphCall
+from benchmarks.providers.exported import OnnxRuntime, OpenVino, TensorRT
+from benchmarks.providers.fused import Resfuse
+from benchmarks.providers.native import Eager, Inductor
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        Eager(BASELINE, "nchw"),
-        Eager(BASELINE_CHANNELS_LAST, "channels_last"),
+        Eager("eager_nchw", "nchw"),
+        Eager("eager_channels_last", "channels_last"),
         Inductor("inductor"),
-        Inductor("inductor_nchw", "nchw"),
+        Inductor("inductor_freezing", freezing=True),
         Inductor("inductor_reduce_overhead", mode="reduce-overhead"),
         Inductor("inductor_max_autotune", mode="max-autotune"),
-        Inductor("inductor_freezing", freezing=True),
-        Inductor("inductor_max_autotune_freezing", mode="max-autotune", freezing=True),
-        AtenCudnn("cudnn_aten"),
-        CudnnGraph("cudnn_graph"),
+        Cudnn("cudnn_aten", AtenCall),
+        Cudnn("cudnn_graph", GraphCall),
         OnnxRuntime("onnxruntime"),
         OpenVino("openvino"),
         TensorRT("tensorrt"),
         Resfuse("resfuse"),
         Resfuse("resfuse_nchw", "nchw"),
         Resfuse("resfuse_compiled", compiled=True),
-        *(Resfuse(f"resfuse_{name}", backend=name) for name in BACKENDS),
+        Resfuse("resfuse_cpu", backend="cpu"),
+        Resfuse("resfuse_cuda", backend="cuda"),
+        Resfuse("resfuse_triton", backend="triton"),
     )
 }
+ONLY_BY_NAME = ("resfuse_nchw", "resfuse_compiled", "resfuse_cpu")
+DEFAULT = tuple(name for name in PROVIDERS if name not in ONLY_BY_NAME)
+"""What runs unless told otherwise; those that cannot run here are left out with their reasons."""
+QUICK = ("eager_nchw", "eager_channels_last", "resfuse")
 
-DEFAULT = (
-    *(BASELINE, BASELINE_CHANNELS_LAST),
-    *("inductor", "inductor_freezing", "inductor_reduce_overhead", "inductor_max_autotune"),
-    *("cudnn_aten", "cudnn_graph", "onnxruntime", "openvino", "tensorrt"),
-    *("resfuse", "resfuse_cuda", "resfuse_triton"),
-)
-"""What runs unless told otherwise, as far as it can: the others are said, with their reasons, to be left out."""
-
-__all__ = [
-    "BASELINE",
-    "BASELINE_CHANNELS_LAST",
-    "DEFAULT",
-    "PROVIDERS",
-    "Level",
-    "Mode",
-    "Provider",
-    "Setting",
-    "Step",
-    "UnsuitableError",
-]
+__all__ = ["DEFAULT", "PROVIDERS", "QUICK", "Provider"]

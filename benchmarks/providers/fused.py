@@ -2,77 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-import resfuse
-from benchmarks.providers.base import Layout, Provider, Setting, Step, UnsuitableError, in_layout
-from benchmarks.providers.compiled import compile_module, compiler_reason
-from benchmarks.providers.steps import make_step
-from resfuse.backends import registry
-from resfuse.backends.problem import Problem
-
-BACKENDS = tuple(name for name in registry.PREFERENCE if name != "reference")
-"""Those with kernels; `reference` is eager PyTorch."""
-REFUSAL = "no backend can run"
-"""How the registry's error begins where the requested backend does not support a call."""
+from benchmarks.case import Setting
+from benchmarks.providers.base import Provider
+from benchmarks.providers.native import compile_module, compiler_reason
+from benchmarks.steps import Step, make_step
+from benchmarks.worker import UnsuitableError
 
 
 class Resfuse(Provider):
-    """The module after `resfuse.fuse_`: both modes, every level.
+    """A model after `resfuse.fuse_`, or an op as one call of `resfuse`.
 
-    `resfuse` and `resfuse_nchw` let resfuse choose the backend for each call, as users do, and differ in the layout of
-    the images: the weights of fused convolutions are channels_last in both, because `fuse_` makes them so.
-    `resfuse_<backend>` asks for one backend in every call, and fails, with the reason, where that one can not run some
-    call.  `resfuse_compiled` is the fused module under torch.compile's default mode, which fuses what is left around
-    resfuse's operators.
+    `resfuse` and `resfuse_nchw` let resfuse choose the backend for each call, as users do; `resfuse_<backend>` requests
+    one backend in every call.  `resfuse_compiled` is the fused module under torch.compile's default mode.
     """
 
     packages = ("resfuse",)
 
     def __init__(
-        self, name: str, layout: Layout = "channels_last", *, backend: str | None = None, compiled: bool = False
+        self, name: str, layout: str = "channels_last", *, backend: str | None = None, compiled: bool = False
     ) -> None:
-        """`backend`: one of `BACKENDS`, None for the automatic choice."""
         super().__init__(name, layout)
         self._backend, self._compiled = backend, compiled
 
     def unavailable_reason(self, setting: Setting) -> str | None:
-        reason = None if self._backend is None else backend_reason(self._backend, setting)
-        return compiler_reason(setting) if reason is None and self._compiled else reason
+        import resfuse
+
+        if self._backend is not None and self._backend not in resfuse.available_backends():
+            return f"the {self._backend} backend is unavailable here: `python -m resfuse info` says why"
+        return compiler_reason(setting) if self._compiled else None
 
     def prepare(self, module: nn.Module, examples: tuple[Tensor, ...], setting: Setting) -> Step:
-        module = in_layout(module, self.layout)
-        module.train(setting.mode == "train")
-        resfuse.fuse_(module)
-        step = make_step(compile_module(module) if self._compiled else module, setting)
+        fused = fuse(self.in_layout(module).train(setting.trains))
+        step = make_step(compile_module(fused) if self._compiled else fused, setting)
         return step if self._backend is None else _on_backend(step, self._backend)
 
 
-def backend_reason(name: str, setting: Setting) -> str | None:
-    """Why a backend can run nothing in a setting, by the registry; None where it can run an ordinary convolution."""
-    backend = registry.backend(name)
-    on_request = getattr(backend, "only_on_request_reason", lambda: None)
-    reason = backend.unavailable_reason() or on_request()
-    if reason is not None:
-        return reason
-    pair = (1, 1)
-    conv = (torch.Size((64, 64, 3, 3)), pair, pair, pair, 1)
-    shape = torch.Size((1, 64, 8, 8))
-    problem = Problem("conv_bn_act_forward", setting.device, setting.dtype, shape, conv)
-    return "; ".join(backend.unsupported_reasons(problem)) or None
+class _FusedOp(nn.Module):
+    """An op of `benchmarks` as resfuse's call, with the op's parameters."""
+
+    def __init__(self, op: nn.Module) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = self.op.fused(*inputs)  # type: ignore[operator]
+        return output
 
 
-def _on_backend(step: Step, backend: str) -> Callable[..., Any]:
+def fuse(module: nn.Module) -> nn.Module:
+    """A model fused in place, or an op that makes resfuse's call."""
+    if hasattr(module, "fused"):
+        return _FusedOp(module).train(module.training)
+    import resfuse
+
+    resfuse.fuse_(module)
+    return module
+
+
+def _on_backend(step: Step, backend: str) -> Step:
+    import resfuse
+
     def run(*arguments: Any) -> Any:
         try:
             with resfuse.use_backend(backend):
                 return step(*arguments)
         except RuntimeError as error:
-            if not str(error).startswith(REFUSAL):
+            if "no backend can run" not in str(error):
                 raise
             raise UnsuitableError(str(error)) from error
 

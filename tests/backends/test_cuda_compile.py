@@ -43,13 +43,14 @@ def rows() -> list[Row]:
 
 
 def parameters(row: Row) -> list[str]:
-    """["Bf16", "Tile<128,64,2,2,3>", "vectors"] of "<Bf16,Tile<128,64,2,2,3>,vectors>"."""
+    """["Bf16", "Tile<128,64,2,2,3>", "0"] of "<Bf16,Tile<128,64,2,2,3>,0>"; 0: vectors are copied, 2: values."""
     return re.findall(r"(?:[^,<>]|<[^<>]*>)+", row["variant"][1:-1])
 
 
 def is_vectorised(row: Row) -> bool:
     """Whether the variant is for accesses of 16 bytes, several elements at a time."""
-    return parameters(row)[-1] not in ("1", "halves", "values")
+    last = parameters(row)[-1]
+    return last == "0" if row["kernel"] in CONVOLUTIONS else last != "1"
 
 
 def objections(row: Row) -> list[str]:
@@ -74,7 +75,7 @@ def objections(row: Row) -> list[str]:
             found.append("no ldmatrix")
         if math == "Fp32" and row["fma_looped"] < 32:
             found.append(f"{row['fma_looped']} multiply-adds in the main loop")
-        if (row["copies_looped"] > 0) != (copies != "values"):
+        if (row["copies_looped"] > 0) != (copies != "2"):
             found.append(f"{row['copies_looped']} asynchronous copies in the main loop")
     elif row["occupancy"] < FEWEST_WARPS:
         found.append(f"{row['occupancy']:.0f} % of the warps")
@@ -115,7 +116,7 @@ def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
 def test_names_are_taken_apart() -> None:
     name = "a_kernel<resfuse::cuda::Bf16, resfuse::cuda::Tile<128, 64>, (resfuse::cuda::Copies)0>(T)"
     name = f"void resfuse::cuda::(anonymous namespace)::{name}"
-    assert kernel_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, vectors>")
+    assert kernel_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, 0>")
     assert kernel_resources.split_name("plain_kernel(int)") == ("plain_kernel", "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from resfuse import cli, models
 from resfuse import explain as _function
 from resfuse.explanation import Explanation, Layer, Totals
 from resfuse.roofline import DEVICES, Device, processor_name
+from resfuse.surgery.report import FuseReport, LeftModule
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -34,6 +36,16 @@ def small() -> nn.Module:
     """Two residual blocks, the second with a projection."""
     model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
     return nn.Sequential(model.conv1, model.bn1, model.relu, model.layer1, model.layer2)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that the function hides, with ceilings that are not measured."""
+    found: Any = sys.modules["resfuse.explain"]
+    assert found.explain is _function
+    found.asked = []
+    monkeypatch.setattr(found, "_measured", lambda device: found.asked.append(device) or HERE)
+    return found
 
 
 # Figures
@@ -176,6 +188,14 @@ def test_why_a_module_is_not_fused() -> None:
     assert found["3.0.conv1", "conv_bn_act"].backend != "pytorch"
 
 
+def test_the_nearest_reason_counts(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [LeftModule("0", "inner"), LeftModule("", "outer")]
+    for order in (left, left[::-1]):
+        monkeypatch.setattr(module, "fuse_", lambda model, order=order: FuseReport(left=order))
+        found = resfuse.explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGES, device=CPU)
+        assert [layer.reason for layer in found.layers] == ["not fused: inner", "not fused: outer"]
+
+
 # Devices
 
 
@@ -193,18 +213,6 @@ def test_devices_that_cannot_be() -> None:
     for absent in (DEVICES["h200" if not torch.cuda.is_available() else "b200"], CPU):
         with pytest.raises(ValueError, match=f"measure: {absent.name} is not in this machine"):
             resfuse.explain(model, (2, 3), device=absent, measure=True)
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that the function hides, with ceilings that are not measured."""
-    import sys
-
-    found: Any = sys.modules["resfuse.explain"]
-    assert found.explain is _function
-    found.asked = []
-    monkeypatch.setattr(found, "_measured", lambda device: found.asked.append(device) or HERE)
-    return found
 
 
 def test_without_a_device_it_is_the_models_own(module: Any) -> None:

@@ -61,6 +61,7 @@ def batch_norm(training: bool, affine: bool = True) -> Callable[..., Tensor]:
         (lambda x, r, gate: torch.relu(x), 2, 3),
         (lambda x, r, gate: torch.relu_(x * gate), 2 + 2, 3 + 2 + 3 + 1),  # the product with x is written, then summed
         (lambda x, r, gate: x + r, 3, 0),
+        (lambda x, r, gate: x + gate.expand(x.shape), 2, 1),  # what is only expanded has no memory
         (lambda x, r, gate: torch.relu(x) + x, 2 + 3, 3 + 3),  # two paths meet, and their gradients are added
         (lambda x, r, gate: x * r, 3, 6),
         (lambda x, r, gate: torch.cat((x, r)), 4, 0),
@@ -82,6 +83,24 @@ def test_passes_over_an_activation(function: Callable[..., Any], forward: int, b
     found = moved(Apply(function), SHAPE, SHAPE, (1, 64, 1, 1))
     for count, expected in zip(found, (forward, backward), strict=True):
         assert expected * SIZE <= count <= expected * SIZE + SMALL
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training", "forward", "backward"),
+    [
+        (torch.bfloat16, True, 4, 3),
+        (torch.bfloat16, False, 2, 1),
+        (torch.float32, True, 1, 1),
+        (torch.float32, False, 1, 1),
+    ],
+)
+def test_launches_of_batch_norm(dtype: torch.dtype, training: bool, forward: int, backward: int) -> None:
+    """ATen's own kernels in bfloat16, cuDNN's in float32."""
+    norm = Apply(batch_norm(training))
+    inputs = [torch.empty(shape, device="meta", dtype=dtype, requires_grad=True) for shape in (SHAPE, SHAPE, SHAPE)]
+    runs = [run for call in Tracer(norm, inputs).calls(backward=True) for run in (*call.forward, *call.backward)]
+    found = [len(roofline.kernels(*run, GPU)) for run in runs if "batch_norm" in str(run.func)]
+    assert found == [forward, backward]
 
 
 def test_bytes_of_pooling_and_of_a_convolution() -> None:
@@ -254,7 +273,6 @@ def api_calls(training: bool) -> Iterator[tuple[str, tuple[Any, ...]]]:
 @pytest.mark.parametrize("training", [False, True])
 def test_launches_of_triton(training: bool) -> None:
     from resfuse.backends.triton.config import H100
-
     from resfuse.backends.triton.launch import collected
 
     for name, args in api_calls(training):

@@ -14,28 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.bn_tile import (
-    LOADS_AHEAD,
-    activate_and_store,
-    masked_gradient,
-    part_of,
-    part_statistics,
-    pivot_of,
-    store,
-    tile_at,
-    tile_channels,
-    whole_statistics,
-)
+from resfuse.backends.triton import bn_tile, reduce
 from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
 from resfuse.backends.triton.plan import COOPERATIVE, ELEMENTWISE, REDUCTION, batch_norm_plan
-from resfuse.backends.triton.reduce import (
-    grid_barrier,
-    inverse_deviation,
-    per_channel,
-    store_part,
-    sum_parts,
-    update_running,
-)
 from resfuse.layout import copy_back, dense, ordered_like, residual_for
 from resfuse.types import BatchNorm
 
@@ -46,14 +27,14 @@ def bn_statistics_kernel(
     TILE: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """mean = sum x / n, M2 = sum (x - mean)^2 per channel.  Reads x once."""
-    part, channel, _, _ = part_of(images, positions, channels, tiles_per_part, TILE)
-    pivot = pivot_of(x_ptr, images, positions, channels, channel, TILE)
+    part, channel, _, _ = bn_tile.part_of(images, positions, channels, tiles_per_part, TILE)
+    pivot = bn_tile.pivot_of(x_ptr, images, positions, channels, channel, TILE)
     if PHASE != 2:
-        part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, TILE)
+        bn_tile.part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, TILE)
     if PHASE == 0:
-        grid_barrier(barrier_ptr, tl.num_programs(0))
+        reduce.grid_barrier(barrier_ptr, tl.num_programs(0))
     if PHASE != 1 and part == 0:
-        _count, mean, m2 = whole_statistics(
+        _count, mean, m2 = bn_tile.whole_statistics(
             workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, TILE
         )
         column = channel + tl.arange(0, TILE.block_n)
@@ -71,31 +52,33 @@ def bn_train_forward_kernel(
 
     Reads x twice (the second time backwards: what was read last is still in L2) and the residual, writes y.
     """
-    part, channel, first, tile_count = part_of(images, positions, channels, tiles_per_part, TILE)
-    pivot = pivot_of(x_ptr, images, positions, channels, channel, TILE)
+    part, channel, first, tile_count = bn_tile.part_of(images, positions, channels, tiles_per_part, TILE)
+    pivot = bn_tile.pivot_of(x_ptr, images, positions, channels, channel, TILE)
     if PHASE != 2:
-        part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, TILE)
+        bn_tile.part_statistics(x_ptr, pivot, workspace_ptr, images, positions, channels, tiles_per_part, TILE)
     if PHASE == 0:
-        grid_barrier(barrier_ptr, tl.num_programs(0))
+        reduce.grid_barrier(barrier_ptr, tl.num_programs(0))
     if PHASE != 1:
         column = channel + tl.arange(0, TILE.block_n)
         inside = column < channels
-        count, mean, m2 = whole_statistics(
+        count, mean, m2 = bn_tile.whole_statistics(
             workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, TILE
         )
-        invstd = inverse_deviation(m2 / count, eps)
+        invstd = reduce.inverse_deviation(m2 / count, eps)
         if part == 0:
             tl.store(mean_ptr + column, pivot + mean, inside)
             tl.store(invstd_ptr + column, invstd, inside)
-            update_running(running_mean_ptr, running_var_ptr, column, inside, pivot + mean, m2, count, momentum)
-        scale = invstd * per_channel(weight_ptr, column, inside, 1.0)
-        bias = per_channel(bias_ptr, column, inside, 0.0)
+            reduce.update_running(running_mean_ptr, running_var_ptr, column, inside, pivot + mean, m2, count, momentum)
+        scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
+        bias = reduce.per_channel(bias_ptr, column, inside, 0.0)
         last = first + tile_count - 1
-        for i in tl.range(tile_count, loop_unroll_factor=LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth):
-            offset, offsets, mask = tile_at(last - i, images, positions, channels, channel, TILE)
+        for i in tl.range(
+            tile_count, loop_unroll_factor=bn_tile.LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth
+        ):
+            offset, offsets, mask = bn_tile.tile_at(last - i, images, positions, channels, channel, TILE)
             u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
             a = (u - mean[None, :]) * scale[None, :] + bias[None, :]
-            activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
+            bn_tile.activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
 
 
 @triton.jit
@@ -107,16 +90,21 @@ def bn_apply_kernel(
 
     `spread` is the variance (VARIANCE) or invstd.  Reads x and the residual, writes y.
     """
-    tile, channel, column, inside = tile_channels(channels, TILE)
-    mean, invstd = per_channel(mean_ptr, column, inside, 0.0), per_channel(spread_ptr, column, inside, 1.0)
+    tile, channel, _, _ = bn_tile.part_of(images, positions, channels, 1, TILE)
+    column = channel + tl.arange(0, TILE.block_n)
+    inside = column < channels
+    mean, invstd = (
+        reduce.per_channel(mean_ptr, column, inside, 0.0),
+        reduce.per_channel(spread_ptr, column, inside, 1.0),
+    )
     if VARIANCE:
-        invstd = inverse_deviation(invstd, eps)
-    scale = invstd * per_channel(weight_ptr, column, inside, 1.0)
-    bias = per_channel(bias_ptr, column, inside, 0.0)
-    offset, offsets, mask = tile_at(tile, images, positions, channels, channel, TILE)
+        invstd = reduce.inverse_deviation(invstd, eps)
+    scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
+    bias = reduce.per_channel(bias_ptr, column, inside, 0.0)
+    offset, offsets, mask = bn_tile.tile_at(tile, images, positions, channels, channel, TILE)
     x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
     a = (x - mean[None, :]) * scale[None, :] + bias[None, :]
-    activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
+    bn_tile.activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
 
 
 @triton.jit
@@ -135,31 +123,34 @@ def bn_backward_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    part, channel, first, tile_count = part_of(images, positions, channels, tiles_per_part, TILE)
+    part, channel, first, tile_count = bn_tile.part_of(images, positions, channels, tiles_per_part, TILE)
     column = channel + tl.arange(0, BLOCK_N)
     inside = column < channels
-    mean, invstd = per_channel(mean_ptr, column, inside, 0.0), per_channel(invstd_ptr, column, inside, 0.0)
-    scale = invstd * per_channel(weight_ptr, column, inside, 1.0)
+    mean, invstd = (
+        reduce.per_channel(mean_ptr, column, inside, 0.0),
+        reduce.per_channel(invstd_ptr, column, inside, 0.0),
+    )
+    scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
     if PHASE != 2:
         tile_g, tile_g_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in range(tile_count):
-            offset, offsets, mask = tile_at(first + i, images, positions, channels, channel, TILE)
-            g = masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
+            offset, offsets, mask = bn_tile.tile_at(first + i, images, positions, channels, channel, TILE)
+            g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
             x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
             tile_g += g
             tile_g_centred += tl.where(mask, g * (x - mean[None, :]), 0.0)
             if dresidual_ptr is not None:
-                store(dresidual_ptr, offset, offsets, g, mask)
+                bn_tile.store(dresidual_ptr, offset, offsets, g, mask)
             if dx_ptr is not None and not BATCH_STATISTICS:
-                store(dx_ptr, offset, offsets, g * scale[None, :], mask)
+                bn_tile.store(dx_ptr, offset, offsets, g * scale[None, :], mask)
         part_g, part_g_xhat = tl.sum(tile_g, axis=0), tl.sum(tile_g_centred, axis=0) * invstd
-        store_part(workspace_ptr, part, channels, column, inside, part_g, part_g_xhat)
+        reduce.store_part(workspace_ptr, part, channels, column, inside, part_g, part_g_xhat)
     if PHASE == 0:
-        grid_barrier(barrier_ptr, tl.num_programs(0))
+        reduce.grid_barrier(barrier_ptr, tl.num_programs(0))
     if PHASE != 1:
         NEEDS_SUMS: tl.constexpr = dx_ptr is not None and BATCH_STATISTICS
         if NEEDS_SUMS or part == 0:
-            sum_g, sum_g_xhat = sum_parts(
+            sum_g, sum_g_xhat = reduce.sum_parts(
                 workspace_ptr, parts, channels, column, inside, TILE.block_n, TILE.block_parts
             )
             if part == 0:
@@ -169,14 +160,14 @@ def bn_backward_kernel(
                 shift, slope = sum_g / count, sum_g_xhat / count * invstd
                 last = first + tile_count - 1
                 for i in range(tile_count):
-                    offset, offsets, mask = tile_at(last - i, images, positions, channels, channel, TILE)
+                    offset, offsets, mask = bn_tile.tile_at(last - i, images, positions, channels, channel, TILE)
                     if dresidual_ptr is not None:
                         g = tl.load(dresidual_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
                     else:
-                        g = masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
+                        g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
                     x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
                     dx = scale[None, :] * (g - shift[None, :] - (x - mean[None, :]) * slope[None, :])
-                    store(dx_ptr, offset, offsets, dx, mask)
+                    bn_tile.store(dx_ptr, offset, offsets, dx, mask)
 
 
 @triton.jit
@@ -185,17 +176,22 @@ def bn_backward_apply_kernel(
     images, positions, channels, count, BATCH_STATISTICS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx as in `bn_backward_kernel`, by given sums; a tile per program.  Reads dy, x and y, writes dx."""
-    tile, channel, column, inside = tile_channels(channels, TILE)
-    mean, invstd = per_channel(mean_ptr, column, inside, 0.0), per_channel(invstd_ptr, column, inside, 0.0)
-    scale = invstd * per_channel(weight_ptr, column, inside, 1.0)
-    offset, offsets, mask = tile_at(tile, images, positions, channels, channel, TILE)
-    g = masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
+    tile, channel, _, _ = bn_tile.part_of(images, positions, channels, 1, TILE)
+    column = channel + tl.arange(0, TILE.block_n)
+    inside = column < channels
+    mean, invstd = (
+        reduce.per_channel(mean_ptr, column, inside, 0.0),
+        reduce.per_channel(invstd_ptr, column, inside, 0.0),
+    )
+    scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
+    offset, offsets, mask = bn_tile.tile_at(tile, images, positions, channels, channel, TILE)
+    g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
     if BATCH_STATISTICS:
-        shift = per_channel(sum_g_ptr, column, inside, 0.0) / count
-        slope = per_channel(sum_g_xhat_ptr, column, inside, 0.0) / count * invstd
+        shift = reduce.per_channel(sum_g_ptr, column, inside, 0.0) / count
+        slope = reduce.per_channel(sum_g_xhat_ptr, column, inside, 0.0) / count * invstd
         x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
         g = g - shift[None, :] - (x - mean[None, :]) * slope[None, :]
-    store(dx_ptr, offset, offsets, scale[None, :] * g, mask)
+    bn_tile.store(dx_ptr, offset, offsets, scale[None, :] * g, mask)
 
 
 def bn_act_forward(
@@ -216,16 +212,9 @@ def bn_act_forward(
 
 
 def bn_act_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    training: bool,
-    needs_input_grad: bool,
-    needs_residual_grad: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, mean: Tensor, invstd: Tensor,
+    training: bool, needs_input_grad: bool, needs_residual_grad: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input) if needs_input_grad else None
@@ -248,14 +237,9 @@ def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bn_apply(
-    input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    input: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     relu: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     input = dense(input)
     output = torch.empty_like(input)
     _apply(input, ordered_like(residual, input), output, unstrided(mean, invstd, weight, bias), None, relu)
@@ -273,16 +257,9 @@ def bn_backward_reduce(
 
 
 def bn_backward_apply(
-    grad_output: Tensor,
-    input: Tensor,
-    output: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_g: Tensor,
-    sum_g_xhat: Tensor,
-    count: int | None,
-) -> Tensor:
+    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, mean: Tensor, invstd: Tensor,
+    sum_g: Tensor, sum_g_xhat: Tensor, count: int | None,
+) -> Tensor:  # fmt: skip
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input)

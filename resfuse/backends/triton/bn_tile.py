@@ -50,15 +50,6 @@ def part_of(images, positions, channels, tiles_per_part, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_channels(channels, TILE: tl.constexpr):
-    """(tile, first channel, channels, which of them exist) of a program that has one tile."""
-    blocks = tl.cdiv(channels, TILE.block_n)
-    channel = tl.program_id(0) % blocks * TILE.block_n
-    column = channel + tl.arange(0, TILE.block_n)
-    return tl.program_id(0) // blocks, channel, column, column < channels
-
-
-@triton.jit
 def masked_gradient(dy_ptr, y_ptr, offset, offsets, mask):
     """g = dy where not y <= 0, else 0; dy without a ReLU (y_ptr None)."""
     g = tl.load(dy_ptr + offset + offsets, mask, other=0.0).to(tl.float32)

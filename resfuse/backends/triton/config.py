@@ -57,10 +57,7 @@ class DeviceProperties(NamedTuple):
     def resident_programs(self, num_warps: int, registers: int | None = None, shared_memory: int = 0) -> int:
         """Programs certain to be on the device at the same time: the most that a grid barrier may wait for.
 
-        Args:
-            num_warps: of a program.
-            registers: upper bound per thread; None: whatever lets one program run on a multiprocessor.
-            shared_memory: upper bound per program, in bytes.
+        Given are upper bounds for a program; `registers` None means as many as let one run on a multiprocessor.
         """
         per_sm = 1
         if registers is not None:
@@ -78,10 +75,9 @@ INTERPRETER = DeviceProperties("Triton's interpreter", (9, 0), 3, 232448, interp
 @functools.cache
 def cuda_properties(device: torch.device) -> DeviceProperties:
     """The properties of a GPU of this machine."""
-    found: Any = torch.cuda.get_device_properties(device)
-    return DeviceProperties(
-        found.name, (found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin
-    )
+    gpu: Any = torch.cuda.get_device_properties(device)
+    capability, memory = (gpu.major, gpu.minor), gpu.shared_memory_per_block_optin
+    return DeviceProperties(gpu.name, capability, gpu.multi_processor_count, memory)
 
 
 class ConvProblem(NamedTuple):
@@ -209,12 +205,8 @@ def occupancy(problem: ConvProblem, config: ConvConfig, device: DeviceProperties
     """Programs that one multiprocessor holds at a time, estimated."""
     threads = 32 * config.num_warps
     registers = min(MAX_REGISTERS, 2 * config.block_m * config.block_n // threads + 100)
-    limits = (
-        device.registers // (registers * threads),
-        device.shared_memory // config.shared_memory(problem),
-        device.warps // config.num_warps,
-    )
-    return max(1, min(limits))
+    by_memory = device.shared_memory // config.shared_memory(problem)
+    return max(1, min(device.registers // (registers * threads), by_memory, device.warps // config.num_warps))
 
 
 def modelled_time(problem: ConvProblem, config: ConvConfig, device: DeviceProperties) -> float:

@@ -11,26 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfuse.backends.triton.conv_tile import (
-    activate_and_store,
-    conv_tile,
-    normalize,
-    output_channels,
-    output_pixels,
-    tile_of,
-)
+from resfuse.backends.triton import conv_tile, reduce
 from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
 from resfuse.backends.triton.plan import COOPERATIVE, conv_plan
-from resfuse.backends.triton.reduce import (
-    grid_barrier,
-    inverse_deviation,
-    merge,
-    merge_parts,
-    per_channel,
-    store_part,
-    tile_statistics,
-    update_running,
-)
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
 
@@ -58,10 +41,10 @@ def conv_bn_act_kernel(
     for i in range(rounds):
         index = tl.program_id(0) + i * tl.num_programs(0)
         split = index % SPLIT_K
-        tile_m, tile_n = tile_of(index // SPLIT_K, tiles_m, TILES_N, GROUP_M)
-        pixels = output_pixels(tile_m, CONV)
-        pack, channels, channel_mask = output_channels(tile_n, CONV)
-        acc = conv_tile(
+        tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, TILES_N, GROUP_M)
+        pixels = conv_tile.output_pixels(tile_m, CONV)
+        pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
+        acc = conv_tile.tile_sums(
             x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV, SPLIT_K
         )  # fmt: skip
         last = True
@@ -81,12 +64,12 @@ def conv_bn_act_kernel(
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
             if conv_bias_ptr is not None:
-                acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             if running_mean_ptr is not None:
-                mean = per_channel(running_mean_ptr, channels, channel_mask, 0.0)
-                invstd = inverse_deviation(per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
-                acc = normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
-            activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
+                mean = reduce.per_channel(running_mean_ptr, channels, channel_mask, 0.0)
+                invstd = reduce.inverse_deviation(reduce.per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
+                acc = conv_tile.normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            conv_tile.activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
 @triton.jit
@@ -115,141 +98,110 @@ def conv_bn_act_train_kernel(
     program = tl.program_id(0) // TILES_N
     first = program * tiles_per_program
     own_tiles = 1 if IN_REGISTERS else tl.minimum(tiles_m - first, tiles_per_program)
-    pack, channels, channel_mask = output_channels(tile_n, CONV)
+    pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
 
     z = tl.zeros((BLOCK_M, BLOCK_N), z_ptr.dtype.element_ty)
     if PHASE != 2:
         count, mean, m2 = 0.0, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
         for i in range(own_tiles):
-            pixels = output_pixels(first + i, CONV)
-            acc = conv_tile(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV, 1)
+            pixels = conv_tile.output_pixels(first + i, CONV)
+            acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV, 1)
             if conv_bias_ptr is not None:
-                acc += per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             z = acc.to(z_ptr.dtype.element_ty)
             inside = (pixels < M)[:, None] & channel_mask[None, :]
             tl.store(z_ptr + (pixels[:, None] * K + channels[None, :]), z, mask=inside)
             rows = tl.sum((pixels < M).to(tl.float32), axis=0)
-            tile_mean, tile_m2 = tile_statistics(z.to(tl.float32), inside, rows)
-            count, mean, m2 = merge(count, mean, m2, rows, tile_mean, tile_m2)
-        store_part(workspace_ptr, program, K, channels, channel_mask, mean, m2)
+            tile_mean, tile_m2 = reduce.tile_statistics(z.to(tl.float32), inside, rows)
+            count, mean, m2 = reduce.merge(count, mean, m2, rows, tile_mean, tile_m2)
+        reduce.store_part(workspace_ptr, program, K, channels, channel_mask, mean, m2)
 
     if PHASE == 0:
-        grid_barrier(barrier_ptr, tl.num_programs(0))
+        reduce.grid_barrier(barrier_ptr, tl.num_programs(0))
 
     if PHASE != 1:
-        count, mean, m2 = merge_parts(
+        count, mean, m2 = reduce.merge_parts(
             workspace_ptr, tl.num_programs(0) // TILES_N, K, channels, channel_mask, tiles_per_program, tiles_m,
             M // BLOCK_M, M % BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_PARTS,
         )  # fmt: skip
-        invstd = inverse_deviation(m2 / count, eps)
+        invstd = reduce.inverse_deviation(m2 / count, eps)
         if program == 0:
             tl.store(mean_ptr + channels, mean, mask=channel_mask)
             tl.store(invstd_ptr + channels, invstd, mask=channel_mask)
-            update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
+            reduce.update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
         for i in range(own_tiles):
-            pixels = output_pixels(first + own_tiles - 1 - i, CONV)
+            pixels = conv_tile.output_pixels(first + own_tiles - 1 - i, CONV)
             if not IN_REGISTERS:
                 inside = (pixels < M)[:, None] & channel_mask[None, :]
                 z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
-            y = normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
-            activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
+            y = conv_tile.normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            conv_tile.activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
 def conv_bn_act_forward(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    convolution: Convolution,
-    bn: BatchNorm,
-    residual: Tensor | None,
-    relu: bool,
-    overwrite_residual: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    memory_format = conv_memory_format(input, conv_weight)
-    if overwrite_residual and residual is not None and not bn.training:
-        output = residual = channels_last(residual)
-    else:
-        output = _output(input, conv_weight, convolution)
-        residual = residual_for(output, residual)
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution, bn: BatchNorm,
+    residual: Tensor | None, relu: bool, overwrite_residual: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     if not bn.training:
-        _infer(input, conv_weight, conv_bias, convolution, bn, residual, relu, output)
-        return output.contiguous(memory_format=memory_format), None, None, None
+        output = _without_statistics(
+            input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
+        )  # fmt: skip
+        return output, None, None, None
+    x, w, output = _prepared(input, conv_weight, convolution)
     z = torch.empty_like(output)
-    mean, invstd = (torch.empty(output.shape[1], dtype=torch.float32, device=output.device) for _ in range(2))
-    _train(input, conv_weight, conv_bias, convolution, bn, residual, relu, (z, output, mean, invstd))
-    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
-
-
-def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
-    output = _output(input, conv_weight, convolution)
-    _infer(input, conv_weight, conv_bias, convolution, None, None, False, output)
-    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
-
-
-def _infer(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    convolution: Convolution,
-    bn: BatchNorm | None,
-    residual: Tensor | None,
-    relu: bool,
-    output: Tensor,
-) -> None:
-    """One launch, with running statistics or (bn None) of the convolution alone."""
-    x, w = channels_last(input), _weight(conv_weight, input)
-    plan = conv_plan("forward", x, w, convolution, properties(x.device))
-    config = plan.config
-    vectors = unstrided(*((None,) * 4 if bn is None else bn[:4]), conv_bias)
-    partials = arrivals = None
-    if config.split_k > 1:
-        partials = torch.empty(config.split_k * output.numel(), dtype=torch.float32, device=x.device)
-        arrivals = shared_words("arrivals", x.device, plan.tiles_m * plan.tiles_n)
-    launch(
-        conv_bn_act_kernel, plan.programs, x, w, *vectors, residual, output, partials, arrivals,
-        0.0 if bn is None else bn.eps, plan.tiles_m, *plan.sizes,
-        CONV=plan.constants, TILES_N=plan.tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
-        PERSISTENT=config.persistent, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def _train(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    convolution: Convolution,
-    bn: BatchNorm,
-    residual: Tensor | None,
-    relu: bool,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> None:
-    """Fill z, output, mean and invstd, and update the running statistics, in one launch where the grid is resident."""
-    x, w = channels_last(input), _weight(conv_weight, input)
-    plan = conv_plan("train", x, w, convolution, properties(x.device))
+    mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
-    workspace = torch.empty(
-        (plan.programs // plan.tiles_n, 2, conv_weight.shape[0]), dtype=torch.float32, device=x.device
-    )  # fmt: skip
+    residual = residual_for(output, residual)
+    plan = conv_plan("train", x, w, convolution, properties(x.device))
+    workspace = torch.empty((plan.programs // plan.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device)
     cooperative = plan.phases == COOPERATIVE
     word = shared_words("barrier", x.device, 1) if cooperative else None
     for phase in plan.phases:
         launch(
-            conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, *results,
-            workspace, word, bn.momentum, bn.eps, plan.tiles_m, plan.tiles_per_program, *plan.sizes,
-            CONV=plan.constants, TILES_N=plan.tiles_n, BLOCK_PARTS=plan.block_parts, RELU=relu,
+            conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
+            mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
+            *plan.sizes, CONV=plan.constants, TILES_N=plan.tiles_n, BLOCK_PARTS=plan.block_parts, RELU=relu,
             IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
             num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
         )  # fmt: skip
     copy_back(bn, running_mean, running_var)
+    memory_format = conv_memory_format(input, conv_weight)
+    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
-def _output(input: Tensor, conv_weight: Tensor, convolution: Convolution) -> Tensor:
-    """Memory that a convolution kernel writes to."""
-    shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
+    return _without_statistics(input, conv_weight, conv_bias, convolution, None, None, False, False)
 
 
-def _weight(conv_weight: Tensor, input: Tensor) -> Tensor:
-    if conv_weight.dtype != input.dtype:  # inference under autocast
-        return conv_weight.to(input.dtype, memory_format=torch.channels_last)
-    return channels_last(conv_weight)
+def _without_statistics(
+    input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution, bn: BatchNorm | None,
+    residual: Tensor | None, relu: bool, overwrite_residual: bool,
+) -> Tensor:  # fmt: skip
+    """One launch: conv_bn_act with running statistics, or (bn None) the convolution alone."""
+    if overwrite_residual and residual is not None:
+        residual = channels_last(residual)
+    x, w, output = _prepared(input, conv_weight, convolution, residual if overwrite_residual else None)
+    vectors = unstrided(*((None,) * 4 if bn is None else bn[:4]), conv_bias)
+    plan = conv_plan("forward", x, w, convolution, properties(x.device))
+    config, partials, arrivals = plan.config, None, None
+    if config.split_k > 1:
+        partials = torch.empty(config.split_k * output.numel(), dtype=torch.float32, device=x.device)
+        arrivals = shared_words("arrivals", x.device, plan.tiles_m * plan.tiles_n)
+    launch(
+        conv_bn_act_kernel, plan.programs, x, w, *vectors, residual_for(output, residual), output, partials, arrivals,
+        0.0 if bn is None else float(bn.eps), plan.tiles_m, *plan.sizes,
+        CONV=plan.constants, TILES_N=plan.tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
+        PERSISTENT=config.persistent, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+
+
+def _prepared(
+    input: Tensor, conv_weight: Tensor, convolution: Convolution, output: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and weight in NHWC memory, of one dtype, and memory for the output."""
+    w = conv_weight if conv_weight.dtype == input.dtype else conv_weight.to(input.dtype)  # inference under autocast
+    if output is None:
+        shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
+        output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    return channels_last(input), channels_last(w), output

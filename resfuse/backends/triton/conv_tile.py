@@ -131,7 +131,7 @@ def tap_sums(
 
 
 @triton.jit
-def conv_tile(
+def tile_sums(
     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
     CONV: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip

@@ -41,7 +41,7 @@ class KernelSpec(NamedTuple):
     aligned: tuple[str, ...]
     """Pointers and integers that are multiples of 16."""
     options: dict[str, Any]
-    """num_warps, num_stages and launch_cooperative_grid."""
+    """Triton's num_warps, num_stages and launch_cooperative_grid."""
     grid: tuple[int, ...]
 
     @property
@@ -83,23 +83,13 @@ def properties(device: torch.device) -> DeviceProperties:
 
 
 def launch(
-    kernel: Any,
-    programs: int,
-    *args: Any,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    cooperative: bool = False,
+    kernel: Any, programs: int, *args: Any, num_warps: int = 4, num_stages: int = 3, cooperative: bool = False,
     **constants: Any,
-) -> None:
-    """Launch a kernel on the device of its first argument, on the current stream.
+) -> None:  # fmt: skip
+    """Launch a kernel, in a one-dimensional grid, on the device of its first argument and the current stream.
 
-    Args:
-        kernel: a function under triton.jit whose tl.constexpr parameters come last.
-        programs: size of the (one-dimensional) grid.
-        args: the other parameters, in order: tensors or None, integers, floats.
-        num_warps, num_stages: as Triton has them.
-        cooperative: the programs wait for each other; the grid has to be resident.
-        constants: the tl.constexpr parameters, by name, in order.
+    `args` are its tensors (or None), integers and floats in order, `constants` its tl.constexpr parameters, which come
+    last.  The programs of a `cooperative` launch may wait for each other; the grid has to be resident.
     """
     for names in _recorders:
         names.append(kernel.__name__)
@@ -122,15 +112,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch(
-    kernel: Any,
-    programs: int,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    device: int,
-    num_warps: int,
-    num_stages: int,
-    cooperative: bool,
-) -> None:
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], device: int, num_warps: int,
+    num_stages: int, cooperative: bool,
+) -> None:  # fmt: skip
     """Launch on the current device: the first time by Triton's own path, which binds, specialises and compiles.
 
     The compiled kernel is called directly when the same kernel comes again with the same integers, the same dtypes and
@@ -174,9 +158,7 @@ def _interpret(kernel: Any, programs: int, args: tuple[Any, ...], constants: dic
         kernel[(programs,)](*args, **constants)
 
 
-_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-}  # fmt: skip
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
 def _spec(
@@ -198,8 +180,7 @@ def _spec(
                 aligned.append(name)
         else:
             signature[name] = "fp32"
-    names = kernel.arg_names[len(args) :]
-    assert list(constants) == names, f"{kernel.__name__}: constants {list(constants)} for parameters {names}"
+    assert list(constants) == kernel.arg_names[len(args) :], f"{kernel.__name__}: {list(constants)} are out of order"
     return KernelSpec(kernel, signature, compiled_in, tuple(aligned), options, (programs,))
 
 

@@ -21,15 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resfuse.backends.triton.config import (
-    DTYPES,
-    KINDS,
-    PRECISIONS,
-    ConvConfig,
-    ConvProblem,
-    DeviceProperties,
-    every_config,
-)
+from resfuse.backends.triton.config import KINDS, PRECISIONS, ConvConfig, ConvProblem, DeviceProperties, every_config
 
 logger = logging.getLogger("resfuse")
 
@@ -38,8 +30,7 @@ SHIPPED = Path(__file__).parent / "tables"
 FARTHEST = math.log(8)
 """The nearest shape counts up to here: the factors by which M, N and K of the GEMMs differ multiply to at most 8."""
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-_PAIRS = ("stride", "padding", "dilation")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TableError(ValueError):
@@ -83,10 +74,10 @@ def lookup(problem: ConvProblem, device: DeviceProperties) -> ConvConfig | None:
         if (entry := table.get(problem)) is not None and entry.config in allowed:
             return entry.config
     near = [
-        (sum(abs(math.log(a / b)) for a, b in zip(candidate.gemm, problem.gemm, strict=True)), entry.config)
+        (sum(abs(math.log(a / b)) for a, b in zip(other.gemm, problem.gemm, strict=True)), entry.config)
         for table in tables
-        for candidate, entry in table.items()
-        if _family(candidate) == _family(problem) and entry.config in allowed
+        for other, entry in table.items()
+        if _family(other) == _family(problem) and entry.config in allowed
     ]
     distance, config = min(near, key=lambda item: item[0], default=(math.inf, None))
     return config if distance <= FARTHEST else None
@@ -129,9 +120,9 @@ def read(path: Path, device: str) -> Entries:
     entries = {}
     for index, entry in enumerate(content["entries"]):
         try:
-            problem, config = canonical(_problem(entry["problem"])), _config(entry["config"])
-            entries[problem] = Entry(config, float(entry["microseconds"]))
-        except (KeyError, TypeError, ValueError) as error:
+            config = ConvConfig(**entry["config"])  # `lookup` passes over one that does not fit
+            entries[canonical(_problem(entry["problem"]))] = Entry(config, float(entry["microseconds"]))
+        except (LookupError, TypeError, ValueError) as error:
             raise TableError(f"entry {index}: {type(error).__name__}: {error}") from None
     return entries
 
@@ -163,24 +154,11 @@ def _family(problem: ConvProblem) -> tuple[Any, ...]:
 
 
 def _problem(fields: dict[str, Any]) -> ConvProblem:
-    values = {**fields, **{name: tuple(fields[name]) for name in _PAIRS}, "dtype": _DTYPES[fields["dtype"]]}
-    problem = ConvProblem(**values)
-    if problem.kind not in KINDS or problem.precision not in PRECISIONS:
-        raise ValueError(f"kind {problem.kind!r}, precision {problem.precision!r}")
-    pairs = (problem.stride, problem.padding, problem.dilation)
-    sizes = (*problem[2:9], problem.groups, *problem.stride, *problem.dilation)
-    if any(len(pair) != 2 for pair in pairs) or any(type(size) is not int for size in (*sizes, *problem.padding)):
-        raise TypeError(f"sizes are not integers, or not pairs of them: {fields}")
-    if min(sizes) < 1 or min(*problem.padding, problem.oh - 1, problem.ow - 1) < 0:
-        raise ValueError(f"a size is too small: {fields}")
-    if problem.c % problem.groups or problem.k % problem.groups:
-        raise ValueError(f"channels are no multiple of groups: {fields}")
+    pairs = {name: (int(fields[name][0]), int(fields[name][1])) for name in ("stride", "padding", "dilation")}
+    problem = ConvProblem(**{**fields, **pairs, "dtype": _DTYPES[fields["dtype"]]})
+    sizes = (*problem[2:9], problem.groups)
+    if problem.kind not in KINDS or problem.precision not in PRECISIONS or any(type(size) is not int for size in sizes):
+        raise TypeError(f"not a convolution: {fields}")
+    if min(*sizes, *problem.stride, *problem.dilation) < 1 or min(problem.gemm) < 1 or problem.c % problem.groups:
+        raise ValueError(f"impossible sizes: {fields}")
     return problem
-
-
-def _config(fields: dict[str, Any]) -> ConvConfig:
-    config = ConvConfig(**fields)
-    *sizes, persistent = config
-    if type(persistent) is not bool or any(type(size) is not int or size < 1 for size in sizes):
-        raise ValueError(f"not a configuration: {fields}")
-    return config

@@ -228,7 +228,6 @@ def _change(path: Path, *keys: str | int, value: object) -> None:
         lambda path: _change(path, "entries", 0, "problem", "h", value=0),
         lambda path: _change(path, "entries", 0, "problem", "n", value=1.5),
         lambda path: _change(path, "entries", 0, "problem", "color", value="red"),
-        lambda path: _change(path, "entries", 0, "config", "num_stages", value=-1),
         lambda path: _change(path, "entries", 0, "config", value={"block_m": 64}),
     ],
 )

@@ -1,0 +1,334 @@
+"""Everything that a machine with a GPU can tell, in pieces that fit a machine lent for 15 minutes (docs/gpu.md).
+
+Only the standard library is imported here: a summary comes back even where resfuse cannot be imported.  Nothing is
+built or installed; the compiled libraries lie in the tree, and Python and torch are the machine's own.
+
+OUT has state.json (how each command ended), summary.txt and files.tar.gz (everything that the pieces wrote).  They are
+renewed while pieces run, and the same command goes on from them, on the same machine or on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RESERVE = 25.0
+"""Seconds that are kept for the report, the files and the end of processes."""
+GRACE = 10.0
+"""Seconds that a command has after Ctrl-C before it is killed."""
+PACK_EVERY = 30.0
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+STATE, SUMMARY, ARCHIVE = "state.json", "summary.txt", "files.tar.gz"
+LONGEST = 40
+"""Lines of the summary."""
+NAMES = ("check", "verify", "hardware", "models", "ops", "overhead", "suite", "tune", "sanitize", "memory")
+"""The pieces in the order of their worth; `report` ends every call."""
+
+
+class Command(NamedTuple):
+    """`python -m <arguments>`; {work}, {device} and {limit} (seconds) are filled in."""
+
+    name: str
+    arguments: tuple[str, ...]
+    minutes: float
+    """After which it is interrupted."""
+    least: float = 0.5
+    """Minutes that have to be left for it to be begun."""
+    resumes: bool = False
+    """Whether it leaves out what an earlier call has done, so that one that ran out of time is called again."""
+    program: tuple[str, ...] = ()
+    """What watches Python."""
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The arguments of a command line without quotes."""
+    return tuple(text.split())
+
+
+def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
+    """The commands of each piece; `quick` rehearses them with the smallest arguments that run the same code."""
+    bench = words("--output {work}/results --resume --limit {limit} --device {device}")
+    peers = words(
+        "--provider eager_channels_last inductor inductor_max_autotune cudnn_aten onnxruntime tensorrt resfuse"
+    )
+    few = words("--provider eager_channels_last resfuse resfuse_cuda resfuse_triton")
+    if quick:
+        bench, peers, few = (*bench, "--quick"), words("--provider eager_channels_last resfuse"), ()
+
+    def model(mode: str, batch: str, providers: tuple[str, ...], minutes: float) -> Command:
+        chosen = words(f"benchmarks.models --mode {mode} --batch {batch}" + (" --dtype float32" if quick else ""))
+        return Command(f"resnet50 {mode}, batch {batch}", (*chosen, *providers, *bench), minutes, 1.0, resumes=True)
+
+    def op(name: str) -> Command:
+        modes = words(f"benchmarks.{name} --mode inference full --batch {2 if quick else 128}")
+        return Command(name, (*modes, *few, *bench), 2.5, 0.7, resumes=True)
+
+    hardware = test_file("test_cuda_hardware.py") if device == "cuda" else test_file("test_layout.py")
+    suite = (
+        [hardware] if quick else [f"tests/{name}" for name in ("ops", "backends") if (ROOT / "tests" / name).is_dir()]
+    )
+    return {
+        "check": [
+            Command("libraries", ("resfuse._extension",), 1),
+            Command("info", words("resfuse info"), 1),
+        ],
+        "verify": [Command("verify", words("resfuse verify --backend reference --op add_relu --dtype float32"), 2)]
+        if device == "cpu" else [
+            Command("verify cuda", words("resfuse verify --backend cuda"), 2),
+            # Kernels of other dtypes would be compiled for minutes.
+            Command("verify triton", words("resfuse verify --backend triton --dtype bfloat16"), 2, 1.0),
+        ],
+        "hardware": [tests("hardware", [hardware], 3)],
+        "models": [
+            model("inference", "2" if quick else "128", peers, 4),
+            model("train", "2" if quick else "256", words("--provider eager_channels_last inductor resfuse"), 3),
+            *([] if quick else [model("inference", "1", peers, 4)]),
+        ],
+        "ops": [op(name) for name in (["add_relu"] if quick else ["conv_bn_act", "bn_act", "add_relu"])],
+        "overhead": [
+            Command("overhead", words("benchmarks.overhead --output {work}/results --device {device}")
+                    + (("--quick",) if quick else ()), 1.5),
+        ],
+        "suite": [tests("suite", suite or ["tests"], 6)],
+        "tune": [
+            Command(kind, words(f"resfuse tune --model cifar_resnet --kind {kind} --batch 2 --dry-run" if quick else
+                                f"resfuse tune --model resnet50 --kind {kind} --batch {batch} --candidates 6"
+                                " --output {work}/tables/" + f"{kind}.json"), 4, 1.5)
+            for kind, batch in (("forward", 128), ("train", 256))
+        ],
+        "sanitize": [
+            Command(f"{tool} {backend}", (sanitized(), backend, "bfloat16"), 2, 1.0, program=sanitizer(tool))
+            for backend in ("cuda", "triton") for tool in SANITIZERS
+        ] if device == "cuda" else [],
+        "memory": [
+            Command("memory", words(
+                "benchmarks.memory --model cifar_resnet20 --batch 2 --provider eager_channels_last"
+                if quick else "benchmarks.memory --model resnet50 --batch 64 256")
+                + words("--peak --output {work}/results --device {device}"), 4, 1.0),
+        ],
+        "report": [Command("report", words("benchmarks.report {work}/results"), 1, 0.0)],
+    }  # fmt: skip
+
+
+def tests(name: str, paths: Sequence[str], minutes: float) -> Command:
+    """pytest over paths, by several processes and with a limit per test where the machine has the plugins."""
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={{work}}/{name}.xml"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(max(1, min(14, len(os.sched_getaffinity(0)) - 2))), "--dist", "worksteal"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options += ["--timeout", "90"]
+    return Command(name, ("pytest", *options, *paths), minutes, 1.0)
+
+
+def test_file(name: str) -> str:
+    """The path of a test file, wherever it lies below tests/."""
+    found = sorted((ROOT / "tests").rglob(name))
+    return str(found[0].relative_to(ROOT)) if found else f"tests/{name}"
+
+
+def sanitized() -> str:
+    """The module whose problems compute-sanitizer watches."""
+    return test_file("sanitized.py").removesuffix(".py").replace("/", ".")
+
+
+def sanitizer(tool: str) -> tuple[str, ...]:
+    """The command line of compute-sanitizer up to the program that it watches."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return program, "--tool", tool, "--error-exitcode", "99"
+
+
+def sources() -> str:
+    """Hash of what the tests are about."""
+    digest = hashlib.sha256()
+    for folder in ("resfuse", "csrc", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".inl", ".cu", ".cuh", ".so"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Run:
+    """The pieces on this machine."""
+
+    def __init__(self, output: Path, work: Path, device: str, quick: bool, limit: float) -> None:
+        self.output, self.work = output.resolve(), work.resolve()
+        self.device, self.limit, self.end = device, limit, time.monotonic() + limit
+        self.pieces = pieces(device, quick)
+        self.output.mkdir(parents=True, exist_ok=True)
+        state = self.output / STATE
+        self.state: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {}
+        if not self.work.is_dir():
+            self.work.mkdir(parents=True)
+            if (archive := self.output / ARCHIVE).is_file():
+                with tarfile.open(archive) as packed:
+                    packed.extractall(self.work, filter="data")
+        self._packed = 0.0
+        digest = sources()
+        if self.state.pop("sources", digest) != digest:
+            print("The sources have changed since: what was tested is tested again")
+            for name in ("check", "verify", "hardware", "suite", "sanitize"):
+                self.state.pop(name, None)
+        self._sources = digest
+
+    def do(self, names: Sequence[str], again: bool) -> None:
+        """Run the commands of pieces that have not ended yet, as far as there is time; then the report."""
+        for name in names:
+            for command in self.pieces[name]:
+                known = self.state.get(name, {}).get(command.name, {})
+                if known.get("status") in ("done", "failed") and not again:
+                    continue
+                left = self.end - time.monotonic() - RESERVE
+                if left < min(60 * command.least, 0.8 * self.limit):
+                    continue  # another one may be shorter
+                self._run(name, command, min(60 * command.minutes, left))
+        for command in self.pieces["report"] if any((self.work / "results").glob("*.csv")) else []:
+            self._run("report", command, max(5.0, self.end - time.monotonic() - GRACE))
+        self.save()
+
+    def _run(self, piece: str, command: Command, limit: float) -> None:
+        filled = {"work": str(self.work), "device": self.device, "limit": f"{max(5.0, limit - GRACE):.0f}"}
+        line = [*command.program, sys.executable, "-m", *(word.format(**filled) for word in command.arguments)]
+        print(f"{piece}: {command.name} (at most {limit / 60:.1f} minutes)", flush=True)
+        log = self.work / "logs" / f"{piece}-{command.name}.log".replace(" ", "-").replace(",", "")
+        log.parent.mkdir(exist_ok=True)
+        (self.work / "tables").mkdir(exist_ok=True)
+        begun = time.monotonic()
+        status = self._wait(line, log, limit, bool(command.program))
+        seconds = round(time.monotonic() - begun, 1)
+        tail = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+        unfinished = (status is None and command.resumes) or "The time is up" in tail
+        found = "unfinished" if unfinished else "done" if status == 0 else "failed"
+        entry = {"status": found, "exit": status, "seconds": seconds, "tail": tail}
+        self.state.setdefault(piece, {})[command.name] = entry
+        self.save()
+
+    def _wait(self, line: Sequence[str], log: Path, limit: float, watched: bool) -> int | None:
+        """The exit status of a command, None where its time was over; what it started ends with it."""
+        environment = {
+            **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "120", "EMU_OFF": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }  # fmt: skip
+        if watched:  # an allocation of its own per tensor: what lies beyond one then belongs to nobody
+            environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+        with log.open("wb") as output:
+            try:
+                process = subprocess.Popen(
+                    line, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                output.write(str(error).encode())
+                return 127
+        stop, interrupted = time.monotonic() + limit, False
+        try:
+            while process.poll() is None and time.monotonic() < stop + GRACE:
+                if time.monotonic() > stop and not interrupted:
+                    interrupted = True
+                    _signal(process, signal.SIGINT)
+                if time.monotonic() - self._packed > PACK_EVERY:
+                    self.pack()
+                time.sleep(0.2)
+        finally:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+        return None if interrupted else process.returncode
+
+    def save(self) -> None:
+        """Write state, summary and archive."""
+        (self.output / STATE).write_text(json.dumps({"sources": self._sources, **self.state}, indent=1) + "\n")
+        (self.output / SUMMARY).write_text("\n".join(self.summary()) + "\n")
+        self.pack()
+
+    def pack(self) -> None:
+        """Write the archive of everything that the pieces wrote."""
+        partial = self.output / f"{ARCHIVE}.tmp"
+        with tarfile.open(partial, "w:gz") as packed, contextlib.suppress(FileNotFoundError):
+            packed.add(self.work, ".")
+        partial.replace(self.output / ARCHIVE)
+        self._packed = time.monotonic()
+
+    def summary(self) -> list[str]:
+        """At most 40 lines: how each piece ended, the tests that failed, the last lines of what else failed."""
+        found = []
+        for piece, commands in self.pieces.items():
+            known = self.state.get(piece, {})
+            states = [known.get(command.name, {}).get("status", "left") for command in commands]
+            seconds = sum(entry["seconds"] for entry in known.values())
+            found.append(f"{piece:<9} {', '.join(dict.fromkeys(states)) or 'nothing to do'} ({seconds:.0f} s)")
+            for name, entry in known.items():
+                if entry["status"] == "failed":
+                    how = "its time was over" if entry["exit"] is None else f"exit status {entry['exit']}"
+                    last = [line.strip() for line in entry["tail"].splitlines() if line.strip()][-2:]
+                    found.append(f"  {name}: {how}: {' | '.join(last)}"[:240])
+            found += self._failures(piece)
+        if len(found) > LONGEST:
+            found = [*found[: LONGEST - 1], f"... {len(found) - LONGEST + 1} more lines: see {STATE}"]
+        return found
+
+    def _failures(self, piece: str) -> list[str]:
+        """The tests of a piece that failed, from pytest's report."""
+        report = self.work / f"{piece}.xml"
+        if piece not in self.state or not report.is_file():
+            return []
+        try:
+            cases = list(ElementTree.parse(report).iter("testcase"))
+        except ElementTree.ParseError:
+            return [f"  {report.name} is incomplete"]
+        bad = [
+            (case, case.find(kind)) for kind in ("failure", "error") for case in cases if case.find(kind) is not None
+        ]
+        skipped = sum(case.find("skipped") is not None for case in cases)
+        lines = [f"  {len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"]
+        for case, how in bad[:10]:
+            message = (how.get("message") or "").splitlines() if how is not None else []
+            lines.append(f"  {case.get('classname')}::{case.get('name')}: {(message or [''])[0]}"[:200])
+        return lines
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)  # it leads a session of its own
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, also where time was too short for all; 1 where a command failed."""
+    parser = argparse.ArgumentParser(prog="python3 -m tools.gpu_run", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("out/gpu"), metavar="OUT", help="what is kept (default %(default)s)")
+    add("--work", type=Path, default=Path("build/gpu"), metavar="DIR", help="where pieces write (default %(default)s)")
+    add("--piece", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    add("--limit", type=float, default=480.0, metavar="SECONDS", help="for this call (default %(default)g)")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="default %(default)s; cpu rehearses")
+    add("--quick", action="store_true", help="the smallest arguments that run the same code: a rehearsal")
+    add("--again", action="store_true", help="repeat what has ended")
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.quick:
+        parser.error("argument --device: cpu is for rehearsals, with --quick")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have set it to be ignored
+    run = Run(args.output, args.work, args.device, args.quick, args.limit)
+    try:
+        run.do(args.piece, args.again)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on")
+    run.save()
+    print("\n".join(run.summary()))
+    return int(any(entry["status"] == "failed" for piece in args.piece for entry in run.state.get(piece, {}).values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
