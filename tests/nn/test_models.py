@@ -13,7 +13,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import resfuse.nn as rnn
 from resfuse import models as zoo
 from resfuse.nn import PlainBlock, ZeroPadShortcut
 from tests import models
@@ -118,62 +117,6 @@ def test_inference_without_gradients(name: str, dtype: torch.dtype) -> None:
                 errors = [(model(given) - expected).norm() / expected.norm() for model in (fused, eager)]
                 assert errors[0] <= 3 * errors[1] + torch.finfo(dtype).eps
                 assert torch.equal(given, kept)
-
-
-BLOCKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
-    "plain": (rnn.PlainBlock, lambda: twins.Plain(16, 32, 2, "B")),
-    "bottleneck-v1": (rnn.BottleneckV1, lambda: twins.BottleneckV1(16, 8, 2, "B")),
-    "bottleneck-A": (rnn.Bottleneck, lambda: twins.Bottleneck(16, 8, 2, "A")),
-    "preact": (rnn.PreActBasicBlock, lambda: twins.PreActBasic(16, 32, 2, "B", False)),
-    "preact-A": (rnn.PreActBasicBlock, lambda: twins.PreActBasic(16, 32, 2, "A", False)),
-    "preact-bottleneck-A": (rnn.PreActBottleneck, lambda: twins.PreActBottleneck(16, 8, 2, "A", False)),
-}
-
-
-def own_block(name: str) -> tuple[nn.Module, nn.Module]:
-    """A block with the shortcut of its twin, and the twin, with one state."""
-    cls, make = BLOCKS[name]
-    eager = models.seeded(make)
-    shortcut: nn.Module | None = None
-    if name.endswith("-A"):
-        shortcut = ZeroPadShortcut(16, 32, 2)
-    elif name == "bottleneck-v1":
-        shortcut = rnn.Projection(16, 32, 2)
-    elif name == "preact":
-        shortcut = nn.Conv2d(16, 32, 1, 2, bias=False)
-    fused = cls(16, 32 // cls.expansion, 2, shortcut)  # type: ignore[attr-defined]
-    fused.load_state_dict(eager.state_dict())
-    return fused, eager
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_keep_the_contract(name: str, training: bool, memory_format: torch.memory_format) -> None:
-    """In float32, on the backend of this machine."""
-    fused, eager = own_block(name)
-    input = models.decided_input(eager.train(training), (3, 16, 11, 9)).to(memory_format=memory_format)
-    models.assert_contract(fused.train(training), eager, input)
-
-
-@pytest.mark.parametrize("name", ["cifar-resnet20", "resnet18-A", "cifar-preact20-A", "cifar-preact29-bottleneck-B"])
-def test_autocast(name: str) -> None:
-    """The dtypes of eager, and its values within what bfloat16 leaves of a network."""
-    fused, eager = (model.float() for model in pair(name))
-    truth = copy.deepcopy(eager)
-    input = image(name)
-    for training in (True, False):
-        for model in (fused, eager, truth):
-            model.train(training)
-        expected = truth(input)
-        with torch.autocast("cpu", torch.bfloat16):
-            found, rounded = fused(input), eager(input)
-        assert found.dtype == rounded.dtype
-        errors = [(output - expected).norm() / expected.norm() for output in (found, rounded)]
-        assert errors[0] <= 2 * errors[1] + 0.02
-        found.sum().backward()
-        for parameter in fused.parameters():
-            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
