@@ -15,7 +15,7 @@ from resfuse.ops.library import FunctionContext, define, must_differentiate
 from resfuse.types import BatchNorm, Convolution
 
 NeedsGrad = tuple[bool, ...]
-"""Whether the input, the weight and the bias of a convolution need a gradient."""
+"""True for those of (input, weight, bias) of a convolution that need a gradient."""
 
 
 def run(

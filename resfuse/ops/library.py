@@ -21,7 +21,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 
 def must_differentiate(grad_output: torch.Tensor) -> bool:
-    """Whether a backward pass has to consist of differentiable operations that PyTorch can transform.
+    """True if a backward pass has to consist of differentiable operations that PyTorch can transform.
 
     With create_graph=True the gradient is itself differentiated; with is_grads_batched=True it runs under vmap.
     """
