@@ -93,7 +93,7 @@ CONVOLUTIONS: dict[str, Convolution] = {
     "one_input_channel": Convolution((4, 1, 9, 9), 8, (5, 5), (2, 2), (2, 2)),
     "one_output_channel": Convolution((4, 20, 6, 6), 1, (3, 3), padding=(1, 1)),
     "one_image": Convolution((1, 16, 8, 8), 24, (3, 3), padding=(1, 1)),
-    "one_pixel": Convolution((8, 40, 1, 1), 24, (1, 1)),
+    "one_pixel": Convolution((19, 40, 1, 1), 24, (1, 1)),
     "to_one_pixel": Convolution((8, 9, 3, 3), 16, (3, 3)),
     "narrower_than_stride": Convolution((6, 16, 5, 1), 17, (3, 3), (2, 2), (1, 1)),
     "padding_beyond_kernel": Convolution((2, 6, 4, 4), 5, (1, 1), padding=(2, 1)),
