@@ -60,7 +60,7 @@ MUTANTS = tuple(Mutant(*row) for row in (
      "tests/ops/test_known_bugs.py::test_gradients_flow_to_a_frozen_layers_input_only"),
     ("registered operator swaps padding and dilation", "resfuse/ops/conv_bn_act.py",
      "tuple(padding), tuple(dilation), groups", "tuple(dilation), tuple(padding), groups",
-     "tests/systems/test_compile.py::test_compiled_equals_eager"),
+     "tests/systems/test_compile.py::test_settings_of_a_convolution"),
     ("fake promises other strides", "resfuse/ops/conv_bn_act.py",
      "    memory_format = conv_memory_format(input, conv_weight)\n    return torch.empty(",
      "    memory_format = torch.contiguous_format\n    return torch.empty(",
@@ -190,6 +190,10 @@ MUTANTS = tuple(Mutant(*row) for row in (
     ("stable ABI of another torch", "resfuse/_build.py",
      'MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]', "MACROS: list[str] = []",
      "tests/packaging/test_build.py"),
+    ("wrong provider gets a speed", "benchmarks/harness.py",
+     "        if complaint := workload.complaint(errors):\n",
+     "        if (complaint := workload.complaint(errors)) and graph:\n",
+     "tests/benchmarks/test_harness.py::test_a_wrong_provider_gets_no_speed"),
 ))
 # fmt: on
 

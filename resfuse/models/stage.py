@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -62,24 +61,16 @@ def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager[objec
     return nullcontext(), _TemporaryBuffers(blocks)
 
 
-class _TemporaryBuffers:
-    """Replaces the buffers of some modules by copies, so that updates to them are discarded."""
+class _TemporaryBuffers(ExitStack):
+    """Replaces the buffers of some modules by copies, so that updates to them are discarded; may be entered again."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
         self.modules = modules
-        self.originals: list[tuple[nn.Module, str, Tensor]] = []
 
-    def __enter__(self) -> None:
-        for root in self.modules:
-            for module in root.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        self.originals.append((module, name, buffer))
-                        module._buffers[name] = buffer.clone()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for module, name, buffer in self.originals:
-            module._buffers[name] = buffer
-        self.originals.clear()
+    def __enter__(self) -> _TemporaryBuffers:
+        for module in (module for root in self.modules for module in root.modules()):
+            buffers = module._buffers
+            self.callback(buffers.update, buffers.copy())
+            buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+        return super().__enter__()

@@ -92,6 +92,8 @@ def test_split_k_is_at_most_the_number_of_steps(channels: int, split_k: int) -> 
         x, w = meta(1, channels, 7, 7), meta(512, channels, 3, 3)
         chosen = plan.conv_plan("forward", x, w, UNIT._replace(padding=(1, 1)), H100)
     assert chosen.config.split_k == split_k
+    with plan.forced("train", SPLIT):
+        assert plan.conv_plan("train", x, w, UNIT, H100).constants.split_k == 1, "batch statistics need whole sums"
 
 
 @pytest.mark.usefixtures("one_multiprocessor")
