@@ -112,16 +112,11 @@ class Tracer:
             for owner in _owners(module):
                 for name, tensor in owner.items():
                     if isinstance(tensor, Tensor) and not hasattr(tensor, "fake_mode"):
-                        if id(tensor) not in fakes:
-                            fakes[id(tensor)] = self._fake(tensor)
-                        owner[name] = fakes[id(tensor)]
+                        owner[name] = fakes.setdefault(id(tensor), self._fake(tensor))
 
     def _fake(self, tensor: Tensor) -> Tensor:
         with self._mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
-            if isinstance(tensor, nn.Parameter):
-                return nn.Parameter(fake, tensor.requires_grad)
-            return fake.requires_grad_(tensor.requires_grad)
+            return _empty(tensor, self._device)
 
 
 def expanded(run: Run) -> list[Run]:
@@ -231,10 +226,8 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
     try:
         for module in model.modules():
             memo |= {id(hook): _do_nothing for name in _HOOKS for hook in getattr(module, name).values()}
-            for tensor in (value for owner in _owners(module) for value in owner.values() if isinstance(value, Tensor)):
-                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+            tensors = (value for owner in _owners(module) for value in owner.values() if isinstance(value, Tensor))
+            memo |= {id(tensor): _empty(tensor, torch.device("meta")) for tensor in tensors}
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
@@ -242,6 +235,12 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         if isinstance(module, _BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # the average would need a counter's value, and costs the same
     return copied
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(empty, tensor.requires_grad) if parameter else empty.requires_grad_(tensor.requires_grad)
 
 
 def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -11,7 +11,7 @@ from resfuse.backends import dispatch, reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
-from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.ops.library import define, must_differentiate
 from resfuse.types import BatchNorm, Convolution
 
 NeedsGrad = tuple[bool, ...]
@@ -164,7 +164,7 @@ class ConvBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionContext,
+        ctx: Any,
         input: Tensor,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
@@ -185,7 +185,7 @@ class ConvBNActFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
         input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
@@ -220,7 +220,7 @@ class ConvBNActFunction(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(ctx: FunctionContext, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
+def _differentiable_backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations, from the inputs themselves."""
     input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
     z = reference.conv_forward(input, conv_weight, conv_bias, ctx.convolution)

@@ -19,7 +19,7 @@ from resfuse.backends import dispatch
 from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import FunctionContext, define
+from resfuse.ops.library import define
 from resfuse.types import BatchNorm
 
 Group = Any
@@ -165,7 +165,7 @@ class SyncBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionContext,
+        ctx: Any,
         input: Tensor,
         mean: Tensor,
         invstd: Tensor,
@@ -185,7 +185,7 @@ class SyncBNActFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd, count = ctx.saved_tensors
         request = IN_FORCE if torch.compiler.is_compiling() else ctx.request
         args = (grad_output, input, output, mean, invstd)
