@@ -37,8 +37,7 @@ class AddReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor) -> Tensor:
         output = run(input, residual)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         ctx.save_for_backward(output)
         return output
 

@@ -149,8 +149,7 @@ class BNActFunction(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, mean, invstd = run(input, bn, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.relu, ctx.eps = bn.training, relu, bn.eps
@@ -166,8 +165,7 @@ class BNActFunction(torch.autograd.Function):
         if must_differentiate(grad_output):
             grads: Any = differentiable_backward(*args, ctx.eps)
         else:  # without a ReLU the residual's gradient is grad_output itself
-            request = None if torch.compiler.is_compiling() else ctx.request
-            grads = backward(*args, needs_input, needs_residual and ctx.relu, request)
+            grads = backward(*args, needs_input, needs_residual and ctx.relu, ctx.request)
         grad_input, grad_weight, grad_bias, grad_residual = grads
         return (
             grad_input if needs_input else None,

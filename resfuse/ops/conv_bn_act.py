@@ -175,8 +175,7 @@ class ConvBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, z, mean, invstd = run(input, conv_weight, conv_bias, convolution, bn, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.relu, ctx.eps, ctx.convolution = bn.training, relu, bn.eps, convolution
@@ -193,18 +192,17 @@ class ConvBNActFunction(torch.autograd.Function):
         if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
-            request = None if torch.compiler.is_compiling() else ctx.request
             if z is None and needs_weight:
-                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, request)
+                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, ctx.request)
             elif z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
                 z = grad_output
             # Without a ReLU the residual's gradient is grad_output itself.
             grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
                 grad_output, z, output, weight, mean, invstd, ctx.training,
-                any(needs_conv), needs_residual and ctx.relu, request,
+                any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
             if grad_z is not None:
-                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), request)
+                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), ctx.request)
         return (
             *(grad if needed else None for grad, needed in zip(grads, needs_conv, strict=True)),
             bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs_residual else None,
