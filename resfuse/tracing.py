@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +156,7 @@ class _Recorder(TorchDispatchMode):
     def module_names(self) -> Iterator[None]:
         """Follow the calls of modules: not by hooks, which would keep them from being fused."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        module_class: Any = nn.Module
-        call: Callable[..., Any] = module_class.__call__
+        call: Callable[..., Any] = nn.Module.__call__
 
         def followed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._stack.append(names.get(id(module), self._stack[-1]))
@@ -165,11 +165,8 @@ class _Recorder(TorchDispatchMode):
             finally:
                 self._stack.pop()
 
-        module_class.__call__ = followed
-        try:
+        with mock.patch.object(nn.Module, "__call__", followed):
             yield
-        finally:
-            module_class.__call__ = call
 
     def _record(self, run: Run) -> None:
         node: Any = torch._C._current_autograd_node()
@@ -191,12 +188,8 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def _as_if_compiling() -> Iterator[None]:
     """Inside, resfuse's functions call their registered operators, which modes see, instead of the backends."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
         yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def _as_tensor(number: int, input: Any, dtype: torch.dtype) -> Tensor:
