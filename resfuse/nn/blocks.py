@@ -1,4 +1,4 @@
-"""BasicBlock and Bottleneck as in torchvision, the first published bottleneck, and the fused forward that `fuse_` gives to other libraries' blocks.
+"""The blocks of torchvision and of the paper, and the fused forward that `fuse_` gives to other libraries' blocks.
 
 Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
 the residual where that has no other reader: behind a projection and, in a Sequential that passes the output of one
