@@ -1,10 +1,14 @@
 // torch <-> plain structs for the CPU kernels, on the stable ABI.  Schemas are in resfuse/backends/cpu.py, which also
-// allocates every tensor that is written here.
+// allocates every tensor that is written here but the outputs of convolutions.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "resfuse.h"
 
@@ -12,6 +16,7 @@ namespace {
 
 using resfuse::Activation;
 using resfuse::DType;
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -58,24 +63,36 @@ float* vector(const OptionalTensor& tensor, int64_t channels, const char* name) 
   return tensor ? vector(*tensor, channels, name) : nullptr;
 }
 
-void* data(const OptionalTensor& tensor, const Tensor& like, const char* name) {
+const void* data(const OptionalTensor& tensor, const Tensor& like, const char* name) {
   if (!tensor) return nullptr;
   check_like(*tensor, like, name);
   return tensor->data_ptr();
+}
+
+// The memory of a result, fresh from the allocator.
+void* written(const Tensor& tensor) {
+  resfuse::cpu::prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor.data_ptr();
+}
+
+void* written(const OptionalTensor& tensor, const Tensor& like, const char* name) {
+  if (!tensor) return nullptr;
+  check_like(*tensor, like, name);
+  return written(*tensor);
 }
 
 void add_relu_forward(Tensor input, Tensor residual, Tensor output) {
   check_like(residual, input, "residual");
   check_like(output, input, "output");
   resfuse::cpu::add_relu_forward(
-      {input.data_ptr(), residual.data_ptr(), output.data_ptr(), input.numel(), dtype_of(input, "input")});
+      {input.data_ptr(), residual.data_ptr(), written(output), input.numel(), dtype_of(input, "input")});
 }
 
 void add_relu_backward(Tensor grad_output, Tensor output, Tensor grad_input) {
   check_like(grad_output, output, "grad_output");
   check_like(grad_input, output, "grad_input");
   resfuse::cpu::add_relu_backward(
-      {grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr(), output.numel(), dtype_of(output, "output")});
+      {grad_output.data_ptr(), output.data_ptr(), written(grad_input), output.numel(), dtype_of(output, "output")});
 }
 
 void bn_statistics(Tensor input, Tensor mean, Tensor m2) {
@@ -98,7 +115,7 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(bias, channels, "bias"),
           nullptr,
           relu,
-          data(output, input, "output")};
+          written(output, input, "output")};
 }
 
 void bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
@@ -113,11 +130,18 @@ void bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean,
 }
 
 void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-                      OptionalTensor running_mean, OptionalTensor running_var, double momentum, double eps, bool relu,
-                      Tensor output, Tensor mean, Tensor invstd) {
+                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor statistics,
+                      double momentum, double eps, bool relu, Tensor output, Tensor mean, Tensor invstd) {
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
   const int64_t channels = apply.shape.channels;
-  resfuse::cpu::bn_train_forward({apply, vector(mean, channels, "mean"), vector(invstd, channels, "invstd"),
+  const double* known = nullptr;
+  if (statistics) {
+    STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Double && statistics->is_contiguous() &&
+                        statistics->numel() == 2 * channels,
+                    "statistics: expected the mean and M2 of each channel in float64");
+    known = static_cast<const double*>(statistics->data_ptr());
+  }
+  resfuse::cpu::bn_train_forward({apply, known, vector(mean, channels, "mean"), vector(invstd, channels, "invstd"),
                                   vector(running_mean, channels, "running_mean"),
                                   vector(running_var, channels, "running_var"), momentum, eps});
 }
@@ -129,7 +153,7 @@ void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output,
   resfuse::cpu::bn_backward_reduce({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
                                     data(output, input, "output"), vector(mean, channels, "mean"),
                                     vector(invstd, channels, "invstd"), vector(sum_g, channels, "sum_g"),
-                                    vector(sum_g_xhat, channels, "sum_g_xhat"), data(masked, input, "masked")});
+                                    vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
 }
 
 void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight, Tensor mean,
@@ -140,78 +164,175 @@ void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, 
                                    data(output, input, "output"), vector(mean, channels, "mean"),
                                    vector(invstd, channels, "invstd"), vector(weight, channels, "weight"),
                                    vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count,
-                                   data(grad_input, input, "grad_input")});
+                                   written(grad_input, input, "grad_input")});
 }
 
-bool rows_live(Tensor values) {
-  const Activation shape = activation(values, "values");
-  STD_TORCH_CHECK(shape.channels_last, "values: expected channels_last");
-  return resfuse::cpu::rows_live({values.data_ptr(), shape.batch * shape.pixels, shape.channels, shape.dtype});
+resfuse::ConvVector conv_vector(const OptionalTensor& tensor, int64_t filters, const char* name) {
+  if (!tensor) return {nullptr, 0, DType::float32};
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == filters, name, ": expected a vector of ", filters,
+                  " elements");
+  return {tensor->data_ptr(), tensor->stride(0), dtype_of(*tensor, name)};
 }
 
-bool copy_finite(Tensor input, OptionalTensor output) {
-  return resfuse::cpu::copy_finite(
-      {input.data_ptr(), data(output, input, "output"), input.numel(), dtype_of(input, "input")});
+bool is_dense_nhwc(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return (size[3] == 1 || stride[3] == size[1]) && (size[2] == 1 || stride[2] == size[3] * size[1]) &&
+         (size[1] == 1 || stride[1] == 1) && (size[0] == 1 || stride[0] == size[2] * size[3] * size[1]);
 }
 
-// Whether the elements fill one block of the processor's memory that starts at data_ptr.
-bool fills_a_block(const Tensor& tensor) {
-  if (!tensor.is_cpu() || tensor.layout() != torch::headeronly::Layout::Strided) return false;
-  int64_t last = 0;
-  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
-  return tensor.numel() > 0 && last + 1 == tensor.numel();
+// As resfuse.layout.is_channels_last: strides decide, where both orders are the same memory.
+bool is_channels_last(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
-resfuse::SnapshotSource snapshot_source(const Tensor& conv_weight, const Tensor& running_mean,
-                                        const Tensor& running_var, const OptionalTensor& weight,
-                                        const OptionalTensor& bias, const OptionalTensor& conv_bias) {
-  resfuse::SnapshotSource source{};
-  auto add = [&, i = 0](const Tensor* tensor) mutable {
-    if (tensor != nullptr) {
-      const int64_t size = tensor->element_size();
-      source.shapes[i] = tensor->numel() << 16 | tensor->dim() << 8 | size;
-      source.vectors[i] = {tensor->data_ptr(), tensor->numel() * size};
-    }
-    ++i;
-  };
-  add(&running_mean);
-  add(&running_var);
-  for (const auto* tensor : {&weight, &bias, &conv_bias}) add(*tensor ? &**tensor : nullptr);
-  source.element_size = conv_weight.element_size();
-  source.weight = {conv_weight.data_ptr(), conv_weight.numel() * source.element_size};
-  return source;
+Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-bool fill_blocks(const Tensor& conv_weight, const Tensor& running_mean, const Tensor& running_var,
-                 const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& conv_bias) {
-  for (const auto* tensor : {&conv_weight, &running_mean, &running_var})
-    if (!fills_a_block(*tensor)) return false;
-  for (const auto* tensor : {&weight, &bias, &conv_bias})
-    if (*tensor && !fills_a_block(**tensor)) return false;
-  return true;
+Tensor empty_nhwc(const resfuse::Convolution& conv) {
+  const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
+  const int64_t size[] = {conv.batch, channels, height, width};
+  const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
+  const bool wide = conv.dtype == DType::float32;
+  const Tensor tensor = empty(4, size, stride, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+  written(tensor);
+  return tensor;
 }
 
-bool snapshot(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight, OptionalTensor bias,
-              OptionalTensor conv_bias, Tensor into) {
-  if (!fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias)) return false;
-  const auto source = snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias);
-  STD_TORCH_CHECK(into.numel() == resfuse::cpu::snapshot_size(source), "into: expected ",
-                  resfuse::cpu::snapshot_size(source), " bytes, got ", into.numel());
-  resfuse::cpu::snapshot(source, static_cast<uint8_t*>(into.data_ptr()));
-  return true;
+// The convolution's result is channels_last if its input or weight is: PyTorch's own rule.
+Tensor in_result_format(const Tensor& output, const Tensor& input, const Tensor& weight) {
+  return is_channels_last(input) || is_channels_last(weight) ? output : torch::stable::contiguous(output);
 }
 
-bool snapshot_matches(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                      OptionalTensor bias, OptionalTensor conv_bias, Tensor taken) {
-  return fill_blocks(conv_weight, running_mean, running_var, weight, bias, conv_bias) &&
-         resfuse::cpu::snapshot_matches(
-             snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias),
-             static_cast<const uint8_t*>(taken.data_ptr()), taken.numel());
+Tensor to_nhwc(const Tensor& tensor) {
+  return is_dense_nhwc(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
-int64_t snapshot_size(Tensor conv_weight, Tensor running_mean, Tensor running_var, OptionalTensor weight,
-                      OptionalTensor bias, OptionalTensor conv_bias) {
-  return resfuse::cpu::snapshot_size(snapshot_source(conv_weight, running_mean, running_var, weight, bias, conv_bias));
+// The input as kernels read it.  They convert NCHW while they pack it, which for a 1x1 kernel costs more than a copy.
+Tensor readable(const Tensor& input, const Tensor& weight) {
+  return input.size(1) > 4 && input.stride(1) != 1 && weight.size(2) == 1 && weight.size(3) == 1 ? to_nhwc(input)
+                                                                                                 : input;
+}
+
+// stride, padding, dilation (vertical, horizontal) and groups, in this order.
+struct Settings {
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+
+  explicit Settings(const std::vector<int64_t>& list) {
+    STD_TORCH_CHECK(list.size() == 7, "settings: expected 7 numbers, got ", list.size());
+    stride_h = list[0], stride_w = list[1], padding_h = list[2], padding_w = list[3];
+    dilation_h = list[4], dilation_w = list[5], groups = list[6];
+  }
+};
+
+// Shapes and strides of a convolution of an input with so many filters of `group_channels` channels each.
+resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_bias,
+                               int64_t filters, int64_t group_channels, const Settings& settings) {
+  const auto size = input.sizes(), kernel = weight.sizes(), in = input.strides(), of = weight.strides();
+  STD_TORCH_CHECK(settings.groups > 0 && filters % settings.groups == 0 && size[1] == group_channels * settings.groups,
+                  "conv_weight: its channels and groups do not fit the input");
+  resfuse::ConvForward args{};
+  resfuse::Convolution& conv = args.conv;
+  conv.batch = size[0], conv.channels = size[1], conv.height = size[2], conv.width = size[3];
+  conv.filters = filters, conv.kernel_h = kernel[2], conv.kernel_w = kernel[3];
+  conv.stride_h = settings.stride_h, conv.stride_w = settings.stride_w;
+  conv.padding_h = settings.padding_h, conv.padding_w = settings.padding_w;
+  conv.dilation_h = settings.dilation_h, conv.dilation_w = settings.dilation_w;
+  conv.groups = settings.groups;
+  conv.dtype = dtype_of(input, "input");
+  conv.out_height = (size[2] + 2 * conv.padding_h - conv.dilation_h * (kernel[2] - 1) - 1) / conv.stride_h + 1;
+  conv.out_width = (size[3] + 2 * conv.padding_w - conv.dilation_w * (kernel[3] - 1) - 1) / conv.stride_w + 1;
+  STD_TORCH_CHECK(conv.out_height > 0 && conv.out_width > 0, "input: smaller than the kernel");
+  args.input = input.data_ptr();
+  args.weight = weight.data_ptr();
+  args.weight_dtype = dtype_of(weight, "conv_weight");
+  STD_TORCH_CHECK(args.weight_dtype == DType::float32 || conv.dtype == DType::bfloat16,
+                  "conv_weight: bfloat16, but the input is float32");
+  // Strides of dimensions of one element have no meaning: those of dense memory let the kernels see that it is dense.
+  args.input_strides[1] = size[1] == 1 ? 1 : in[1];
+  args.input_strides[3] = size[3] == 1 ? size[1] * args.input_strides[1] : in[3];
+  args.input_strides[2] = size[2] == 1 ? size[3] * args.input_strides[3] : in[2];
+  args.input_strides[0] = size[0] == 1 ? size[2] * args.input_strides[2] : in[0];
+  args.weight_strides = {filters / conv.groups * of[0], of[0], of[1], of[2], of[3]};
+  args.conv_bias = conv_vector(conv_bias, filters, "conv_bias");
+  if (conv.dtype == DType::bfloat16) args.products = resfuse::cpu::bfloat16_products();
+  return args;
+}
+
+Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor running_mean,
+                              OptionalTensor running_var, OptionalTensor bn_weight, OptionalTensor bn_bias,
+                              OptionalTensor residual, std::vector<int64_t> settings, double eps, bool relu,
+                              bool overwrite_residual) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
+  const Tensor read = readable(input, weight);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
+  const resfuse::Convolution& conv = args.conv;
+  args.running_mean = conv_vector(running_mean, conv.filters, "running_mean");
+  args.running_var = conv_vector(running_var, conv.filters, "running_var");
+  args.bn_weight = conv_vector(bn_weight, conv.filters, "weight");
+  args.bn_bias = conv_vector(bn_bias, conv.filters, "bias");
+  args.eps = eps;
+  args.relu = relu;
+  bool in_place = false;
+  if (residual) {
+    const auto size = residual->sizes();
+    STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == input.scalar_type() && size[0] == conv.batch &&
+                        size[1] <= conv.filters && size[2] == conv.out_height && size[3] == conv.out_width,
+                    "residual: its shape or dtype does not fit the output");
+    in_place = overwrite_residual && size[1] == conv.filters && is_dense_nhwc(*residual);
+    residual = to_nhwc(*residual);
+    args.residual = residual->data_ptr();
+    args.residual_channels = size[1];
+  }
+  const Tensor output = in_place ? *residual : empty_nhwc(conv);
+  args.output = output.data_ptr();
+  resfuse::cpu::conv_forward(args);
+  return in_result_format(output, input, weight);
+}
+
+// z = conv(input) + conv_bias, and its mean and M2 per channel, in float64.
+std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, OptionalTensor conv_bias,
+                                                   std::vector<int64_t> settings) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
+  const Tensor read = readable(input, weight);
+  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
+  const Tensor output = empty_nhwc(args.conv);
+  const int64_t size[] = {2, args.conv.filters}, stride[] = {args.conv.filters, 1};
+  const Tensor statistics = empty(2, size, stride, aoti_torch_dtype_float64());
+  args.output = output.data_ptr();
+  args.statistics = static_cast<double*>(statistics.data_ptr());
+  resfuse::cpu::conv_forward(args);
+  return {in_result_format(output, input, weight), statistics};
+}
+
+// The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.
+Tensor conv_input_grad(Tensor grad_output, Tensor weight, std::vector<int64_t> settings) {
+  Settings turned(settings);
+  STD_TORCH_CHECK(grad_output.dim() == 4 && weight.dim() == 4 && grad_output.size(1) == weight.size(0),
+                  "grad_output, conv_weight: shapes do not fit each other");
+  const auto size = weight.sizes(), stride = weight.strides();
+  const int64_t filters = size[0] / turned.groups;
+  turned.padding_h = turned.dilation_h * (size[2] - 1) - turned.padding_h;
+  turned.padding_w = turned.dilation_w * (size[3] - 1) - turned.padding_w;
+  STD_TORCH_CHECK(turned.stride_h == 1 && turned.stride_w == 1, "stride: expected 1");
+  STD_TORCH_CHECK(turned.padding_h >= 0 && turned.padding_w >= 0, "padding: wider than the kernel");
+  const Tensor read = readable(grad_output, weight);
+  resfuse::ConvForward args = conv_args(read, weight, {}, size[1] * turned.groups, filters, turned);
+  const int64_t element = args.weight_dtype == DType::float32 ? 4 : 2;
+  args.weight =
+      static_cast<const char*>(weight.data_ptr()) + ((size[2] - 1) * stride[2] + (size[3] - 1) * stride[3]) * element;
+  args.weight_strides = {filters * stride[0], stride[1], stride[0], -stride[2], -stride[3]};
+  const Tensor output = empty_nhwc(args.conv);
+  args.output = output.data_ptr();
+  resfuse::cpu::conv_forward(args);
+  return output;
+}
+
+std::string bfloat16_products() {
+  return resfuse::cpu::bfloat16_products() == resfuse::BFloat16Products::pairs ? "pairs" : "widened";
 }
 
 std::string instruction_set() { return resfuse::cpu::instruction_set(); }
@@ -227,13 +348,12 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_train_forward", TORCH_BOX(&bn_train_forward));
   m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
-  m.impl("rows_live", TORCH_BOX(&rows_live));
-  m.impl("copy_finite", TORCH_BOX(&copy_finite));
-  m.impl("snapshot", TORCH_BOX(&snapshot));
-  m.impl("snapshot_size", TORCH_BOX(&snapshot_size));
+  m.impl("conv_inference_forward", TORCH_BOX(&conv_inference_forward));
+  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
+  m.impl("conv_statistics_forward", TORCH_BOX(&conv_statistics_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {
+  m.impl("bfloat16_products", TORCH_BOX(&bfloat16_products));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
-  m.impl("snapshot_matches", TORCH_BOX(&snapshot_matches));  // false for tensors of another device
 }

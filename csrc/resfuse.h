@@ -69,6 +69,7 @@ struct BnEvalForward {
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, then BnApply.
 struct BnTrainForward {
   BnApply apply;
+  const double* statistics;           // mean and M2 of each channel where they are known, or null
   float *mean, *invstd;               // the same memory as apply.mean and apply.invstd
   float *running_mean, *running_var;  // or null
   double momentum, eps;
@@ -98,36 +99,49 @@ struct BnBackwardApply {
   void* grad_input;
 };
 
-// Of `rows` pixels with `channels` values each: does every one have a value that is positive and finite?
-struct RowsLive {
-  const void* values;
-  int64_t rows, channels;
+// A convolution on NHWC memory: input (batch, height, width, channels), weight (filters, kernel_h, kernel_w,
+// channels / groups), output (batch, out_height, out_width, filters).
+struct Convolution {
+  int64_t batch, height, width, channels;
+  int64_t filters, kernel_h, kernel_w;
+  int64_t out_height, out_width;
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int64_t groups;
   DType dtype;
+  bool tf32;  // float32 only: products of 11 significant bits, on tensor cores
 };
 
-// output = input, and whether all of it is finite.
-struct CopyFinite {
-  const void* input;
-  void* output;  // or null: look only
-  int64_t numel;
-  DType dtype;
-};
-
-// A piece of memory.
-struct Bytes {
+// Values per channel that need not be contiguous.
+struct ConvVector {
   const void* data;  // or null
-  int64_t size;
+  int64_t stride;
+  DType dtype;
 };
 
-// The tensors that a folded, packed convolution weight was made from.  A snapshot holds the shapes (as one number each)
-// and all bytes of the per-channel vectors, and kSnapshotSamples elements of the weight, evenly spaced.
-struct SnapshotSource {
-  int64_t shapes[5];
-  Bytes vectors[5];
-  Bytes weight;
-  int64_t element_size;
+// Elements from one group, filter of a group, channel of a group, row and column of a weight to the next.
+struct WeightStrides {
+  int64_t group, filter, channel, row, column;
 };
-constexpr int64_t kSnapshotSamples = 32;
+
+// How bfloat16 is multiplied: widened to float32, or in pairs by vdpbf16ps.
+enum class BFloat16Products : int32_t { widened, pairs };
+
+// output = act(BN(conv(input, weight) + conv_bias) + residual) on the CPU, or without BN where running_var is null.
+struct ConvForward {
+  Convolution conv;
+  const void *input, *weight;
+  int64_t input_strides[4];  // elements from one image, channel, row and column to the next
+  WeightStrides weight_strides;
+  DType weight_dtype;
+  const void* residual;  // NHWC, or null; may be `output` where it has as many channels
+  int64_t residual_channels;
+  void* output;  // NHWC
+  ConvVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
+  double eps;
+  bool relu;
+  BFloat16Products products;
+  double* statistics;  // receives the mean and M2 of each filter of the output: 2 x filters, or null
+};
 
 namespace cpu {
 void add_relu_forward(const AddReluForward& args);
@@ -138,12 +152,11 @@ void bn_eval_forward(const BnEvalForward& args);
 void bn_train_forward(const BnTrainForward& args);
 void bn_backward_reduce(const BnBackwardReduce& args);
 void bn_backward_apply(const BnBackwardApply& args);
-bool rows_live(const RowsLive& args);
-bool copy_finite(const CopyFinite& args);
-int64_t snapshot_size(const SnapshotSource& source);
-void snapshot(const SnapshotSource& source, uint8_t* into);
-bool snapshot_matches(const SnapshotSource& source, const uint8_t* taken, int64_t size);
+void conv_forward(const ConvForward& args);
+void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();
+// The faster of those that the processor has, measured once, or the one that RESFUSE_CPU_BF16 names.
+BFloat16Products bfloat16_products();
 }  // namespace cpu
 
 // Batch norm on a GPU: per-channel vectors in either dtype, so that no launch converts them.  The workspace has
@@ -215,18 +228,6 @@ struct BnBackwardApply {
 };
 
 }  // namespace cuda
-
-// A convolution on NHWC memory: input (batch, height, width, channels), weight (filters, kernel_h, kernel_w,
-// channels / groups), output (batch, out_height, out_width, filters).
-struct Convolution {
-  int64_t batch, height, width, channels;
-  int64_t filters, kernel_h, kernel_w;
-  int64_t out_height, out_width;
-  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int64_t groups;
-  DType dtype;
-  bool tf32;  // float32 only: products of 11 significant bits, on tensor cores
-};
 
 // Tiling of a convolution: one of the tiles listed in csrc/cuda/conv_launch.cuh; `splits` blocks share the K steps of a
 // tile (inference only); `launches` 1 or 2 is a request by tests, 0 takes one where all blocks are resident.

@@ -262,11 +262,15 @@ void bn_train_forward(const BnTrainForward& args) {
   const Activation& shape = args.apply.shape;
   const int64_t channels = shape.channels;
   const double count = static_cast<double>(shape.batch * shape.pixels);
-  std::vector<double> wide(2 * channels);
+  std::vector<double> wide(args.statistics != nullptr ? 0 : 2 * channels);
   std::vector<float> mean_low(channels);
-  statistics(shape, args.apply.input, wide.data(), wide.data() + channels);
+  const double* known = args.statistics;
+  if (known == nullptr) {
+    statistics(shape, args.apply.input, wide.data(), wide.data() + channels);
+    known = wide.data();
+  }
   for (int64_t c = 0; c < channels; ++c) {
-    const double mean = wide[c], m2 = wide[channels + c];
+    const double mean = known[c], m2 = known[channels + c];
     args.mean[c] = static_cast<float>(mean);
     mean_low[c] = static_cast<float>(mean - args.mean[c]);
     args.invstd[c] = static_cast<float>(1.0 / std::sqrt(m2 / count + args.eps));

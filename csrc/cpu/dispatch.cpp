@@ -50,6 +50,22 @@ const Choice& chosen() {
 
 }  // namespace
 
+BFloat16Products bfloat16_products() {
+  static const BFloat16Products products = [] {
+#if defined(__x86_64__)
+    if (chosen().kernels != &avx512::kernels || !__builtin_cpu_supports("avx512bf16")) return BFloat16Products::widened;
+    const char* asked = std::getenv("RESFUSE_CPU_BF16");
+    if (asked != nullptr && std::strcmp(asked, "widened") == 0) return BFloat16Products::widened;
+    if (asked != nullptr && std::strcmp(asked, "pairs") == 0) return BFloat16Products::pairs;
+    // Some processors have the instruction for the sake of the smaller tensors alone: it is slower than float32's.
+    const auto seconds = chosen().kernels->multiply_seconds;
+    if (seconds(BFloat16Products::pairs) < seconds(BFloat16Products::widened)) return BFloat16Products::pairs;
+#endif
+    return BFloat16Products::widened;
+  }();
+  return products;
+}
+
 const char* instruction_set() { return chosen().name; }
 void add_relu_forward(const AddReluForward& args) { chosen().kernels->add_relu_forward(args); }
 void add_relu_backward(const AddReluBackward& args) { chosen().kernels->add_relu_backward(args); }
@@ -59,7 +75,6 @@ void bn_eval_forward(const BnEvalForward& args) { chosen().kernels->bn_eval_forw
 void bn_train_forward(const BnTrainForward& args) { chosen().kernels->bn_train_forward(args); }
 void bn_backward_reduce(const BnBackwardReduce& args) { chosen().kernels->bn_backward_reduce(args); }
 void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backward_apply(args); }
-bool rows_live(const RowsLive& args) { return chosen().kernels->rows_live(args); }
-bool copy_finite(const CopyFinite& args) { return chosen().kernels->copy_finite(args); }
+void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args); }
 
 }  // namespace resfuse::cpu

@@ -1,4 +1,5 @@
-// Everything that is compiled once per instruction set.  The including file has set RESFUSE_ISA and the target.
+// Everything that is compiled once per instruction set.  The including file has set RESFUSE_ISA, the width of a vector
+// in floats (RESFUSE_ISA_LANES), how many of them a panel of filters has (RESFUSE_ISA_PANEL), and the target.
 // All names live in the namespace of the instruction set: the linker must not merge code of two of them.
 namespace resfuse::cpu::RESFUSE_ISA {
 namespace {
@@ -6,10 +7,22 @@ namespace {
 
 #include "add_relu.inl"
 #include "bn_act.inl"
-#include "finite.inl"
+
+#include "conv_vec.inl"
+
+#include "conv_plan.inl"
+
+#include "conv_pack.inl"
+#include "conv_tile.inl"
+
+#include "conv_gemm.inl"
+#include "conv_lanes.inl"
+#include "conv_winograd.inl"
+
+#include "conv.inl"
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,  bn_eval_forward,
-                         bn_train_forward, bn_backward_reduce, bn_backward_apply, rows_live, copy_finite};
+const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,     bn_eval_forward,
+                         bn_train_forward, bn_backward_reduce, bn_backward_apply, conv_forward, multiply_seconds};
 }  // namespace resfuse::cpu::RESFUSE_ISA

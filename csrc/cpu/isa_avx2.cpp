@@ -10,6 +10,8 @@
 #endif
 
 #define RESFUSE_ISA avx2
+#define RESFUSE_ISA_LANES 8
+#define RESFUSE_ISA_PANEL 1
 #include "isa.inl"
 
 #if defined(__clang__)

@@ -7,10 +7,14 @@
                              apply_to = function)
 #else
 #pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false, in GCC's own intrinsics
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2")
 #endif
 
 #define RESFUSE_ISA avx512
+#define RESFUSE_ISA_LANES 16
+#define RESFUSE_ISA_PANEL 2
+#define RESFUSE_ISA_PAIRS
 #include "isa.inl"
 
 #if defined(__clang__)

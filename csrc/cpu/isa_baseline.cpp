@@ -2,4 +2,6 @@
 #include "kernels.h"
 
 #define RESFUSE_ISA baseline
+#define RESFUSE_ISA_LANES 4
+#define RESFUSE_ISA_PANEL 1
 #include "isa.inl"

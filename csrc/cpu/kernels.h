@@ -2,13 +2,21 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../resfuse.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace resfuse::cpu {
@@ -22,8 +30,8 @@ struct Kernels {
   void (*bn_train_forward)(const BnTrainForward&);
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);
-  bool (*rows_live)(const RowsLive&);
-  bool (*copy_finite)(const CopyFinite&);
+  void (*conv_forward)(const ConvForward&);
+  double (*multiply_seconds)(BFloat16Products);
 };
 
 }  // namespace resfuse::cpu

@@ -6,10 +6,22 @@
 
 namespace resfuse::cpu {
 
+using torch::stable::get_num_threads;
 using torch::stable::parallel_for;
 
 // Elements below which a second thread costs more than it gains.
 constexpr int64_t kGrain = 16384;
+// The same for multiplications of a convolution.
+constexpr int64_t kSmallestShare = 1 << 18;
+
+// f(thread) for each of 0 .. threads - 1, at the same time where PyTorch has as many.
+template <class F>
+void run_threads(int64_t threads, const F& f) {
+  if (threads == 1) return f(0);
+  parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) f(thread);
+  });
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

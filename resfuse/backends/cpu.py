@@ -1,7 +1,4 @@
-"""The CPU backend: own C++ kernels for the memory-bound ops, oneDNN (in `cpu_conv`) for convolutions.
-
-float32 and bfloat16, NHWC and NCHW.  Every output is allocated here; the kernels only fill them.
-"""
+"""The CPU backend: own C++ kernels for float32 and bfloat16, NHWC and NCHW."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ import torch
 from torch import Tensor
 
 from resfuse import _extension
-from resfuse.backends import buffer_pool, cpu_kernels, reference
-from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, unsupported_convolution
+from resfuse.backends import cpu_kernels, reference
+from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, conv_statistics_forward
 from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
 from resfuse.types import BatchNorm, Convolution, Problem
 
@@ -43,8 +40,6 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.append(f"float32 and bfloat16 only, got {problem.dtype}")
     if 0 in problem.shape:
         reasons.append("an empty tensor")
-    if problem.convolution is not None and not reasons:
-        reasons.extend(unsupported_convolution(problem))
     return reasons
 
 
@@ -53,16 +48,21 @@ def instruction_set() -> str:
     return cpu_kernels.instruction_set()
 
 
+def bfloat16_products() -> str:
+    """How convolutions multiply bfloat16 on this processor: "pairs" (vdpbf16ps), or "widened" to float32."""
+    return cpu_kernels.bfloat16_products()
+
+
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
     input = gapless(input)
-    output = buffer_pool.empty_like(input)
+    output = torch.empty_like(input)
     cpu_kernels.add_relu_forward(input, ordered_like(residual, input), output)
     return output
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     output = gapless(output)
-    grad_input = buffer_pool.empty_like(output)
+    grad_input = torch.empty_like(output)
     cpu_kernels.add_relu_backward(ordered_like(grad_output, output), output, grad_input)
     return grad_input
 
@@ -71,16 +71,26 @@ def bn_act_forward(
     input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     input = dense(input)
-    output = buffer_pool.empty_like(input)
+    if bn.training:
+        return _bn_act_train(input, bn, residual, relu, None)
+    output = torch.empty_like(input)
+    if residual is not None:
+        residual = residual_for(output, residual)
+    cpu_kernels.bn_eval_forward(input, residual, *map(_float, bn[:4]), bn.eps, relu, output)
+    return output, None, None
+
+
+def _bn_act_train(
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool, statistics: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mean, invstd) of a dense input; `statistics` are its mean and M2 per channel, where they are known."""
+    output = torch.empty_like(input)
     if residual is not None:
         residual = residual_for(output, residual)
     means, variances, weight, bias = map(_float, bn[:4])
-    if not bn.training:
-        cpu_kernels.bn_eval_forward(input, residual, means, variances, weight, bias, bn.eps, relu, output)
-        return output, None, None
     mean, invstd = _two_vectors(input)
     cpu_kernels.bn_train_forward(
-        input, residual, weight, bias, means, variances, bn.momentum, bn.eps, relu, output, mean, invstd
+        input, residual, weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu, output, mean, invstd
     )
     copy_back(bn, means, variances)
     return output, mean, invstd
@@ -99,14 +109,14 @@ def bn_act_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = buffer_pool.empty_like(input) if needs_residual_grad else None
+    masked = torch.empty_like(input) if needs_residual_grad else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
     grad_input = None
     if needs_input_grad:
         if masked is not None:
             grad_output, output = masked, None
-        grad_input = buffer_pool.empty_like(input)
+        grad_input = torch.empty_like(input)
         count = input.numel() // input.shape[1] if training else 0
         cpu_kernels.bn_backward_apply(
             grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
@@ -124,16 +134,14 @@ def conv_bn_act_forward(
     relu: bool,
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    if not bn.training and not reference.unreliable_in_channels_last(
-        input.device, input.shape, conv_weight.shape, convolution.stride
-    ):
+    if not bn.training:
         output = conv_bn_act_inference(
             input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
         )
         return output, None, None, None
-    z = conv_forward(input, conv_weight, conv_bias, convolution)
-    output, mean, invstd = bn_act_forward(z, bn, residual, relu)
-    return output, z if bn.training else None, mean, invstd
+    z, statistics = conv_statistics_forward(input, conv_weight, conv_bias, convolution)
+    output, mean, invstd = _bn_act_train(z, bn, residual, relu, statistics)
+    return output, z, mean, invstd
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +160,7 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     input = dense(input)
-    output = buffer_pool.empty_like(input)
+    output = torch.empty_like(input)
     cpu_kernels.bn_apply(input, ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
     return output
 
@@ -162,7 +170,7 @@ def bn_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = grad_output if output is None else buffer_pool.empty_like(input)
+    masked = grad_output if output is None else torch.empty_like(input)
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(
         grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
@@ -183,7 +191,7 @@ def bn_backward_apply(
 ) -> Tensor:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    grad_input = buffer_pool.empty_like(input)
+    grad_input = torch.empty_like(input)
     cpu_kernels.bn_backward_apply(
         grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
     )

@@ -1,6 +1,6 @@
 """The kernels of csrc/cpu as operators: their schemas, whose implementations csrc/bindings_cpu.cpp registers.
 
-Every result is an argument, so that the caller decides where it lies.
+Every result is an argument, so that the caller decides where it lies, but for those of convolutions.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import torch
 
 _LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
-_PARAMETERS = (
-    "Tensor conv_weight, Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, Tensor? conv_bias"
-)
 for _schema in (
     "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
     "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
@@ -20,17 +17,19 @@ for _schema in (
     "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
     "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, bool relu, Tensor(c!) output, Tensor(d!) mean, "
-    "Tensor(e!) invstd) -> ()",
+    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, "
+    "Tensor(d!) mean, Tensor(e!) invstd) -> ()",
     "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
     "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
     "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
-    "rows_live(Tensor values) -> bool",
-    "copy_finite(Tensor input, Tensor(a!)? output) -> bool",
-    f"snapshot_size({_PARAMETERS}) -> int",
-    f"snapshot({_PARAMETERS}, Tensor(a!) into) -> bool",
-    f"snapshot_matches({_PARAMETERS}, Tensor taken) -> bool",
+    # settings: stride, padding, dilation (vertical, horizontal) and groups
+    "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int[] settings, float eps, bool relu, "
+    "bool overwrite_residual) -> Tensor",
+    "conv_input_grad(Tensor grad_output, Tensor conv_weight, int[] settings) -> Tensor",
+    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, int[] settings) -> (Tensor, Tensor)",
+    "bfloat16_products() -> str",
     "instruction_set() -> str",
 ):
     _LIBRARY.define(_schema)
@@ -39,15 +38,14 @@ _kernels = torch.ops.resfuse_cpu
 # Looked up once: `torch.ops.a.b.default` takes half a microsecond.
 add_relu_backward = _kernels.add_relu_backward.default
 add_relu_forward = _kernels.add_relu_forward.default
+bfloat16_products = _kernels.bfloat16_products.default
 bn_apply = _kernels.bn_apply.default
 bn_backward_apply = _kernels.bn_backward_apply.default
 bn_backward_reduce = _kernels.bn_backward_reduce.default
 bn_eval_forward = _kernels.bn_eval_forward.default
 bn_statistics = _kernels.bn_statistics.default
 bn_train_forward = _kernels.bn_train_forward.default
-copy_finite = _kernels.copy_finite.default
+conv_inference_forward = _kernels.conv_inference_forward.default
+conv_input_grad = _kernels.conv_input_grad.default
+conv_statistics_forward = _kernels.conv_statistics_forward.default
 instruction_set = _kernels.instruction_set.default
-rows_live = _kernels.rows_live.default
-snapshot = _kernels.snapshot.default
-snapshot_matches = _kernels.snapshot_matches.default
-snapshot_size = _kernels.snapshot_size.default

@@ -67,11 +67,12 @@ def test_module_entry() -> None:
 
 
 def test_info_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RESFUSE_CPU_POOL_MB", "77")
+    monkeypatch.setenv("RESFUSE_CPU_BF16", "widened")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert max(len(line) for line in text.splitlines()) <= 80
-    for expected in (resfuse.__version__, torch.__version__, "reference", "_cpu", "_cuda", "RESFUSE_CPU_POOL_MB", "77"):
+    asked = ("RESFUSE_CPU_BF16", "widened")
+    for expected in (resfuse.__version__, torch.__version__, "reference", "_cpu", "_cuda", *asked):
         assert expected in text
 
 

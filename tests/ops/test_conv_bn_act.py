@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import resfuse
-from resfuse.backends import buffer_pool, cpu_conv
 from tests import contract, shapes
 from tests.shapes import CONVOLUTIONS, DTYPES, FAST_DTYPES, LAYOUTS, Values, check_all, conv_bn_act_call, running
 
@@ -40,30 +39,6 @@ def test_several_tiles_in_the_interpreter() -> None:
     """Left out above: it takes seconds there."""
     for training in (True, False):
         check_all(conv_bn_act_call(CONVOLUTIONS["larger"], layout="nhwc", training=training))
-
-
-@MODES
-@FAST
-@pytest.mark.parametrize("conv", CONVOLUTIONS)
-def test_paths_of_large_outputs(conv: str, dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large outputs of the cpu backend lie in pooled memory and are accumulated onto zeros: here small ones are."""
-    if ("cpu", "cpu") not in running("conv_bn_act", dtype):
-        pytest.skip("the cpu backend does not run here")
-    monkeypatch.setattr(buffer_pool, "SMALLEST", 1)
-    monkeypatch.setattr(cpu_conv, "MAPPED_ANEW", 1)
-    monkeypatch.setattr(cpu_conv, "POOLED_GRADIENT", 1)
-    used = buffer_pool.allocated()
-    for layout, residual_layout in (("nhwc", "nhwc"), ("nhwc", None), ("nchw", "nhwc")):
-        call = conv_bn_act_call(
-            CONVOLUTIONS[conv], dtype, layout=layout, residual_layout=residual_layout, conv_bias=layout == "nchw",
-            training=training,
-        )  # fmt: skip
-        contract.Oracle(call).check("cpu")
-    assert buffer_pool.allocated() > used or buffer_pool._limit == 0
-    call.input[0, 0, 0, 0] = math.nan
-    with resfuse.use_backend("cpu"), torch.no_grad():
-        fused = contract.forward(contract.FUSED, call.map(torch.clone))
-    assert torch.equal(fused.isnan(), contract.forward(contract.EAGER, call.map(torch.clone)).isnan())
 
 
 @MODES

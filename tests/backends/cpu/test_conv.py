@@ -1,0 +1,240 @@
+"""The convolutions of the cpu backend: every path, instruction set and way of multiplying bfloat16."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resfuse
+from resfuse.backends import cpu
+from tests.backends.cpu.random_convolutions import Call, check, main
+
+pytestmark = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
+
+ROOT = Path(__file__).parents[3]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+# (N, C, H, W), K, kernel, stride, padding, dilation, groups
+PATHS = {
+    "in_place": ((2, 64, 9, 11), 96, 1, 1, 0, 1, 1),
+    "in_place_by_rows": ((1, 24, 28, 28), 40, 1, 2, 0, 1, 1),
+    "aliasing_channels": ((1, 1024, 7, 7), 64, 1, 1, 0, 1, 1),
+    "few_pixels": ((1, 512, 7, 7), 512, 3, 1, 1, 1, 1),
+    "one_pixel": ((2, 256, 1, 1), 64, 3, 1, 1, 1, 1),
+    "strided_1x1": ((2, 64, 15, 13), 128, 1, 2, 0, 1, 1),
+    "stem": ((1, 3, 61, 59), 64, 7, 2, 3, 1, 1),
+    "short_rows": ((3, 32, 7, 7), 48, 3, 2, 1, 1, 1),
+    "winograd": ((1, 64, 28, 28), 64, 3, 1, 1, 1, 1),
+    "winograd_odd": ((2, 32, 17, 21), 96, 3, 1, 0, 1, 1),
+    "winograd_wide_padding": ((2, 16, 13, 18), 32, 3, 1, 2, 1, 1),
+    "dilated": ((1, 40, 20, 20), 33, 3, 1, 2, 2, 1),
+    "depthwise": ((2, 72, 14, 15), 72, 3, 2, 1, 1, 72),
+    "small_groups": ((2, 64, 12, 12), 128, 3, 1, 1, 1, 16),
+    "large_groups": ((1, 96, 10, 10), 96, 3, 1, 1, 1, 3),
+    "many_filters": ((1, 48, 14, 14), 1000, 1, 1, 0, 1, 1),
+}
+
+
+def path_call(name: str, dtype: torch.dtype, *, residual: bool = True) -> Call:
+    shape, filters, kernel, stride, padding, dilation, groups = PATHS[name]
+    generator = torch.Generator().manual_seed(len(name))
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    input = randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    fan = shape[1] // groups * kernel**2
+    weight = (randn(filters, shape[1] // groups, kernel, kernel) * (2 / fan) ** 0.5).to(dtype)
+    settings = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (dilation,) * 2, "groups": groups}
+    output = F.conv2d(input, weight, None, *settings.values())
+    return Call(
+        input,
+        weight.contiguous(memory_format=torch.channels_last),
+        randn(filters) * 0.3,
+        randn(filters).square() + 0.5,
+        randn(filters),
+        randn(filters),
+        {"conv_bias": None, "residual": randn(*output.shape).to(dtype) if residual else None, "activation": "relu",
+         "eps": 1e-5, "pad_residual": False, **settings},
+    )  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("name", PATHS)
+def test_paths(name: str, dtype: torch.dtype) -> None:
+    for residual in (True, False):
+        check(path_call(name, dtype, residual=residual), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("name", PATHS)
+def test_not_finite(name: str, value: float, dtype: torch.dtype) -> None:
+    """NaN and Inf reach the elements that they reach in eager, through the ReLU too."""
+    call = path_call(name, dtype, residual=False)
+    call.input[0, 0, 0, 0] = value
+    call.input[-1, -1, -1, call.input.shape[3] // 2] = value
+    with torch.no_grad():
+        found, expected = call.fused(), call.eager(torch.float64)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+@DTYPES
+def test_random(dtype: torch.dtype) -> None:
+    main(0, 150, dtype)
+
+
+def random_problems(count: int, dtype: torch.dtype, **environment: str) -> None:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "tests.backends.cpu.random_convolutions", "1", str(count), str(dtype)[6:]]
+    environ = {**os.environ, **environment}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@DTYPES
+@pytest.mark.parametrize("instruction_set", ["avx2", "baseline"])
+def test_random_of_other_instruction_sets(instruction_set: str, dtype: torch.dtype) -> None:
+    random_problems(100, dtype, RESFUSE_CPU_ISA=instruction_set)
+
+
+@pytest.mark.parametrize("products", ["pairs", "widened"])
+def test_random_of_both_ways_to_multiply(products: str) -> None:
+    random_problems(100, torch.bfloat16, RESFUSE_CPU_BF16=products)
+
+
+@DTYPES
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "baseline"])
+def test_many_random(instruction_set: str, dtype: torch.dtype) -> None:
+    random_problems(2000, dtype, RESFUSE_CPU_ISA=instruction_set)
+
+
+def test_the_ways_to_multiply_can_be_asked_for() -> None:
+    code = "import resfuse; resfuse.available_backends(); print(resfuse.backends.cpu.bfloat16_products())"
+    found = set()
+    for asked in ("pairs", "widened"):
+        environ = {**os.environ, "RESFUSE_CPU_BF16": asked}
+        result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, cwd=ROOT)
+        found.add(result.stdout.strip())
+    has_pairs = cpu.instruction_set() == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    assert found == ({"pairs", "widened"} if has_pairs else {"widened"})
+
+
+@DTYPES
+@pytest.mark.parametrize("name", PATHS)
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dtype) -> None:
+    call = path_call(name, dtype)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                mean, var = call.running_mean.clone(), call.running_var.clone()
+                trained = resfuse.conv_bn_act(
+                    call.input, call.conv_weight, mean, var, call.weight, call.bias, training=True, **call.options
+                )
+                results.append((call.fused(), trained, mean, var))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+@DTYPES
+def test_float32_weight_with_another_input(dtype: torch.dtype) -> None:
+    """Autocast leaves the weight as it is, and nothing rounds it."""
+    call = path_call("winograd", dtype, residual=False)
+    call.conv_weight = torch.randn_like(call.conv_weight, dtype=torch.float32) * 0.05
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = call.fused()
+    truth = call.eager(torch.float64)
+    assert found.dtype == dtype
+    assert (found - truth).norm() / truth.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def by_optimizer(weight: Tensor) -> None:
+    weight.requires_grad_()
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.1).step()
+    weight.requires_grad_(False)
+
+
+ROUTES: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda weight: weight.data[3].zero_(),
+    "numpy": lambda weight: weight.detach().numpy().__setitem__(3, 0),
+    "one value": lambda weight: weight.data[3, 1].fill_(9.0),
+    "strides": lambda weight: setattr(weight, "data", weight.data.transpose(2, 3)),
+    "optimizer": by_optimizer,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["winograd", "stem", "depthwise", "few_pixels"])
+def test_edited_weights_are_seen_at_once(name: str, route: str) -> None:
+    call = path_call(name, torch.float32)
+    with torch.no_grad():
+        before = call.fused()
+    ROUTES[route](call.conv_weight)
+    check(call, torch.float32)
+    with torch.no_grad():
+        assert not torch.equal(call.fused(), before)
+
+
+def test_loaded_weights_are_seen_at_once() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.ReLU()).eval()
+    resfuse.fuse_(model)
+    input = torch.randn(1, 8, 9, 9)
+    with torch.no_grad():
+        model(input)
+        model.load_state_dict({name: torch.rand_like(value.float()) for name, value in model.state_dict().items()})
+        torch.testing.assert_close(model(input), torch.relu(model[1](model[0](input))))
+
+
+def test_results_can_be_resized() -> None:
+    call = path_call("stem", torch.float32, residual=False)
+    with torch.no_grad():
+        output = call.fused()
+        output.resize_(2, *output.shape[1:])
+        output.untyped_storage().resize_(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_out_of_scratch_names_the_size() -> None:
+    code = """
+import resource, torch, resfuse
+channels = 1 << 20
+input, weight = torch.zeros(1, channels, 1, 1), torch.zeros(32, channels, 1, 1)
+zeros, ones = torch.zeros(32), torch.ones(32)
+def run(input, weight):
+    with torch.no_grad(): return resfuse.conv_bn_act(input, weight, zeros, ones)
+run(input[:, :8], weight[:, :8])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20),) * 2)
+try: run(input, weight)
+except RuntimeError as error: print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "could not allocate" in result.stdout, result.stdout + result.stderr
+    assert "bytes of scratch" in result.stdout
+
+
+def test_random_calls_differ() -> None:
+    """The generator of problems reaches strides, groups and residuals of fewer channels."""
+    from tests.backends.cpu.random_convolutions import random_call
+
+    calls = [random_call(random.Random(seed), torch.float32) for seed in range(60)]
+    assert len({call.input.stride() for call in calls}) > 30
+    assert any(call.options["pad_residual"] for call in calls)
+    assert any(call.options["groups"] > 1 for call in calls)

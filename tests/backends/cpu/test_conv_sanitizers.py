@@ -1,0 +1,62 @@
+"""The convolution kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a library of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+from resfuse import _build
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+RUN = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+from resfuse import _extension
+_extension.mark_loaded("_cpu")
+from tests.backends.cpu.random_convolutions import main
+torch.set_num_threads(2)
+for dtype in (torch.float32, torch.bfloat16):
+    main(7, 150, dtype)
+print("clean")
+"""
+
+
+def sanitizer_library(name: str) -> str:
+    found = subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(found).is_absolute():
+        pytest.skip(f"the compiler has no lib{name}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sanitized") / "sanitized.so"
+    includes = [f"-I{directory}" for directory in cpp_extension.include_paths()]
+    links = [f"-L{directory}" for directory in cpp_extension.library_paths()]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+    flags = [flag for flag in _build.compile_flags("_cpu", debug=False)["cxx"] if not flag.startswith("-O")]
+    sources = map(str, _build.sources("_cpu"))
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", *flags, *sanitizers, *includes, *sources, *links]
+    subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "baseline"])
+def test_addresses_and_undefined_behaviour(library: Path, instruction_set: str) -> None:
+    environ = {
+        **os.environ,
+        "RESFUSE_CPU_ISA": instruction_set,
+        "LD_PRELOAD": f"{sanitizer_library('asan')} {sanitizer_library('ubsan')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, "-c", RUN, str(library)]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "clean" in result.stdout
