@@ -56,7 +56,7 @@ MUTANTS = tuple(Mutant(*row) for row in (
      "_widen(bn.running_mean).clone()", "_widen(bn.running_mean)",
      "tests/ops/test_autograd.py::test_statistics_of_an_eval_forward_survive_training"),
     ("gradients of a frozen layer skipped", "resfuse/ops/conv_bn_act.py",
-     "any(needs_conv), needs_residual and ctx.relu, request,", "needs_conv[1], needs_residual and ctx.relu, request,",
+     "any(needs_conv), needs_residual and ctx.relu, ctx.request,", "needs_conv[1], needs_residual and ctx.relu, ctx.request,",
      "tests/ops/test_known_bugs.py::test_gradients_flow_to_a_frozen_layers_input_only"),
     ("registered operator swaps padding and dilation", "resfuse/ops/conv_bn_act.py",
      "tuple(padding), tuple(dilation), groups", "tuple(dilation), tuple(padding), groups",
