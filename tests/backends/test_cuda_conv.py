@@ -27,7 +27,7 @@ DEVICES = [
     *(["cuda"] if cuda.unavailable_reason() is None else []),
 ]
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.usefixtures("poisoned_memory", "one_thread", "convolutions"),
     pytest.mark.skipif(not DEVICES, reason="neither the emulator nor the cuda backend runs here"),
 ]
 DEVICE = pytest.mark.parametrize("device", DEVICES)
@@ -209,7 +209,7 @@ def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str
 @DEVICE
 @MODES
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
-def test_tf32(tile: tuple[int, int], training: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32(tile: tuple[int, int], training: bool, device: str, convolutions: Any) -> None:
     """11 significant bits per factor, rounded to nearest: by truncation, sums of positive products would be biased."""
     given = problem(ODD["3x3"], torch.float32, device, training, residual_layout=None)
     weight = given.tensors["conv_weight"].abs()
@@ -217,7 +217,7 @@ def test_tf32(tile: tuple[int, int], training: bool, device: str, monkeypatch: p
     truth = run(reference, given.truth())
     errors = {}
     for precision in ("ieee", "tf32"):
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        convolutions.fp32_precision = precision
         with use_config(ConvConfig(*tile)):
             found = run(cuda_conv, given)
             z = cuda_conv.conv_forward(given.input, weight, None, given.convolution)
@@ -233,9 +233,9 @@ def test_tf32(tile: tuple[int, int], training: bool, device: str, monkeypatch: p
 
 
 @DEVICE
-def test_tf32_keeps_what_is_not_finite(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_keeps_what_is_not_finite(device: str, convolutions: Any) -> None:
     """Rounding by an addition would make a NaN whose low bits are set a zero."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    convolutions.fp32_precision = "tf32"
     x = torch.ones(1, 8, 1, 4, device=device).to(memory_format=NHWC)
     x[0, 0, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     x[0, 0, 0, 1], x[0, 0, 0, 2] = math.inf, -math.inf
@@ -270,8 +270,8 @@ def test_launches() -> None:
 
 @EMULATED
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
-def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int], convolutions: Any) -> None:
+    convolutions.fp32_precision = "tf32"
     for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
         given = problem(conv, dtype, "cpu")
         with emulator.launches() as counted, use_config(ConvConfig(*tile)):
@@ -299,7 +299,7 @@ def test_any_number_of_resident_blocks(resident: int) -> None:
 
     The mean is a hundred times the deviation: merged statistics keep their precision.
     """
-    given = problem(Convolution((3, 8, 9, 11), 72, (1, 1)), torch.float32, "cpu", training=True)
+    given = problem(Convolution((4, 16, 16, 16), 72, (1, 1)), torch.float32, "cpu", training=True, residual_layout=None)
     given = given.replace(conv_bias=torch.full((72,), 100.0))
     with emulator.device(resident_blocks=resident):
         found = check(given, ConvConfig(32, 64))

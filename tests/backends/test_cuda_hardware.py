@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "ieee"])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_products_of_small_integers_are_exact(
-    kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+    kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str, convolutions: Any
 ) -> None:
     """A value in a wrong place changes the result: every element of every tile is compared in every bit."""
     if backend not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     dtype = getattr(torch, precision, torch.float32)
     if dtype == torch.float32:
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        convolutions.fp32_precision = precision
     generator = torch.Generator().manual_seed(kernel)
     x = torch.randint(-2, 3, (2, 72, 9, 8), generator=generator).to(dtype)
     w = torch.randint(-1, 2, (136, 72, kernel, kernel), generator=generator).to(dtype)
@@ -105,7 +106,7 @@ def test_compute_sanitizer(tool: str) -> None:
     assert "ERROR SUMMARY: 0 errors" in done.stdout or tool == "racecheck", done.stdout[-8000:]
 
 
-def test_the_program_for_compute_sanitizer_runs() -> None:
+def test_the_program_for_compute_sanitizer_runs(convolutions: Any) -> None:
     if "cuda_emulator" not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0

@@ -6,6 +6,7 @@ Everything here runs in the interpreter and, with the same tolerances, on a GPU.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -183,9 +184,9 @@ def test_forms_of_training(device: DeviceProperties) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32_follows_the_switch_of_torch(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) -> None:
     x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+    convolutions.fp32_precision = precision
     with launch.collected(H100) as specs:
         triton.conv_forward(x, w, None, UNIT)
     assert specs[0].constants["CONV"].precision == precision
