@@ -1,4 +1,4 @@
-"""What `make bench` does: measure models, ops, host time and memory, then write the report and the README's table.
+"""`make bench`: measure models, ops, host time and memory, then write the report and the README's table.
 
 On a CPU this takes about 40 minutes on two cores, on a machine that does nothing else.  Finished cases are not measured
 again: a run that was stopped goes on.

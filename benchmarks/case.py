@@ -26,7 +26,7 @@ MODES = {
 
 
 class Setting(NamedTuple):
-    """What all providers of a comparison share.
+    """The conditions that all providers of a comparison share.
 
     In bfloat16 and float16, inference runs with parameters and inputs of that dtype; the other modes run under autocast
     with float32 parameters.
@@ -60,7 +60,7 @@ class Case(NamedTuple):
     """An op's case carries the first place where it occurs: "resnet50 layer1.0.conv2 x3" (x3: in three places)."""
     arguments: tuple[object, ...]
     shapes: tuple[tuple[int, ...], ...]
-    """Of the input (N, C, H, W) and, where there is one, the residual."""
+    """Input (N, C, H, W) and, where there is one, residual."""
     image: bool = False
     """The input is an image, which needs no gradient."""
 

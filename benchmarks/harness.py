@@ -8,8 +8,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from benchmarks import report, results
 from benchmarks.case import DTYPES, MODES, Case, Setting, dtype_name
 from benchmarks.providers import DEFAULT, PROVIDERS, QUICK
 from benchmarks.providers.fused import fuse
-from benchmarks.steps import Workload, make_workload
+from benchmarks.steps import make_workload
 from benchmarks.worker import ProviderError, UnsuitableError, Worker
 from resfuse.roofline import Device, measure_device
 
@@ -33,13 +32,13 @@ class OutOfTimeError(RuntimeError):
 
 
 class Plan(NamedTuple):
-    """How long and how often."""
+    """Durations and numbers of turns."""
 
     rounds: int
     turn: float
     """Seconds that a provider's turn lasts at least; short calls are repeated."""
     warmup: float
-    """Seconds at most, for each provider."""
+    """Seconds of the first turn, which does not count: a GPU's clocks need half a second under load."""
     timeout: float = 600.0
     """Seconds that a provider may take to be prepared, or for a turn."""
     deadline: float = math.inf
@@ -57,26 +56,9 @@ class Plan(NamedTuple):
         return min(self.timeout, left)
 
 
-def take_turns(names: Sequence[str], rounds: int, turn: Callable[[str], None]) -> None:
-    """Call `turn` for each name in each round; the order rotates and reverses, so that nobody always follows the same.
-
-    A name whose turn raises ProviderError takes part no more.
-    """
-    left = list(names)
-    for index in range(rounds):
-        for name in order(left, index):
-            try:
-                turn(name)
-            except ProviderError as error:
-                left.remove(name)
-                say(f"  {name} is left out: {error}")
-
-
 def order(names: Sequence[str], index: int) -> list[str]:
     """The order of one round: over the rounds each name comes first, and each comes before and after each other."""
-    if not names:
-        return []
-    shift = index // 2 % len(names)
+    shift = index // 2 % max(1, len(names))
     rotated = [*names[shift:], *names[:shift]]
     return rotated[::-1] if index % 2 else rotated
 
@@ -92,6 +74,7 @@ class Comparison:
         """Providers without a speed; False for those that have nothing to offer."""
         self.errors: dict[str, dict[str, float]] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
+        self.peaks: dict[str, float] = {}
 
     def run(self, workers: Workers) -> list[dict[str, Any]]:
         """The rows of the case.
@@ -99,70 +82,63 @@ class Comparison:
         Raises:
             OutOfTimeError: the deadline came before all had their turns.
         """
+
+        def ask(name: str, method: str, *arguments: object) -> Any:
+            return workers.of(name).ask(method, *arguments, timeout=self.plan.time_left())
+
+        def prepare(name: str) -> None:
+            graph = self.graph and PROVIDERS[name].graphs
+            try:
+                errors = ask(name, "prepare", path, graph)
+            except ProviderError as error:
+                if not graph or isinstance(error, UnsuitableError):
+                    raise
+                workers.end(name)
+                say(f"  {name} is timed by calls only, as its CUDA graph failed: {str(error).splitlines()[-1]}")
+                errors = ask(name, "prepare", path, False)
+            if complaint := workload.complaint(errors):
+                raise ProviderError(complaint)
+            self.errors[name] = errors
+
+        def turn(name: str) -> None:
+            for metric, seconds in ask(name, "turn", self.plan.turn).items():
+                self.samples.setdefault(name, {}).setdefault(metric, []).extend(seconds)
+
+        def finish(name: str) -> None:
+            self.peaks[name] = ask(name, "finish")
+
         with tempfile.TemporaryDirectory() as folder:
             workload, path = make_workload(self.case, self.setting), Path(folder, "workload.pt")
             torch.save(workload, path)
             if self.setting.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-            for name in self.providers:
-                self._attempt(name, workers, lambda name=name: self._prepare(name, workers, workload, path))
-            ready = [name for name in self.providers if name not in self.failed]
-            for name in ready:
-                self._attempt(name, workers, lambda name=name: self._ask(workers, name, "warm_up", self.plan.warmup))
-            ready = [name for name in ready if name not in self.failed]
-            take_turns(ready, self.plan.rounds, lambda name: self._turn(name, workers))
-            extra: dict[str, dict[str, float]] = {}
-            for name in [name for name in ready if name not in self.failed]:
-                self._attempt(
-                    name, workers, lambda name=name: extra.setdefault(name, self._ask(workers, name, "finish"))
-                )
-        return self._rows(extra)
+            self._each(self.providers, workers, prepare)
+            self._each(self.left, workers, lambda name: ask(name, "turn", self.plan.warmup))
+            for index in range(self.plan.rounds):
+                self._each(order(self.left, index), workers, turn)
+            self._each(self.left, workers, finish)
+        return self._rows()
 
-    def _ask(self, workers: Workers, name: str, method: str, *arguments: object) -> Any:
-        return workers.of(name).ask(method, *arguments, timeout=self.plan.time_left())
+    @property
+    def left(self) -> list[str]:
+        """The providers that still take part."""
+        return [name for name in self.providers if name not in self.failed]
 
-    def _attempt(self, name: str, workers: Workers, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except ProviderError as error:
-            self._leave_out(name, workers, error)
-            say(f"  {name} is left out: {error}")
-
-    def _leave_out(self, name: str, workers: Workers, error: ProviderError) -> None:
-        if time.monotonic() > self.plan.deadline:
-            raise OutOfTimeError
-        self.failed[name] = not isinstance(error, UnsuitableError)
-        self.samples.pop(name, None)
-        if self.failed[name]:
-            workers.end(name)
-
-    def _prepare(self, name: str, workers: Workers, workload: Workload, path: Path) -> None:
-        if self.graph and PROVIDERS[name].graphs:
+    def _each(self, names: Sequence[str], workers: Workers, action: Callable[[str], None]) -> None:
+        """Do something for each; a provider that fails is said, ended, and takes part no more."""
+        for name in names:
             try:
-                return self._check(name, workers, workload, path, True)
-            except UnsuitableError:
-                raise
+                action(name)
             except ProviderError as error:
-                workers.end(name)
-                say(f"  {name} is timed by calls only, as its CUDA graph failed: {str(error).splitlines()[-1]}")
-        return self._check(name, workers, workload, path, False)
+                if time.monotonic() > self.plan.deadline:
+                    raise OutOfTimeError from error
+                say(f"  {name} is left out: {error}")
+                self.failed[name] = not isinstance(error, UnsuitableError)
+                self.samples.pop(name, None)
+                if self.failed[name]:
+                    workers.end(name)
 
-    def _check(self, name: str, workers: Workers, workload: Workload, path: Path, graph: bool) -> None:
-        errors = self._ask(workers, name, "prepare", path, graph)
-        if complaint := workload.complaint(errors):
-            raise ProviderError(complaint)
-        self.errors[name] = errors
-
-    def _turn(self, name: str, workers: Workers) -> None:
-        try:
-            times = self._ask(workers, name, "turn", self.plan.turn)
-        except ProviderError as error:
-            self._leave_out(name, workers, error)
-            raise
-        for metric, seconds in times.items():
-            self.samples.setdefault(name, {}).setdefault(metric, []).extend(seconds)
-
-    def _rows(self, extra: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    def _rows(self) -> list[dict[str, Any]]:
         found = []
 
         def add(name: str, metric: str, unit: str, values: Sequence[float]) -> None:
@@ -173,8 +149,7 @@ class Comparison:
         for name, metrics in self.samples.items():
             for metric, seconds in metrics.items():
                 add(name, metric, "s", seconds)
-            for quantity, value in extra.get(name, {}).items():
-                add(name, quantity, "B" if quantity == "peak_memory" else "1", [value])
+            add(name, "peak_memory", "B", [self.peaks[name]])
             for kind in ("output", "loss", "grad"):
                 if errors := [error for key, error in self.errors[name].items() if key.partition(" ")[0] == kind]:
                     add(name, f"error_{kind}", "1", [max(errors)])
@@ -199,21 +174,14 @@ class Workers:
         if name in self._workers:
             self._workers.pop(name).kill()
 
-    @contextmanager
-    def case(self) -> Iterator[Workers]:
-        """Around the work on one case; afterwards idle processes hold no memory of it."""
-        finished = False
-        try:
-            yield self
-            finished = True
-        finally:
-            for name, worker in list(self._workers.items()):
-                if finished and self._keep and worker.alive:
-                    try:
-                        worker.ask("release", timeout=60)
-                        continue
-                    except ProviderError:
-                        pass
+    def rest(self) -> None:
+        """Between two cases: idle processes hold no memory of a case."""
+        for name, worker in list(self._workers.items()):
+            try:
+                if not self._keep:
+                    raise ProviderError
+                worker.ask("release", timeout=60)
+            except ProviderError:
                 self.end(name)
 
     def close(self) -> None:
@@ -283,8 +251,8 @@ def main(op: str, argv: Sequence[str] | None = None) -> int:
             able = _able(args.provider, setting)
             say(f"[{index + 1}/{len(todo)}] {case.name}, {setting.mode}, {dtype_name(setting.dtype)}, {case.shape}")
             comparison = Comparison(case, setting, able, plan, args.graph and setting.mode in ("inference", "full"))
-            with workers.case():
-                rows = comparison.run(workers)
+            rows = comparison.run(workers)
+            workers.rest()
             add_roofline(rows, cost(case, setting, device))
             machine = [_ceiling_row(setting, name, value) for name, value in ceilings.items()]
             results.update(path, [row | conditions for row in [*machine, *rows]])
@@ -324,7 +292,7 @@ def _ceiling_row(setting: Setting, name: str, value: float) -> dict[str, Any]:
 
 
 def _known(case: Case, setting: Setting, rows: Any, conditions: Mapping[str, Any]) -> bool:
-    """Whether a file has the case of this commit and machine: its rows are written when all of it is done."""
+    """True where a file has the case of this commit and machine; its rows are written when all of it is done."""
     wanted = {
         "op": case.op, "name": case.name, "mode": setting.mode, "dtype": dtype_name(setting.dtype),
         "shape": case.shape, **{name: conditions[name] for name in ("device", "threads", "commit")},
@@ -346,9 +314,9 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--case", default="", metavar="TEXT", help="only the cases with this in their name")
     add("--rounds", type=_count, help="turns of each provider")
     add("--turn", type=float, metavar="SECONDS", help="a turn lasts at least")
-    add("--warmup", type=float, metavar="SECONDS", help="at most, for each provider")
+    add("--warmup", type=float, metavar="SECONDS", help="a turn that does not count, for each provider")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a provider's preparation or turn")
-    add("--graph", action=argparse.BooleanOptionalAction, default=gpu, help="time replays of CUDA graphs too")
+    add("--graph", action=argparse.BooleanOptionalAction, help="time replays of CUDA graphs too (default: on a GPU)")
     add("--threads", type=_count, default=torch.get_num_threads(), metavar="N", help="on the CPU (default %(default)s)")
     add("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
     add("--output", type=Path, default=results.RESULTS, metavar="DIR", help="where <op>.csv is (default %(default)s)")
@@ -356,13 +324,15 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=math.inf, metavar="SECONDS", help="end before that; --resume goes on")
     add("--quick", action="store_true", help="few small cases and rounds: a trial, not a measurement")
     args = parser.parse_args(argv)
-    if args.graph and not args.device.startswith("cuda"):
+    on_gpu = args.device.startswith("cuda")
+    if args.graph and not on_gpu:
         parser.error("argument --graph: CUDA graphs need a GPU")
+    args.graph = on_gpu if args.graph is None else args.graph
     args.provider = args.provider or (QUICK if args.quick else DEFAULT)
     args.rounds = args.rounds or (2 if args.quick else 20)
     short = {"models": 0.25, "quick": 0.0}.get("quick" if args.quick else op, 0.03)
     args.turn = short if args.turn is None else args.turn
-    args.warmup = (0.1 if args.quick else 5.0) if args.warmup is None else args.warmup
+    args.warmup = (0.0 if args.quick else 1.0) if args.warmup is None else args.warmup
     args.model = args.model or (["cifar_resnet20"] if args.quick else ["resnet50"])
     args.batch = args.batch or ([2] if args.quick else [128 if gpu else 8])
     if args.quick:

@@ -49,7 +49,7 @@ def eager(
     running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, *,
     residual: Tensor | None = None, padding: int = 0, training: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What `getattr(resfuse, op)` replaces, in place wherever torchvision's blocks are."""
+    """The calls that `getattr(resfuse, op)` replaces, in place wherever torchvision's blocks are."""
     if op == "add_relu":
         return F.relu(input + residual, inplace=True)  # type: ignore[operator]
     output = input if conv_weight is None else F.conv2d(input, conv_weight, None, 1, padding)

@@ -17,7 +17,7 @@ from benchmarks.results import CASE, CEILING, RESULTS, ROOT, read
 
 OURS = "resfuse"
 BASELINES = ("eager_channels_last", "eager_nchw")
-"""What a ratio against eager refers to: the first of them that took part."""
+"""The base of ratios against eager: the first of them that took part."""
 LABELS = {
     "eager_nchw": "eager NCHW",
     "eager_channels_last": "eager channels_last",
@@ -44,7 +44,7 @@ def label(provider: str) -> str:
 
 
 def is_ours(provider: str) -> bool:
-    """Whether a provider is resfuse, in whatever layout, by whatever backend or behind a compiler."""
+    """True for resfuse in any layout, with any backend, compiled or not."""
     return provider.partition("_")[0] == OURS
 
 
@@ -60,14 +60,14 @@ def times(rows: pd.DataFrame, graphs: bool = False) -> pd.DataFrame:
     With `graphs`, the cases that were replayed from CUDA graphs; a provider that was not captured has the time of its
     calls, because it captures graphs itself or cannot be captured.
     """
-    frame = rows[rows["metric"].isin(["time", "graph_time"])].sort_values("date", kind="stable")
-    found: pd.DataFrame = frame[frame["metric"] == "time"].pivot_table(
-        index=VIEW, columns="provider", values="p50", aggfunc="last", sort=False
-    )
+
+    def pivot(metric: str) -> pd.DataFrame:
+        frame = rows[rows["metric"] == metric].sort_values("date", kind="stable")
+        return frame.pivot_table(index=VIEW, columns="provider", values="p50", aggfunc="last", sort=False)
+
+    found = pivot("time")
     if graphs:
-        replayed = frame[frame["metric"] == "graph_time"].pivot_table(
-            index=VIEW, columns="provider", values="p50", aggfunc="last", sort=False
-        )
+        replayed = pivot("graph_time")
         found = replayed.combine_first(found.loc[found.index.isin(replayed.index)])
     return found[ordered(name for name in rows["provider"] if name in found)]
 
@@ -83,10 +83,9 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"vs eager": eager / ours, "vs fastest peer": peers.min(axis=1) / ours})
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios; NaN of none."""
-    logs = [math.log(value) for value in values if value == value]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+def geometric_means(speeds: pd.DataFrame) -> list[str]:
+    """The geometric mean of each column of ratios, in words."""
+    return [ratio(math.exp(value)) for value in speeds.map(math.log).mean()]
 
 
 def case_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -159,57 +158,45 @@ def readme_table(rows: pd.DataFrame) -> str:
 
 
 def _machine(device: str, rows: pd.DataFrame) -> str:
-    lines, speeds = {}, []
-    for graphs in (False, True):
-        table = times(rows, graphs)
-        for key, line in table.iterrows():
-            case = dict(zip(VIEW, key, strict=True))
-            fastest = {
-                family: min((line[name] for name in table if _in_family(name, family) and line[name] == line[name]),
-                            default=math.nan)
-                for family in FAMILIES
-            }  # fmt: skip
-            peer = min(value for family, value in fastest.items() if family != OURS and value == value)
-            title = f"{WORDS[case['mode']]}, {case['dtype']}, batch {case['x']}{', CUDA graphs' * graphs}"
-            eager = fastest["eager_channels_last"]
-            speeds.append((case["mode"], eager / fastest[OURS], peer / fastest[OURS]))
-            rank = (list(WORDS).index(case["mode"]), case["x"], case["dtype"] != "float32", graphs)
-            lines[rank] = (title, {**fastest, "vs": peer / fastest[OURS]})
-    shown = [lines[rank] for rank in sorted(lines)]
-    families = [family for family in FAMILIES if any(values[family] == values[family] for _, values in shown)]
-    head = [f"**{OURS}**" if family == OURS else label(family) for family in families]
-    cells = [
-        [*(number(values[family], 1e3) if values[family] < 0.02 else f"{values[family] * 1e3:.0f}"
-           if values[family] == values[family] else "-" for family in families), ratio(values["vs"])]
-        for _, values in shown
-    ]  # fmt: skip
-    table = pd.DataFrame(cells, index=[title for title, _ in shown], columns=[*head, "vs fastest peer"])
+    tables = [_by_family(times(rows, graphs)).assign(graphs=graphs).reset_index() for graphs in (False, True)]
+    table = pd.concat(tables).assign(narrow=lambda frame: frame["dtype"] != "float32")
+    table = table.sort_values(["mode", "x", "narrow", "graphs"], kind="stable").dropna(axis=1, how="all")
+    milliseconds = table[[family for family in FAMILIES if family in table]] * 1e3
+    speeds = ratios(milliseconds)
+    text = milliseconds.map(lambda value: number(value, digits=3 if value < 20 else 2))
+    text.columns = [f"**{OURS}**" if family == OURS else label(family) for family in text]
+    text["vs fastest peer"] = speeds["vs fastest peer"].map(ratio)
+    text.index = [
+        f"{WORDS[case.mode]}, {case.dtype}, batch {case.x}{', CUDA graphs' * case.graphs}"
+        for case in table.itertuples()
+    ]
+    said = [
+        f"{words} {_range(mine['vs eager'])} eager channels_last's, "
+        f"{_range(mine['vs fastest peer'])} the fastest peer's"
+        for mode, words in WORDS.items()
+        if len(mine := speeds[table["mode"] == mode])
+    ]
     spread = ((rows["p80"] - rows["p20"]) / rows["p50"]).max()
-    text = (
-        f"{_ranges(speeds)} Conditions: {conditions(rows)}. p80 and p20 are at most {spread:.0%} of the median apart."
+    below = (
+        f"Speed of resfuse: {'; '.join(said)}. Conditions: {conditions(rows)}. "
+        f"p80 and p20 are at most {spread:.0%} of the median apart."
     )
     title = f"ResNet-50 at 224x224, {device}, median milliseconds per step:"
-    return "\n\n".join([title, markdown(table), "\n".join(textwrap.wrap(text, 120))])
+    return "\n\n".join([title, markdown(text), "\n".join(textwrap.wrap(below, 120))])
 
 
-def _in_family(provider: str, family: str) -> bool:
-    if family == OURS or family.startswith("eager"):
-        return provider == family  # resfuse chooses itself
-    return provider == family or provider.startswith(f"{family}_")
+def _by_family(table: pd.DataFrame) -> pd.DataFrame:
+    """The fastest of each family; of eager and of resfuse, which chooses itself, the very one."""
+    alone = (OURS, *BASELINES)
+    return pd.DataFrame({
+        family: table[[name for name in table if name == family or (
+            family not in alone and name.startswith(f"{family}_"))]].min(axis=1)
+        for family in FAMILIES
+    })  # fmt: skip
 
 
-def _ranges(speeds: Sequence[tuple[str, float, float]]) -> str:
-    parts = []
-    for mode, words in WORDS.items():
-        mine = [(eager, peer) for one, eager, peer in speeds if one == mode]
-        if mine:
-            eager, peer = (_range(values) for values in zip(*mine, strict=True))
-            parts.append(f"{words} {eager} eager channels_last's, {peer} the fastest peer's")
-    return f"Speed of resfuse: {'; '.join(parts)}."
-
-
-def _range(values: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys([ratio(min(values)), ratio(max(values))]))
+def _range(values: pd.Series) -> str:
+    return " to ".join(dict.fromkeys([ratio(values.min()), ratio(values.max())]))
 
 
 def replace(text: str, block: str) -> str:
@@ -234,10 +221,8 @@ def page(rows: pd.DataFrame, plots: Sequence[str]) -> str:
         reached = mine[mine["op"] == CEILING].groupby(["metric", "dtype"], sort=False)["p50"].max()
         if len(reached):
             texts = [
-                f"{number(value, 1e-9)} GB/s copied"
-                if metric == "bandwidth"
-                else f"{number(value, 1e-12)} TFLOP/s {dtype}"
-                for (metric, dtype), value in reached.items()
+                f"{number(value, 1e-9 if dtype == '' else 1e-12)} {f'TFLOP/s {dtype}' if dtype else 'GB/s copied'}"
+                for (_, dtype), value in reached.items()
             ]
             parts.append(f"Ceilings, the best of all runs: {', '.join(texts)}.")
     groups = ["op", "mode", "dtype", "device", "threads"]
@@ -253,8 +238,8 @@ def page(rows: pd.DataFrame, plots: Sequence[str]) -> str:
             text = text.assign(**speeds.map(ratio), roofline=reached)
             text.index = [f"{key[VIEW.index('name')]} {key[VIEW.index('shape')]}" for key in shown.index]
             parts.append(markdown(text))
-            means = [ratio(geometric_mean(speeds[name])) for name in speeds]
-            parts.append(f"Geometric mean: {means[0]} eager's speed, {means[1]} the fastest peer's.")
+            eager, peer = geometric_means(speeds)
+            parts.append(f"Geometric mean: {eager} eager's speed, {peer} the fastest peer's.")
     parts += _other_tables(rows)
     parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What one call computes, for every provider whose module PyTorch runs; and the reference results it is held to."""
+"""The timed steps of all providers whose module PyTorch runs, and the float64 results that providers are held to."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _training_step(model: nn.Module, setting: Setting) -> Step:
 
 
 def named_results(results: Any, module: nn.Module, batch: Batch, setting: Setting) -> dict[str, Tensor]:
-    """What a step returned, by name; of a training step of a model also the gradients on the parameters."""
+    """The results of a step by name; those of a model's training step include the gradients on the parameters."""
     mode = setting.mode
     if mode in ("inference", "forward"):
         return {"output": torch.as_tensor(results)[:CHECKED].detach()}
@@ -133,7 +133,7 @@ class Workload(NamedTuple):
         }
 
     def complaint(self, errors: Mapping[str, float]) -> str | None:
-        """Why these errors are more than rounding, None where they are not."""
+        """The first error that is more than rounding, in words; None where there is none."""
         from resfuse import contract
 
         floor = contract.floor_of(self.setting.dtype, self.setting.device, convolution=True)

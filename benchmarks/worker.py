@@ -10,9 +10,9 @@ import contextlib
 import gc
 import itertools
 import os
+import resource
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
@@ -185,19 +185,6 @@ class Runner:
         fused, _ = overhead.calls(overhead.TINY[name], mode, torch.float32, device)
         self._calls = {"time": fused}
 
-    def warm_up(self, limit: float) -> None:
-        """Call until the time per call no longer falls, for at most `limit` seconds.
-
-        A GPU's clocks need half a second under load before they stay where they are.
-        """
-        for call in self._calls.values():
-            _warm_up(call, self._device, limit)
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError):  # Linux: forget the largest resident set so far
-                Path("/proc/self/clear_refs").write_text("5")
-
     def turn(self, seconds: float) -> dict[str, list[float]]:
         """Seconds per call, of calls that last about so many seconds together; at least one call."""
         found = {name: _times(call, self._device, self._threads, seconds) for name, call in self._calls.items()}
@@ -211,30 +198,21 @@ class Runner:
 
         return overhead.host_seconds(self._calls["time"], calls, self._device)
 
-    def finish(self) -> dict[str, float]:
-        """Peak memory in bytes and, on a GPU, kernel launches of one call.
+    def finish(self) -> int:
+        """Peak memory in bytes: on a GPU what PyTorch allocates during a call, weights and inputs left out.
 
-        The peak is what PyTorch allocates during a call beyond what was allocated before it (weights and inputs are
-        not in it); on a CPU it is the resident set of the process.
+        On a CPU it is the resident set of the process.
         """
         call = self._calls["time"]
         if self._device.type != "cuda":
             call()
-            return {"peak_memory": resident_peak()}
+            return resident_peak()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        found = {"peak_memory": torch.cuda.max_memory_allocated() - before}
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        kernels = [
-            event for event in profile.events() or ()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-        ]  # fmt: skip
-        return found | ({"launches": len(kernels)} if kernels else {})
+        return torch.cuda.max_memory_allocated() - before
 
     def release(self) -> None:
         """Forget the workload, and what was compiled for it: torch.compile keys its code by the forward function."""
@@ -247,13 +225,7 @@ class Runner:
 
 def resident_peak() -> int:
     """The largest resident set of this process, in bytes."""
-    import resource
-
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _times(call: Callable[[], object], device: torch.device, threads: int, seconds: float) -> list[float]:
@@ -266,22 +238,6 @@ def _times(call: Callable[[], object], device: torch.device, threads: int, secon
     # The first call does not count: it brings back the caches that other processes have used since.
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=seconds).times
-
-
-def _warm_up(call: Callable[[], object], device: torch.device, limit: float) -> None:
-    started, before = time.perf_counter(), float("inf")
-    least = 0.5 if device.type == "cuda" else 0.0
-    while True:
-        begun = time.perf_counter()
-        for _ in range(3):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        stable = (now - begun) * 1.05 > before and now - started > min(least, limit)
-        if stable or now - started > limit:
-            return
-        before = now - begun
 
 
 def _captured(step: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:

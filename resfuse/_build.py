@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("_cpu", "_cuda")
@@ -26,7 +27,6 @@ DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
 # The stable ABI of torch 2.10: one binary then loads in every torch from 2.10 on. No -std: torch knows its own.
 MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
-HOW_TO_GET_A_COMPILER = "install g++ and run `pip install --no-build-isolation --force-reinstall --no-deps` again"
 HOW_TO_GET_A_TOOLKIT = (
     "set CUDA_HOME, put nvcc on PATH, or `pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={cuda}.*'`, "
     "then install resfuse again"
@@ -234,26 +234,23 @@ def decide(
     Raises:
         BuildError: FORCE_CUDA=1 and the CUDA library cannot be built.
     """
-    compiler = find_compiler(env)
-    neither = None
+    compiler, toolkit = find_compiler(env), None
+    cpu = cuda = None
     if torch is None:
-        neither = "torch is not installed in the build environment; install torch>=2.10, then resfuse again"
+        cpu = cuda = "torch is not installed in the build environment; install torch>=2.10, then resfuse again"
     elif compiler is None:
-        neither = f"no C++ compiler was found; {HOW_TO_GET_A_COMPILER}"
-
-    cpu = neither
-    if cpu is None and flag_set(env, "RESFUSE_SKIP_CPU_BUILD"):
-        cpu = "RESFUSE_SKIP_CPU_BUILD is set; unset it and install resfuse again"
-
-    toolkit: Toolkit | None = None
-    cuda = neither
-    if cuda is None and flag_set(env, "RESFUSE_SKIP_CUDA_BUILD"):
-        cuda = "RESFUSE_SKIP_CUDA_BUILD is set; unset it and install resfuse again"
-    elif cuda is None and torch_cuda is None:
-        cuda = f"torch {torch} is a CPU-only build; install a CUDA build of torch, then resfuse again"
-    elif cuda is None and torch_cuda is not None:
-        found = find_toolkit(env, sys.path if site_packages is None else site_packages, torch_cuda)
-        toolkit, cuda = (None, found) if isinstance(found, str) else (found, None)
+        again = "run `pip install --no-build-isolation --force-reinstall --no-deps` again"
+        cpu = cuda = f"no C++ compiler was found; install g++ and {again}"
+    else:
+        if flag_set(env, "RESFUSE_SKIP_CPU_BUILD"):
+            cpu = "RESFUSE_SKIP_CPU_BUILD is set; unset it and install resfuse again"
+        if flag_set(env, "RESFUSE_SKIP_CUDA_BUILD"):
+            cuda = "RESFUSE_SKIP_CUDA_BUILD is set; unset it and install resfuse again"
+        elif torch_cuda is None:
+            cuda = f"torch {torch} is a CPU-only build; install a CUDA build of torch, then resfuse again"
+        else:
+            found = find_toolkit(env, sys.path if site_packages is None else site_packages, torch_cuda)
+            toolkit, cuda = (None, found) if isinstance(found, str) else (found, None)
     if cuda and flag_set(env, "FORCE_CUDA"):
         raise BuildError(f"FORCE_CUDA=1, but the CUDA library cannot be built: {cuda}")
 
@@ -278,24 +275,13 @@ def build_environment(settings: Settings) -> Iterator[None]:
         changes["CXX"] = settings.compiler
     if settings.toolkit:
         changes["CUDA_HOME"] = str(settings.toolkit.home)
-    before = {key: os.environ.get(key) for key in changes}
-    os.environ.update(changes)
-    try:
+    with mock.patch.dict(os.environ, changes):
         from torch.utils import cpp_extension
 
         # Computed when that module was first imported, possibly before this function ran.
-        home = cpp_extension.CUDA_HOME
-        cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", home)
-        try:
+        home = changes.get("CUDA_HOME", cpp_extension.CUDA_HOME)
+        with mock.patch.object(cpp_extension, "CUDA_HOME", home):
             yield
-        finally:
-            cpp_extension.CUDA_HOME = home
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def main() -> None:

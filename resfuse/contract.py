@@ -33,7 +33,7 @@ _GARBAGE = 0.5
 
 
 class ContractError(AssertionError):
-    """A result is less accurate than the contract allows."""
+    """A result cannot be compared: it has another shape than the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,9 @@ def relative_error(tensor: Tensor, reference: Tensor, scale: float | None = None
         reference: float64, same shape.
         scale: replaces ||reference||, for a quantity that would be zero but for rounding.
     """
-    return _divide(torch.linalg.vector_norm(_difference(tensor, reference)).item(), _scale(reference, scale))
+    error = torch.linalg.vector_norm(_difference(tensor, reference)).item()
+    scale = torch.linalg.vector_norm(reference.detach()).item() if scale is None else scale
+    return error if scale == 0 else error / scale
 
 
 def measure(
@@ -126,23 +128,6 @@ def measure(
     )
 
 
-def check(
-    quantity: str,
-    fused: Tensor,
-    eager: Tensor | Sequence[Tensor],
-    reference: Tensor,
-    dtype: torch.dtype,
-    *,
-    floor: float | None = None,
-    scale: float | None = None,
-) -> Deviation:
-    """`measure`, and raise ContractError on a violation."""
-    deviation = measure(quantity, fused, eager, reference, dtype, floor=floor, scale=scale)
-    if deviation.violated:
-        raise ContractError(str(deviation))
-    return deviation
-
-
 def decided_by_rounding(preactivation: Tensor, dtype: torch.dtype) -> Tensor:
     """Mask of the elements whose ReLU gate depends on rounding in `dtype`: their gradients have no bound.
 
@@ -170,14 +155,6 @@ def _largest(tensor: Tensor) -> float:
     return tensor.detach().abs().max().item() if tensor.numel() else 0.0
 
 
-def _scale(reference: Tensor, scale: float | None) -> float:
-    return torch.linalg.vector_norm(reference.detach()).item() if scale is None else scale
-
-
-def _divide(error: float, scale: float) -> float:
-    return error if scale == 0 else error / scale
-
-
 def _ratio(error: float, limit: float) -> float:
     """error / limit, infinite where the error is not a number (max() would lose a NaN)."""
     if math.isnan(error):
@@ -186,10 +163,8 @@ def _ratio(error: float, limit: float) -> float:
 
 
 def _uses_tf32(dtype: torch.dtype, device: torch.device | str, convolution: bool) -> bool:
-    return convolution and dtype == torch.float32 and torch.device(device).type == "cuda" and _cudnn_uses_tf32()
-
-
-def _cudnn_uses_tf32() -> bool:
+    if not convolution or dtype != torch.float32 or torch.device(device).type != "cuda":
+        return False
     try:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:  # torch refuses to answer where its old and its new switch were both used

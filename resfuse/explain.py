@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from resfuse.backends import dispatch
 from resfuse.explanation import PYTORCH, Explanation, Layer, Totals
 from resfuse.roofline import DEVICES, Device, Kernel, kernels, measure_device, named_arguments, processor_name
-from resfuse.surgery import FuseReport, fuse_
+from resfuse.surgery import fuse_
 from resfuse.tracing import Call, Input, Run, Tracer, expanded
 from resfuse.types import AbsentDevice, Convolution, Problem
 
@@ -75,7 +76,8 @@ def explain(
         raise ValueError(f"measure: {described.name} is not in this machine; only a device that is can be measured on")
     request = dispatch.requested_backend() if backend is None else dispatch.validated(backend)
     backward = model.training if backward is None else backward
-    machine = _Machine(described, place, request, fuse_(tracer.model), measure)
+    left = {left.name: left.reason for left in fuse_(tracer.model).left if left.reason != "already fused"}
+    machine = _Machine(described, place, request, left, measure)
     fused = machine.layers(tracer.calls(backward=backward))
     unfused = machine.layers(tracer.calls(backward=backward, as_pytorch=True))
     shapes = tuple((tuple(input.shape), input.dtype) for input in tracer.inputs)
@@ -84,20 +86,18 @@ def explain(
     )
 
 
+@dataclasses.dataclass
 class _Machine:
     """Makes layers of recorded operator calls: backend, cost, and measured time."""
 
-    def __init__(
-        self,
-        device: Device,
-        place: torch.device | AbsentDevice,
-        request: str | None,
-        report: FuseReport,
-        measures: bool,
-    ) -> None:
-        self._device, self._place, self._request, self._measures = device, place, request, measures
-        self._left = {left.name: left.reason for left in report.left if left.reason != "already fused"}
-        self._known: dict[Any, float] = {}  # measured seconds
+    _device: Device
+    _place: torch.device | AbsentDevice
+    _request: str | None
+    _left: dict[str, str]
+    """Reasons of the modules that `fuse_` left alone."""
+    _measures: bool
+    _known: dict[Any, float] = dataclasses.field(default_factory=dict)
+    """Measured seconds."""
 
     def layers(self, calls: Iterable[Call]) -> tuple[Layer, ...]:
         """The calls that move data."""

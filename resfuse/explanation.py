@@ -13,7 +13,6 @@ import torch
 from resfuse.roofline import Device
 
 PYTORCH = "pytorch"
-_SHOWN = 20
 WIDTH = 110
 _DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW")  # in this order, where there is no room
 _LEFT = ("layer", "operation", "CxHxW", "backend")  # columns aligned to the left
@@ -110,15 +109,14 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; dtypes by name, "bfloat16"."""
-        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        found["inputs"] = [{"shape": shape, "dtype": dtype} for shape, dtype in self.inputs]
-        plain: dict[str, Any] = _plain(found)
+        inputs = [{"shape": shape, "dtype": dtype} for shape, dtype in self.inputs]
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self) | {"inputs": inputs})
         return plain
 
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, *, every_layer: bool = False, shown: int = _SHOWN, width: int = WIDTH) -> str:
+    def table(self, *, every_layer: bool = False, shown: int = 20, width: int = WIDTH) -> str:
         """Everything as text.
 
         Args:
@@ -226,13 +224,9 @@ def _weight(layer: Layer) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values for dataclasses, named tuples and dtypes."""
+    """JSON values for containers and dtypes."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -274,13 +274,11 @@ def measure_device(device: torch.device, *, seconds: float = 0.5) -> Device:
 def _rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     side, images, extent = (8192, 256, 28) if device.type == "cuda" else (1024, 4, 21)
 
-    def random(*shape: int) -> Tensor:
-        found = torch.randn(shape, device=device, dtype=dtype)
-        return found.to(memory_format=torch.channels_last) if found.dim() == 4 else found
-
+    random = functools.partial(torch.randn, device=device, dtype=dtype)
     with torch.inference_mode():
         product = _seconds("torch.mm(a, b)", seconds, a=random(side, side), b=random(side, side))
-        x, weight = random(images, 256, extent, extent), random(256, 256, 3, 3)
+        shapes = ((images, 256, extent, extent), (256, 256, 3, 3))
+        x, weight = (random(shape).to(memory_format=torch.channels_last) for shape in shapes)
         convolution = _seconds("torch.conv2d(x, weight, padding=1)", seconds, x=x, weight=weight)
     return max(2 * side**3 / product, 2 * images * extent**2 * weight.numel() / convolution)
 

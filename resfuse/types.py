@@ -48,14 +48,14 @@ class AbsentDevice(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a backend needs to know to say whether it can run a kernel.  Hashable: choices are cached by it."""
+    """A kernel, and the device, dtype and shapes that decide who can run it.  Hashable: choices are cached by it."""
 
     kernel: str
     """The function of the kernel API: "bn_act_forward"."""
     device: torch.device | AbsentDevice
     dtype: torch.dtype
     shape: torch.Size
-    """Of the input."""
+    """Shape of the input."""
     weight_shape: torch.Size | None = None
     """(K, C / groups, R, S) where there is a convolution."""
     convolution: Convolution | None = None

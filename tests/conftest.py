@@ -17,6 +17,10 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
 
 from tests import needs
 
+# The processes of pytest-xdist share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 # By torch's default cuDNN, and so every backend for GPUs, computes float32 convolutions in TF32.  That has tests of its
 # own; in all others float32 means float32, or signs that TF32's rounding decides would be taken for errors.
 torch.backends.cudnn.allow_tf32 = False

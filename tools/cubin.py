@@ -19,10 +19,8 @@ from typing import NamedTuple
 from resfuse import _build
 from resfuse.backends.triton.config import DeviceProperties
 
-RESERVED = 1024
-"""Bytes of shared memory that CUDA takes for itself, per block."""
-BLOCKS = 32
-"""Blocks that a multiprocessor of sm_80, sm_90 or sm_100 holds at most."""
+RESERVED = 1024  # bytes of shared memory that CUDA takes for itself, per block
+BLOCKS = 32  # that a multiprocessor of sm_80, sm_90 or sm_100 holds at most
 
 _ARCH = re.compile(r"arch = (sm_(\d+)\w*)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -33,16 +31,11 @@ _BRANCH = re.compile(r"(?:BRA|JMP)\b.*? 0x([0-9a-f]+) ?;")
 class Code(NamedTuple):
     """One kernel for one architecture."""
 
-    target: str
-    """sm_80, sm_90a; empty for a cubin, which has one."""
-    name: str
-    """Mangled."""
-    registers: int
-    """Per thread."""
-    stack: int
-    """Bytes of local memory per thread: spilled registers, and arrays with computed indices."""
-    shared: int
-    """Bytes of static shared memory per block."""
+    target: str  # sm_80, sm_90a; empty for a cubin, which has one
+    name: str  # mangled
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread: spilled registers, and arrays with computed indices
+    shared: int  # bytes of static shared memory per block
 
     @property
     def arch(self) -> int:
@@ -73,13 +66,6 @@ def tool(name: str = "cuobjdump") -> Path | None:
     on_path = shutil.which(name)
     found = [folder / name for folder in folders if (folder / name).is_file()]
     return next(iter(found), Path(on_path) if on_path else None)
-
-
-def compile_program(toolkit: _build.Toolkit, source: Path, program: Path, arch: str) -> None:
-    """Compile one .cu file, which may include those of csrc; nvcc does not find a pip toolkit's libraries itself."""
-    command = [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", f"-arch={arch}", f"-I{_build.csrc_dir()}"]
-    libraries = [f"-L{toolkit.home / name}" for name in ("lib64", "lib")]
-    subprocess.run([*command, str(source), "-o", str(program), *libraries], check=True)
 
 
 def codes(binary: Path) -> list[Code]:

@@ -50,9 +50,9 @@ class Command(NamedTuple):
     least: float = 0.5
     """Minutes that have to be left for it to be begun."""
     resumes: bool = False
-    """Whether it leaves out what an earlier call has done, so that one that ran out of time is called again."""
+    """True where it leaves out finished work, so that it can be called again after it ran out of time."""
     program: tuple[str, ...] = ()
-    """What watches Python."""
+    """A program that watches Python."""
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -63,9 +63,7 @@ def words(text: str) -> tuple[str, ...]:
 def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
     """The commands of each piece; `quick` rehearses them with the smallest arguments that run the same code."""
     bench = words("--output {work}/results --resume --limit {limit} --device {device}")
-    peers = words(
-        "--provider eager_channels_last inductor inductor_max_autotune cudnn_aten onnxruntime tensorrt resfuse"
-    )
+    peers = words("--provider eager_channels_last inductor inductor_max_autotune cudnn_aten tensorrt resfuse")
     few = words("--provider eager_channels_last resfuse resfuse_cuda resfuse_triton")
     if quick:
         bench, peers, few = (*bench, "--quick"), words("--provider eager_channels_last resfuse"), ()

@@ -198,8 +198,9 @@ def triton_rows(args: argparse.Namespace) -> list[Row]:
     for arch, dtype in itertools.product(args.arch, args.dtype):
         for layer, spec, bound in _listed_specs(args, arch, dtype):
             row = _described(arch, layer, spec, bound)
-            identity = {**row, "layer": "", "shared_bound": 0} if args.quick else spec._replace(grid=())
-            found.setdefault((arch, str(identity), str(spec.signature) if args.quick else ""), (row, spec))
+            absent = [name for name, value in spec.constants.items() if value is None]
+            identity = str(({**row, "layer": "", "shared_bound": 0}, absent) if args.quick else spec._replace(grid=()))
+            found.setdefault((arch, identity), (row, spec))
     _listed = list(found.values())
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:  # kernels cannot be pickled
         return list(pool.imap(_measured, range(len(_listed))))
@@ -217,7 +218,7 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
         p, tiled = problem, plan.tile_problem(problem)
         layer = f"{p.kind} {p.n}x{p.h}x{p.w}x{p.c} > {p.k}, {p.r}x{p.s} /{p.stride[0]} {dtype}"
         for spec in convolution_specs(problem, device):
-            tile = spec.constants["CONV"][-5:-2]
+            tile = spec.constants["CONV"][13:16]
             bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
             yield layer, spec, bound
         if p.kind == "forward" and dtype != "tf32" and not args.convolutions:
@@ -230,14 +231,15 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
 def _described(arch: int, layer: str, spec: Any, bound: int) -> Row:
     constants = dict(spec.constants)
     tile = constants.get("CONV") or constants.get("TILE")
-    blocks = [tile.block_m, tile.block_n, *tile[-3:-2]] if "CONV" in constants else list(tile[1:]) if tile else []
-    names = ("SPLIT_K", "PERSISTENT", "IN_REGISTERS", "PHASE")
-    flags = [f"{name} {constants[name]}" for name in names if constants.get(name, 0) > (name == "SPLIT_K")]
+    blocks = ("block_m", "block_n", "block_k") if "CONV" in constants else ("block_m", "block_n") if tile else ()
+    variant = "x".join(str(getattr(tile, block)) for block in blocks)
+    flags = [f"{name} {constants[name]}" for name in ("IN_REGISTERS", "PHASE") if constants.get(name)]
     if "CONV" in constants:
-        flags += [name for name in ("pack_groups", "pack_row") if getattr(tile, name) > (name == "pack_groups")]
+        flags += [f"{name} {getattr(tile, name)}" for name in ("split_k", "pack_groups") if getattr(tile, name) > 1]
+        flags += [name for name in ("persistent", "pack_row") if getattr(tile, name)]
     dtype = "tf32" if "CONV" in constants and tile.precision == "tf32" else next(iter(spec.signature.values()))[1:]
     return {
-        "arch": arch, "kernel": spec.name, "variant": "x".join(map(str, blocks)), "dtype": dtype, "layer": layer,
+        "arch": arch, "kernel": spec.name, "variant": variant, "dtype": dtype, "layer": layer,
         "flags": " ".join(flags), "stages": spec.options["num_stages"],
         "cooperative": spec.options["launch_cooperative_grid"], "shared_bound": bound,
     }  # fmt: skip
@@ -356,7 +358,9 @@ def _tile_bytes(tiles: Sequence[str]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "sizes")
         program.with_suffix(".cu").write_text(_SIZES % lines)
-        cubin.compile_program(toolkit, program.with_suffix(".cu"), program, "sm_80")
+        command = [toolkit.home / "bin" / "nvcc", "-std=c++17", "-arch=sm_80", f"-I{_build.csrc_dir()}"]
+        libraries = [f"-L{toolkit.home / name}" for name in ("lib64", "lib")]  # nvcc of a pip toolkit needs them
+        subprocess.run([*command, program.with_suffix(".cu"), "-o", program, *libraries], check=True)
         answer = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     return dict(zip(tiles, map(int, answer.split()), strict=True))
 

@@ -32,7 +32,7 @@ PROVIDERS: dict[str, Provider] = {
 }
 ONLY_BY_NAME = ("resfuse_nchw", "resfuse_compiled", "resfuse_cpu")
 DEFAULT = tuple(name for name in PROVIDERS if name not in ONLY_BY_NAME)
-"""What runs unless told otherwise; those that cannot run here are left out with their reasons."""
+"""The providers of a run without `--provider`; those that cannot run here are left out with their reasons."""
 QUICK = ("eager_nchw", "eager_channels_last", "resfuse")
 
 __all__ = ["DEFAULT", "PROVIDERS", "QUICK", "Provider"]

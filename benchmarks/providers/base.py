@@ -23,14 +23,14 @@ class Provider(abc.ABC):
     packages: tuple[str, ...] = ()
     """Distributions, besides torch, whose versions belong to a result."""
     graphs = True
-    """Whether its steps can be captured in a CUDA graph; False where it captures graphs itself."""
+    """False where steps cannot be captured in a CUDA graph, or the provider captures graphs itself."""
 
     def __init__(self, name: str, layout: str = "nchw") -> None:
         self.name = name
         self.layout = layout
 
     def unavailable_reason(self, setting: Setting) -> str | None:
-        """Why this cannot run here in this setting, None where it can."""
+        """The reason that this cannot run here in this setting, None where it can."""
         return None
 
     @abc.abstractmethod

@@ -43,26 +43,14 @@ class Exported(Provider):
 
 
 class OnnxRuntime(Exported):
-    """ONNX Runtime with all graph optimisations, which fold batch norm and fuse conv + add + ReLU.
+    """ONNX Runtime on the CPU with all graph optimisations, which fold batch norm and fuse conv + add + ReLU.
 
-    On the CPU float32 only, as it has no bfloat16 convolution, with NumPy in and out.  On a GPU by its CUDA provider:
-    cuDNN's algorithms by exhaustive trial, NHWC inside, inputs and output bound where torch has them.  No test has run
-    it on a GPU.
+    float32 only, as it has no bfloat16 convolution; NumPy in and out.
     """
 
     modules = ("onnxruntime", "onnx", "onnxscript")
-    packages = ("onnxruntime", "onnxruntime-gpu")
-    dtypes = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16)}  # noqa: RUF012
-    graphs = False
-
-    def unavailable_reason(self, setting: Setting) -> str | None:
-        reason = super().unavailable_reason(setting)
-        if reason is None and device_type(setting) == "cuda":
-            import onnxruntime
-
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                return "the installed ONNX Runtime has no CUDA provider (onnxruntime-gpu has)"
-        return reason
+    packages = ("onnxruntime",)
+    dtypes = {"cpu": (torch.float32,)}  # noqa: RUF012
 
     def prepare(self, module: nn.Module, examples: tuple[Tensor, ...], setting: Setting) -> Step:
         import onnxruntime
@@ -72,24 +60,13 @@ class OnnxRuntime(Exported):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         # Its threads may spin while it works, but not after that: then another provider is timed.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        model, cpu = onnx_model(module, examples), ["CPUExecutionProvider"]
-        if device_type(setting) == "cpu":
-            session = onnxruntime.InferenceSession(model, options, providers=cpu)
-            names = [input.name for input in session.get_inputs()]
-            return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
-        stream = SideStream(setting.device)
-        gpu = ("CUDAExecutionProvider", {
-            "device_id": str(torch.device(setting.device).index or 0), "user_compute_stream": str(stream.address),
-            "cudnn_conv_algo_search": "EXHAUSTIVE", "cudnn_conv_use_max_workspace": "1", "prefer_nhwc": "1",
-            "use_tf32": str(int(torch.backends.cudnn.allow_tf32)),
-        })  # fmt: skip
-        session = onnxruntime.InferenceSession(model, options, providers=[gpu, *cpu])
-        if session.get_providers()[0] != gpu[0]:
-            raise RuntimeError("ONNX Runtime could not load its CUDA provider, and would run on the CPU")
-        return _bound(session, _output_like(module, examples), stream)
+        model = onnx_model(module, examples)
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [input.name for input in session.get_inputs()]
+        return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
     def convert(self, tensor: Tensor) -> Any:
-        return tensor.contiguous() if tensor.is_cuda else tensor.contiguous().numpy()
+        return tensor.contiguous().numpy()
 
 
 class OpenVino(Exported):
@@ -138,7 +115,8 @@ class TensorRT(Exported):
     def prepare(self, module: nn.Module, examples: tuple[Tensor, ...], setting: Setting) -> Step:
         import tensorrt
 
-        output = _output_like(module, examples)
+        with torch.no_grad():
+            output = torch.empty_like(module.eval()(*examples), memory_format=torch.contiguous_format)
         plan = build_engine(tensorrt, onnx_model(module, examples), TIMING_CACHE)
         runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
         engine = runtime.deserialize_cuda_engine(plan)
@@ -220,37 +198,3 @@ class SideStream:
         self._stream.wait_stream(current)
         yield
         current.wait_stream(self._stream)
-
-
-def _output_like(module: nn.Module, examples: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad():
-        return torch.empty_like(module.eval()(*examples), memory_format=torch.contiguous_format)
-
-
-def _bound(session: Any, output: Tensor, stream: SideStream) -> Step:
-    """Runs a session of ONNX Runtime on tensors where they are; the output is the same memory at every call."""
-    import onnxruntime
-
-    run_options = onnxruntime.RunOptions()
-    # Without this it waits for the GPU after every call, which none of the others does.
-    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    names = [input.name for input in session.get_inputs()]
-    binding = session.io_binding()
-
-    def place(tensor: Tensor) -> dict[str, Any]:
-        kind = torch.empty(0, dtype=tensor.dtype).numpy().dtype.type
-        return {
-            "device_type": tensor.device.type, "device_id": tensor.device.index or 0, "element_type": kind,
-            "shape": tuple(tensor.shape), "buffer_ptr": tensor.data_ptr(),
-        }  # fmt: skip
-
-    binding.bind_output(session.get_outputs()[0].name, **place(output))
-
-    def run(*inputs: Tensor) -> Tensor:
-        for name, tensor in zip(names, inputs, strict=True):
-            binding.bind_input(name, **place(tensor))
-        with stream.ordered():
-            session.run_with_iobinding(binding, run_options)
-        return output
-
-    return run

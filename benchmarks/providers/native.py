@@ -57,7 +57,7 @@ class Inductor(Provider):
 
 
 def compiler_reason(setting: Setting) -> str | None:
-    """Why Inductor cannot compile for a device, None where it can."""
+    """The reason that Inductor cannot compile for a device, None where it can."""
     if device_type(setting) == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "Inductor needs a C++ compiler on PATH"
     return None

@@ -27,6 +27,10 @@ class Images:
     def channels(self) -> int:
         return self.train_images.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.train_images.device
+
     def limited(self, count: int | None) -> Images:
         """The first `count` images of each part."""
         parts = {field: getattr(self, field)[:count] for field in ("train_images", "train_labels")}

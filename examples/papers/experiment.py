@@ -1,12 +1,14 @@
-"""Shared by the experiments: options, networks, a tidy CSV, plots of one style, and a table of results."""
+"""The course of an experiment: options, training, measurements, a tidy CSV, a plot, and a table of results."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
+import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +16,14 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 import resfuse
 from examples.papers import data
-from examples.papers.training import Run
-from resfuse.models import cifar_plain, cifar_resnet
+from examples.papers.training import Run, sample, train_all
 
-KINDS = {"plain": cifar_plain, "resnet": cifar_resnet}
+Build = Callable[..., nn.Module]
+Measure = Callable[[nn.Module, Tensor, Tensor], list[float]]
 COLORS = ("#1b6ca8", "#d9622b", "#6aa84f", "#8e63b0", "#b58900", "#7f7f7f")
 
 
@@ -35,34 +38,82 @@ class Value(NamedTuple):
     value: float
 
 
-def parser(description: str, *, epochs: int, seeds: int, depths: Sequence[int]) -> argparse.ArgumentParser:
-    """The options of all experiments."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--cifar10", type=Path, help="folder of CIFAR-10's binary version; without it, digits")
-    options.add_argument("--epochs", type=int, default=epochs)
-    options.add_argument("--seeds", type=int, default=seeds, help="trainings of each network")
-    options.add_argument("--depths", type=int, nargs="+", default=list(depths), help="layers of the networks")
-    options.add_argument("--width", type=int, default=8, help="channels of the first stage (the paper: 16)")
-    options.add_argument("--learning-rate", type=float, default=0.1)
-    options.add_argument("--images", type=int, metavar="N", help="train and test with only N images")
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--output", type=Path, default=Path("out"), help="folder for the CSV and the plot")
-    return options
+class Panel(NamedTuple):
+    """One of the diagrams of a figure."""
+
+    title: str
+    quantity: str
+    xlabel: str = "epoch"
+    ylabel: str = ""
+    yscale: str = "log"
+    only: str = ""
+    """The beginning of the names of the networks that are shown."""
+    top: float | None = None
+    """Upper end of the y axis."""
 
 
-def load(arguments: argparse.Namespace) -> data.Images:
-    """The images that the options select."""
-    return data.load(arguments.cifar10, torch.device(arguments.device)).limited(arguments.images)
+class Experiment(NamedTuple):
+    """Networks that are trained and compared; the numbers are defaults of the options."""
+
+    description: str
+    networks: Callable[[int], dict[str, Build]]
+    """By name, of one depth; `in_channels` and `width` are their arguments."""
+    panels: Sequence[Panel]
+    epochs: int
+    seeds: int
+    depths: Sequence[int]
+    width: int = 8
+    before: Mapping[str, Measure] = {}
+    """Measurements of the untrained networks: quantity -> a value for each layer."""
+    after: Mapping[str, Measure] = {}
+    """Measurements of the trained networks."""
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Train all networks, print the results, and write the CSV and the plot."""
+        console, path = Console(), options.output / options.experiment
+        images = data.load(options.cifar10, torch.device(options.device)).limited(options.images)
+        runs = [
+            Run(name, seed, functools.partial(build, in_channels=images.channels, width=options.width))
+            for depth in options.depths
+            for name, build in self.networks(depth).items()
+            for seed in range(options.seeds)
+        ]
+        values = self._measured(self.before, runs, images)
+        train_all(runs, images, options.epochs, options.learning_rate, console)
+        show_results(runs, console)
+        values += curves(runs) + self._measured(self.after, runs, images)
+        facts = conditions(options, images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(path.with_suffix(".csv"), values, facts)
+        plot(path.with_suffix(".png"), values, facts, self.panels)
+        console.print(f"Wrote {path}.csv and .png")
+
+    @staticmethod
+    def _measured(measures: Mapping[str, Measure], runs: Sequence[Run], images: data.Images) -> list[Value]:
+        return [
+            Value(run.network, run.seed, i + 1, quantity, value)
+            for run in runs
+            for quantity, measure in measures.items()
+            for i, value in enumerate(measure(run.model or run.make(images.device), *sample(images, 512)))
+        ]
 
 
-def plain_and_residual(options: argparse.Namespace, images: data.Images) -> list[Run]:
-    """Networks of both kinds, of all depths, from all seeds."""
-    return [
-        Run(f"{kind}-{depth}", seed, lambda b=build, d=depth: b(d, in_channels=images.channels, width=options.width))
-        for kind, build in KINDS.items()
-        for depth in options.depths
-        for seed in range(options.seeds)
-    ]
+def parser(description: str, experiments: Mapping[str, Experiment]) -> argparse.ArgumentParser:
+    """The command line: an experiment and its options."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = found.add_subparsers(dest="experiment", required=True)
+    for name, experiment in experiments.items():
+        add = commands.add_parser(name, help=experiment.description, description=experiment.description).add_argument
+        add("--cifar10", type=Path, help="folder of CIFAR-10's binary version; without it, digits")
+        add("--epochs", type=int, default=experiment.epochs)
+        add("--seeds", type=int, default=experiment.seeds, help="trainings of each network")
+        add("--depths", type=int, nargs="+", default=experiment.depths, help="layers of the networks")
+        add("--width", type=int, default=experiment.width, help="channels of the first stage (the paper: 16)")
+        add("--learning-rate", type=float, default=0.1)
+        add("--images", type=int, metavar="N", help="train and test with only N images")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--output", type=Path, default=Path("out"), help="folder for the CSV and the plot")
+    return found
 
 
 def conditions(arguments: argparse.Namespace, images: data.Images) -> dict[str, object]:
@@ -90,33 +141,35 @@ def curves(runs: Iterable[Run]) -> list[Value]:
 
 def write_csv(path: Path, values: Iterable[Value], facts: dict[str, object]) -> None:
     """One line per value."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow((*Value._fields, *facts))
         writer.writerows((*value[:-1], f"{value.value:.6g}", *facts.values()) for value in values)
 
 
-def new_figure(columns: int, facts: dict[str, object], *, sharey: bool = False) -> tuple[Any, Any]:
-    """A figure with several axes side by side, and its conditions below."""
+def plot(path: Path, values: Sequence[Value], facts: dict[str, object], panels: Sequence[Panel]) -> None:
+    """The diagrams side by side, and the conditions below; a color for each kind, a line style for each depth."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = {"figsize": (5.2 * columns, 4.2), "layout": "constrained"}
-    figure, axes = pyplot.subplots(1, columns, squeeze=False, sharey=sharey, **size)
-    for one in axes[0]:
+    networks = list(dict.fromkeys(value.network for value in values))
+    kinds, depths = (list(dict.fromkeys(re.sub(part, "", name) for name in networks)) for part in (r"\d+", r"\D+"))
+    size = {"figsize": (5.2 * len(panels), 4.2), "layout": "constrained"}
+    same_scale = len({panel.ylabel or panel.title for panel in panels}) == 1
+    figure, axes = pyplot.subplots(1, len(panels), squeeze=False, sharey=same_scale, **size)
+    for panel, one in zip(panels, axes[0], strict=True):
         one.spines[["top", "right"]].set_visible(False)
+        for name in (name for name in networks if name.startswith(panel.only)):
+            kind, depth = kinds.index(re.sub(r"\d+", "", name)), depths.index(re.sub(r"\D+", "", name))
+            style = {"color": COLORS[kind % len(COLORS)], "linestyle": ("-", "--", ":")[depth % 3]}
+            plot_mean(one, values, name, panel.quantity, label=name, **style)
+        one.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, yscale=panel.yscale)
+        if panel.top is not None:
+            one.set_ylim(0, panel.top)
+        one.legend(frameon=False, fontsize=8)
     figure.supxlabel(", ".join(f"{name} {value}" for name, value in facts.items()), fontsize=7, color="#777777")
-    return figure, axes[0]
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure and close it."""
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -182,7 +182,7 @@ class Plan(NamedTuple):
 
     output: tuple[int, int, int, int]
     channels: int
-    """Of the input that the kernels read, with padding."""
+    """Input channels that the kernels read, with padding."""
     geometry: tuple[int, ...]
     """The operators' arguments from stride_h to groups."""
     config: ConvConfig
@@ -205,7 +205,7 @@ def planned(
     processors: int,
     forced: ConvConfig | None = None,
 ) -> Plan:
-    """How a convolution runs on a GPU with so many multiprocessors, which need not be there."""
+    """The launch of a convolution on a GPU with so many multiprocessors, which need not be there."""
     stride, padding, dilation, groups = convolution
     output = conv_output_shape(input_shape, weight_shape, convolution)
     pixels, filters = output[0] * output[2] * output[3], output[1]

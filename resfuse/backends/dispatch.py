@@ -1,4 +1,4 @@
-"""Which backend runs a problem: decided here, in one place, once per problem, and with reasons.
+"""The choice of the backend for a problem: made here alone, once per problem, and with reasons.
 
 Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `RANKING` names a faster one,
 and logs why it passed over the others.  An explicit request (`use_backend`, or the environment variable
@@ -30,7 +30,7 @@ PREDICTED = "predicted, not measured"
 
 
 class Backend(Protocol):
-    """What a backend module declares beside the kernel API, which `resfuse.backends.reference` specifies."""
+    """The declarations of a backend module, beside the kernel API that `resfuse.backends.reference` specifies."""
 
     KERNELS: tuple[str, ...]
     """The functions of the kernel API that it implements."""
@@ -176,7 +176,7 @@ def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, d
 
 
 def through_dispatcher() -> bool:
-    """Whether a call has to pass PyTorch's dispatcher, because a compiler or a TorchDispatchMode wants to see it.
+    """True if a call has to pass PyTorch's dispatcher, because a compiler or a TorchDispatchMode wants to see it.
 
     Otherwise the backend is called directly, which saves 6 to 11 us per call.
     """

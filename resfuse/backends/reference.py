@@ -167,7 +167,7 @@ def conv_backward(
 def unreliable_in_channels_last(
     device: torch.device, input_shape: torch.Size, weight_shape: torch.Size, stride: Pair
 ) -> bool:
-    """Where oneDNN (torch 2.11) goes wrong in channels_last and is right in NCHW; no ResNet has such a convolution.
+    """True if oneDNN (torch 2.11) is wrong in channels_last and right in NCHW; no ResNet has such a convolution.
 
     The weight gradient of a strided 1x1 convolution of less than 16 channels writes beyond its memory (seen with two
     threads); one input channel per group with unequal strides can leave parts of the output unwritten.

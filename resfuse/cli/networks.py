@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import re
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from resfuse import models
 
 _CIFAR_NAME = re.compile(r"(cifar_(?:preact_)?resnet|cifar_plain)_?(\d+)")
 _IMAGENET, _CIFAR = (3, 224, 224), (3, 32, 32)
@@ -36,46 +39,30 @@ def build(name: str, *, meta: bool = True) -> Network:
         ValueError: unknown model; the message lists close names.
     """
     library, _, architecture = name.rpartition("/")
-    if library == "resfuse" or (not library and _CIFAR_NAME.fullmatch(architecture)):
-        constructor, shape = _resfuse(architecture)
+    cifar = _CIFAR_NAME.fullmatch(architecture)
+    shape = _IMAGENET
+    if cifar is not None and library in ("", "resfuse"):
+        constructor, shape = functools.partial(getattr(models, cifar[1]), int(cifar[2])), _CIFAR
+    elif library == "resfuse":
+        known = [other for other in models.__all__ if other[0].islower()]
+        if architecture not in known or architecture.startswith("cifar"):
+            listed = ", ".join(f"{other}N" if other.startswith("cifar") else other for other in known)
+            raise ValueError(f"model: resfuse.models has no {architecture!r}; it has {listed}")
+        constructor = getattr(models, architecture)
     elif library in ("", "torchvision"):
-        constructor, shape = _torchvision(architecture), _IMAGENET
+        zoo = _imported("torchvision.models")
+        _check("torchvision", architecture, zoo.list_models())
+        constructor = functools.partial(zoo.get_model, architecture, weights=None)
+        if architecture in {*zoo.list_models(zoo.detection), *zoo.list_models(zoo.segmentation)}:
+            constructor.keywords["weights_backbone"] = None  # or those would be downloaded
     elif library == "timm":
-        constructor, shape = _timm(architecture), _IMAGENET
+        timm = _imported("timm")
+        _check("timm", architecture.partition(".")[0], timm.list_models())  # without the tag of a checkpoint
+        constructor = functools.partial(timm.create_model, architecture, pretrained=False)
     else:
         raise ValueError(f"model: expected NAME (of torchvision), timm/NAME or resfuse/NAME, got {name!r}")
     model = _on_meta(constructor) if meta else constructor()
-    if library == "timm":
-        shape = getattr(model, "default_cfg", {}).get("input_size", _IMAGENET)
-    return Network(model, shape)
-
-
-def _resfuse(name: str) -> tuple[Callable[[], nn.Module], tuple[int, int, int]]:
-    from resfuse import models
-
-    cifar = _CIFAR_NAME.fullmatch(name)
-    if cifar is not None:
-        return lambda: getattr(models, cifar[1])(int(cifar[2])), _CIFAR
-    functions = [other for other in models.__all__ if other[0].islower() and other != "complexity"]
-    if name not in functions or name.startswith("cifar"):
-        known = ", ".join(f"{other}N" if other.startswith("cifar") else other for other in functions)
-        raise ValueError(f"model: resfuse.models has no {name!r}; it has {known}")
-    return getattr(models, name), _IMAGENET
-
-
-def _torchvision(name: str) -> Callable[[], nn.Module]:
-    models = _imported("torchvision.models")
-    _check("torchvision", name, models.list_models())
-    options: dict[str, Any] = {}
-    if name in {*models.list_models(models.detection), *models.list_models(models.segmentation)}:
-        options["weights_backbone"] = None  # or those would be downloaded
-    return lambda: models.get_model(name, weights=None, **options)
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    timm = _imported("timm")
-    _check("timm", name.partition(".")[0], timm.list_models())  # without the tag of a checkpoint
-    return lambda: timm.create_model(name, pretrained=False)
+    return Network(model, getattr(model, "default_cfg", {}).get("input_size", shape) if library == "timm" else shape)
 
 
 def _imported(module: str) -> Any:

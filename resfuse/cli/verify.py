@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import resfuse
 from resfuse import contract
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name} is skipped: {unavailable[name]}")
     backends = [name for name in wanted if unavailable[name] is None]
     dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
-    findings = _verify_ops(list(cases.runs(backends, args.op or list(cases.KERNELS), dtypes)))
+    findings = _verify_ops(backends, args.op or list(cases.KERNELS), dtypes)
     if model is not None:
         for dtype in (torch.float32, torch.bfloat16):
             compared = list(_verify_model(*model, dtype))
@@ -61,36 +62,115 @@ def run(args: argparse.Namespace) -> int:
     return _conclude(findings, time.perf_counter() - started)
 
 
-def _verify_ops(runs: Sequence[cases.Run]) -> list[Finding]:
-    """Run everything and print a table for each device, dtype and backend as soon as it is complete."""
+def _verify_ops(backends: Sequence[str], ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Finding]:
+    """Run every case in every mode and memory format, and print a table for each device, dtype and backend."""
     findings: list[Finding] = []
     skipped: dict[str, set[str]] = {}
-    done = itertools.count(1)
-    for (device, dtype), group in itertools.groupby(runs, key=lambda run: (run.device, run.dtype)):
-        by_backend: dict[str, list[Finding]] = {}
-        for run in group:
+    chosen = [case for case in cases.CASES if case.op in ops]
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device, dtype in itertools.product(devices, dtypes):
+        if device.type == "cpu" and dtype == torch.float16:
+            continue  # which is for GPUs
+        here = [name for name in backends if name == "reference" or (name == "cpu") == (device.type == "cpu")]
+        by_backend: dict[str, list[Finding]] = {name: [] for name in here}
+        for number, case in enumerate(chosen, 1):
             if sys.stderr.isatty():
-                print(f"\r{next(done)} of {len(runs)}", end="\r", file=sys.stderr, flush=True)
-            reasons = run.unsupported_reasons()
-            for reason in reasons:
-                skipped.setdefault(reason, set()).add(f"{run.case.op} on {run.backend}")
-            if not reasons:
-                by_backend.setdefault(run.backend, []).extend(_findings(run))
-        for backend, found in by_backend.items():
-            _print_table(f"{backend} backend on {device.type}, {_name(dtype)}", found)
+                print(f"\r{_name(dtype)}: {number} of {len(chosen)}", end="\r", file=sys.stderr, flush=True)
+            able = []
+            for name in here:
+                reasons = case.unsupported_reasons(name, device, dtype)
+                able += [] if reasons else [name]
+                for reason in reasons:
+                    skipped.setdefault(reason, set()).add(f"{case.op} on {name}")
+            for training in ((True, False) if case.op != "add_relu" else (True,)) if able else ():
+                for name, finding in _verify_case(case, able, device, dtype, training):
+                    by_backend[name].append(finding)
+        for name, found in by_backend.items():
+            if found:
+                _print_table(f"{name} backend on {device.type}, {_name(dtype)}", found)
             findings += found
     for reason, names in skipped.items():
         print(f"not run: {', '.join(sorted(names))}: {reason}")
     return findings
 
 
-def _findings(run: cases.Run) -> list[Finding]:
-    """The deviations of a run; a backend that raises is a violation, and does not stop the others."""
-    try:
-        return [(str(run), deviation) for deviation in run.deviations()]
-    except Exception as error:
-        message = f"raised {type(error).__name__}: {error}"
-        return [(str(run), Deviation(message.partition("\n")[0], *[math.nan] * 6))]
+def _verify_case(
+    case: cases.Case, backends: Sequence[str], device: torch.device, dtype: torch.dtype, training: bool
+) -> Iterator[tuple[str, Finding]]:
+    """The findings of all backends in both memory formats; one that raises is a violation, and stops no other."""
+    module, inputs, grad_output = case.build(device, dtype)
+    convolution = case.op == "conv_bn_act"
+    if case.activation == "relu":
+        linear, (input, *rest) = copy.deepcopy(module).double().train(training), (one.double() for one in inputs)
+        linear.act = nn.Identity()
+        with torch.no_grad(), BaseTorchFunctionMode():
+            preactivation = linear(input, *rest) if case.op != "add_relu" else input + rest[0]
+        rounding = contract.rounding_of(dtype, device, convolution=convolution)
+        grad_output = grad_output.masked_fill(contract.decided_by_rounding(preactivation, rounding), 0)
+    floor = contract.floor_of(dtype, device, convolution=convolution)
+    comparison = _Comparison(module, inputs, grad_output, training, floor)
+    for name, channels_last in itertools.product(backends, (False, True)):
+        layout, mode = "channels_last" if channels_last else "NCHW", "training" if training else "inference"
+        title = f"{case.op}, {case.name} {case.shape}, {mode}, {layout}"
+        try:
+            with resfuse.use_backend(name):
+                found = comparison.deviations(module, channels_last)
+        except Exception as error:
+            message = f"raised {type(error).__name__}: {error}"
+            found = [Deviation(message.partition("\n")[0], *[math.nan] * 6)]
+        yield from ((name, (title, deviation)) for deviation in found)
+
+
+class _Comparison:
+    """The true results of a module and eager's, with which its fused results are compared.
+
+    Eager runs under a TorchFunctionMode, for which fused modules call PyTorch's own operators.
+    """
+
+    def __init__(
+        self, module: nn.Module, inputs: list[Tensor], grad_output: Tensor | None, training: bool, floor: float
+    ) -> None:
+        self.inputs, self.grad_output, self.training, self.floor = inputs, grad_output, training, floor
+        self.dtype = inputs[0].dtype
+        wide = [tensor.double() for tensor in inputs]
+        with BaseTorchFunctionMode():
+            grad = None if grad_output is None else grad_output.double()
+            self.exact = _results(copy.deepcopy(module).double(), wide, grad, training, False)
+            self.eager = [_results(module, inputs, grad_output, training, format) for format in (False, True)]
+
+    def deviations(self, module: nn.Module, channels_last: bool = True) -> list[Deviation]:
+        fused = _results(module, self.inputs, self.grad_output, self.training, channels_last)
+        found = []
+        for name, exact in self.exact.items():
+            scale = None
+            if name == "grad conv_bias" and self.training and self.grad_output is not None:
+                # Batch statistics cancel a constant, so this gradient is zero but for rounding: it is measured
+                # against the terms that cancel.
+                scale = torch.linalg.vector_norm(self.grad_output.double()).item()
+            eager = [results[name] for results in self.eager]
+            found.append(contract.measure(name, fused[name], eager, exact, self.dtype, floor=self.floor, scale=scale))
+        return found
+
+
+def _results(
+    module: nn.Module, inputs: list[Tensor], grad_output: Tensor | None, training: bool, channels_last: bool
+) -> dict[str, Tensor]:
+    """The output, all gradients of a `grad_output` and, in training, each kind of running statistic in one vector."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    module = copy.deepcopy(module).train(training).to(memory_format=memory_format)  # type: ignore[call-overload]
+    inputs = [tensor.detach().clone(memory_format=memory_format).requires_grad_() for tensor in inputs]
+    with torch.set_grad_enabled(grad_output is not None):
+        output = module(*inputs)
+    found = {"output": output.detach()}
+    if grad_output is not None:
+        leaves = dict(zip(("input", "residual"), inputs, strict=False))
+        leaves |= {name.removeprefix("bn.").replace(".", "_"): one for name, one in module.named_parameters()}
+        grads = torch.autograd.grad(output, list(leaves.values()), grad_output.contiguous(memory_format=memory_format))
+        found |= {f"grad {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    for statistic in ("running_mean", "running_var") if training else ():
+        buffers = [buffer.flatten() for name, buffer in module.named_buffers() if name.endswith(statistic)]
+        found |= {statistic: torch.cat(buffers)} if buffers else {}
+    return found
 
 
 @torch.no_grad()
@@ -111,8 +191,7 @@ def _calibrated(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, nn.BatchNorm2d):
-            momenta[module], module.momentum = module.momentum, None  # None: the statistics of this batch alone
-            module.reset_running_stats()
+            momenta[module], module.momentum = module.momentum, 1.0  # the statistics of this batch alone
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.1)
@@ -124,34 +203,16 @@ def _calibrated(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     return model, (1.5 * images.flip(2) + 0.5).to(device)
 
 
-def _verify_model(eager: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Finding]:
+def _verify_model(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Iterator[Finding]:
     """Compare the output and the running statistics of the fused network with those of the eager one."""
-    eager, images = copy.deepcopy(eager).to(dtype), images.to(dtype)
+    eager, images = copy.deepcopy(model).to(dtype), images.to(dtype)
     fused = copy.deepcopy(eager)
     resfuse.fuse_(fused)
-    channels_last: nn.Module = copy.deepcopy(eager).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    permuted = images.contiguous(memory_format=torch.channels_last)
     floor = contract.floor_of(dtype, images.device, convolution=True)
     for training in (True, False):
-        found = _results(fused, permuted, training)
-        with resfuse.use_backend("reference"):  # the networks of resfuse.models are made of fused modules
-            exact = _results(copy.deepcopy(eager).double(), images.double(), training)
-            eagers = [_results(eager, images, training), _results(channels_last, permuted, training)]
-        for name in exact:
-            references = [result[name] for result in eagers]
-            mode = f"model, {_name(dtype)}, {'training' if training else 'inference'}"
-            yield mode, contract.measure(name, found[name], references, exact[name], dtype, floor=floor)
-
-
-@torch.no_grad()
-def _results(model: nn.Module, images: Tensor, training: bool) -> dict[str, Tensor]:
-    """The output and, in training, each kind of running statistic in one vector; the model itself does not change."""
-    model = copy.deepcopy(model).train(training)
-    found = {"output": model(images)}
-    for statistic in ("running_mean", "running_var") if training else ():
-        buffers = [buffer.flatten() for name, buffer in model.named_buffers() if name.endswith(statistic)]
-        found |= {statistic: torch.cat(buffers)} if buffers else {}
-    return found
+        mode = f"model, {_name(dtype)}, {'training' if training else 'inference'}"
+        comparison = _Comparison(eager, [images], None, training, floor)
+        yield from ((mode, deviation) for deviation in comparison.deviations(fused))
 
 
 def _print_table(title: str, findings: Sequence[Finding]) -> None:

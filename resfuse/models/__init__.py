@@ -2,20 +2,17 @@
 
 from resfuse.models.cifar import CifarResNet, cifar_plain, cifar_resnet
 from resfuse.models.cifar_preact import CifarPreActResNet, cifar_preact_resnet
-from resfuse.models.complexity import Complexity, complexity
 from resfuse.models.imagenet import ResNet, plain18, plain34, resnet18, resnet34, resnet50, resnet101, resnet152
 from resfuse.models.stage import Stage
 
 __all__ = [
     "CifarPreActResNet",
     "CifarResNet",
-    "Complexity",
     "ResNet",
     "Stage",
     "cifar_plain",
     "cifar_preact_resnet",
     "cifar_resnet",
-    "complexity",
     "plain18",
     "plain34",
     "resnet18",

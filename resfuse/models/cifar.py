@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from resfuse.models.initialization import check_sizes, initialize
-from resfuse.models.shortcuts import check_shortcut, make_shortcut
-from resfuse.models.stage import Stage
+from resfuse.models.network import Network
 from resfuse.nn import BasicBlock, PlainBlock
-from resfuse.nn.fused_call import conv_bn_act
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Network):
     """A residual network for images of about 32x32, of fused blocks in three stages.
 
     Shapes: input (N, in_channels, H, W), of any H and W; output (N, num_classes).
@@ -30,13 +23,10 @@ class CifarResNet(nn.Module):
         block: `BasicBlock` or `PlainBlock` of `resfuse.nn`, or one with their interface.
         blocks: number of blocks of each stage.
         num_classes: length of the output.
-        in_channels: of the images, 3 for RGB.
         width: channels of the first stage; the second has twice as many, the third four times.
-        shortcut: "A", "B" or "C" as in the paper, see `resfuse.models.shortcuts`; blocks without shortcuts ignore it.
+        shortcut: "A", "B" or "C" as in the paper, see `resfuse.models.network`; blocks without shortcuts ignore it.
             The paper's CIFAR networks have A.
-        zero_init_residual: start with every block as the identity, see `resfuse.models.initialization`.
-        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
+        options: in_channels, zero_init_residual, norm_layer and checkpoint, as for `Network`.
 
     Raises:
         ValueError: `shortcut` is none of the three, or a size is not positive.
@@ -50,44 +40,12 @@ class CifarResNet(nn.Module):
         blocks: int,
         *,
         num_classes: int = 10,
-        in_channels: int = 3,
         width: int = 16,
         shortcut: str = "A",
-        zero_init_residual: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        checkpoint: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_shortcut(shortcut)
-        check_sizes(blocks=blocks, num_classes=num_classes, in_channels=in_channels, width=width)
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
-        inplanes, stages = width, []
-        for i in range(3):
-            modules = []
-            planes = width * 2**i
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                downsample = None
-                if block is not PlainBlock:
-                    downsample = make_shortcut(shortcut, inplanes, planes, stride, norm_layer)
-                modules.append(block(inplanes, planes, stride, downsample, norm_layer=norm_layer))
-                inplanes = planes
-            stages.append(Stage(modules, checkpoint))
-        self.layer1, self.layer2, self.layer3 = stages
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(inplanes, num_classes)
-        initialize(self, zero_init_residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
+        options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
+        super().__init__(block, (blocks,) * 3, **options)
 
 
 def cifar_resnet(depth: int, **options: Any) -> CifarResNet:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from resfuse.models.cifar import blocks_per_stage
-from resfuse.models.initialization import check_sizes, initialize
-from resfuse.models.shortcuts import check_shortcut, make_shortcut
-from resfuse.models.stage import Stage
+from resfuse.models.network import Network
 from resfuse.nn import PreActBasicBlock, PreActBottleneck
-from resfuse.nn.blocks import conv1x1
-from resfuse.nn.fused_call import bn_act, conv_bn_act
 
 _BLOCKS: dict[str, type[PreActBasicBlock] | type[PreActBottleneck]] = {
     "basic": PreActBasicBlock,
@@ -22,7 +14,7 @@ _BLOCKS: dict[str, type[PreActBasicBlock] | type[PreActBottleneck]] = {
 }
 
 
-class CifarPreActResNet(nn.Module):
+class CifarPreActResNet(Network):
     """A pre-activation network for images of about 32x32, of fused blocks in three stages.
 
     The first BN and ReLU follow the stem's convolution, before the paths split, and fuse with it, so the first block
@@ -40,13 +32,11 @@ class CifarPreActResNet(nn.Module):
         block: `PreActBasicBlock` or `PreActBottleneck` of `resfuse.nn`.
         blocks: number of blocks of each stage.
         num_classes: length of the output.
-        in_channels: of the images, 3 for RGB.
         width: channels of the stem; a block of stage i has `planes = width * 2**i`.
         shortcut: "B": where the shape changes, a 1x1 convolution of the pre-activated input.  "A": there the identity
             with zeros for the additional channels.  "C": the convolution in every block, which the paper found worse.
-        zero_init_residual: start with the last convolution of every block at zero, so that the block is its shortcut.
-        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
+        options: in_channels, zero_init_residual (start with the last convolution of every block at zero, so that the
+            block is its shortcut), norm_layer and checkpoint, as for `Network`.
 
     Raises:
         ValueError: `shortcut` is none of the three, or a size is not positive.
@@ -61,46 +51,12 @@ class CifarPreActResNet(nn.Module):
         blocks: int,
         *,
         num_classes: int = 10,
-        in_channels: int = 3,
         width: int = 16,
         shortcut: str = "B",
-        zero_init_residual: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        checkpoint: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_shortcut(shortcut)
-        check_sizes(blocks=blocks, num_classes=num_classes, in_channels=in_channels, width=width)
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
-        inplanes, stages = width, []
-        for i in range(3):
-            modules = []
-            planes = width * 2**i
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                outplanes = planes * block.expansion
-                downsample = make_shortcut(shortcut, inplanes, outplanes, stride, projection=conv1x1)
-                first = i == 0 and j == 0
-                modules.append(block(inplanes, planes, stride, downsample, norm_layer=norm_layer, preactivated=first))
-                inplanes = outplanes
-            stages.append(Stage(modules, checkpoint))
-        self.layer1, self.layer2, self.layer3 = stages
-        self.bn2 = norm_layer(inplanes)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(inplanes, num_classes)
-        initialize(self, zero_init_residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = bn_act(self.bn2, x, None, self.relu)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
+        options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
+        super().__init__(block, (blocks,) * 3, preactivated=True, **options)
 
 
 def cifar_preact_resnet(depth: int, block: str | None = None, **options: Any) -> CifarPreActResNet:

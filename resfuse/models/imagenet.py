@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from resfuse.models.initialization import check_sizes, initialize
-from resfuse.models.shortcuts import check_shortcut, make_shortcut
-from resfuse.models.stage import Stage
+from resfuse.models.network import Network
 from resfuse.nn import BasicBlock, Bottleneck, BottleneckV1, PlainBlock
-from resfuse.nn.fused_call import conv_bn_act
 
 _BOTTLENECKS: dict[str, type[Bottleneck]] = {"v1": BottleneckV1, "v1.5": Bottleneck}
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network for images of about 224x224, of fused blocks.
 
     With `shortcut="B"` its children and state_dict keys are those of `torchvision.models.ResNet`, and checkpoints load
@@ -35,13 +29,10 @@ class ResNet(nn.Module):
         block: `BasicBlock`, `Bottleneck`, `BottleneckV1` or `PlainBlock` of `resfuse.nn`, or one with their interface.
         layers: number of blocks of the four stages.
         num_classes: length of the output.
-        in_channels: of the images, 3 for RGB.
         width: channels of the stem; a block of stage i has `planes = width * 2**i`.
         groups, width_per_group: of a bottleneck's 3x3 convolution; 32 and 4 make ResNeXt 32x4d, 1 and 128 Wide-ResNet.
-        shortcut: "A", "B" or "C" as in the paper, see `resfuse.models.shortcuts`; blocks without shortcuts ignore it.
-        zero_init_residual: start with every block as the identity, see `resfuse.models.initialization`.
-        norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
-        checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
+        shortcut: "A", "B" or "C" as in the paper, see `resfuse.models.network`; blocks without shortcuts ignore it.
+        options: in_channels, zero_init_residual, norm_layer and checkpoint, as for `Network`.
 
     Raises:
         ValueError: `shortcut` is none of the three, `layers` are not four positive numbers, or a size is not positive.
@@ -56,54 +47,17 @@ class ResNet(nn.Module):
         layers: Sequence[int],
         *,
         num_classes: int = 1000,
-        in_channels: int = 3,
         width: int = 64,
         groups: int = 1,
         width_per_group: int = 64,
         shortcut: str = "B",
-        zero_init_residual: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        checkpoint: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_shortcut(shortcut)
-        check_sizes(num_classes=num_classes, in_channels=in_channels, width=width)
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers: expected four positive numbers of blocks, got {tuple(layers)}")
-        norm_layer = norm_layer or nn.BatchNorm2d
-        options: dict[str, Any] = {"groups": groups, "base_width": width_per_group, "norm_layer": norm_layer}
-        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
-        self.bn1 = norm_layer(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.inplanes = width
-        stages = []
-        for i, count in enumerate(layers):
-            blocks = []
-            planes = width * 2**i
-            for j in range(count):
-                stride = 2 if i > 0 and j == 0 else 1
-                outplanes = planes * block.expansion
-                downsample = None
-                if block is not PlainBlock:
-                    downsample = make_shortcut(shortcut, self.inplanes, outplanes, stride, norm_layer)
-                blocks.append(block(self.inplanes, planes, stride, downsample, **options))
-                self.inplanes = outplanes
-            stages.append(Stage(blocks, checkpoint))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(self.inplanes, num_classes)
-        initialize(self, zero_init_residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.maxpool(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
+        options["block_options"] = {"groups": groups, "base_width": width_per_group}
+        options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
+        super().__init__(block, layers, stem=(7, 2, 3), pool=True, **options)
 
 
 def resnet18(**options: Any) -> ResNet:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from resfuse.nn.sequential import sequential_forward, sequential_item
+from resfuse.nn.sequential import FusedSequential, sequential_forward
 
 
-class Stage(nn.Sequential):
+class Stage(FusedSequential):
     """A Sequential of residual blocks; in inference a block may write its output over an input without other readers.
 
     Shapes: those of its blocks, each taking the output of the one before.
@@ -39,9 +37,6 @@ class Stage(nn.Sequential):
             raise ValueError(f"checkpoint: expected a number of blocks, 0 for none, got {checkpoint}")
         self.checkpoint = int(checkpoint)
 
-    def __getitem__(self, index: Any) -> Any:
-        return sequential_item(self, index)
-
     def forward(self, input: Tensor) -> Tensor:
         blocks = list(self._modules.values())
         if not self.checkpoint or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -62,24 +57,16 @@ def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager[objec
     return nullcontext(), _TemporaryBuffers(blocks)
 
 
-class _TemporaryBuffers:
-    """Replaces the buffers of some modules by copies, so that updates to them are discarded."""
+class _TemporaryBuffers(ExitStack):
+    """Replaces the buffers of some modules by copies, so that updates to them are discarded; may be entered again."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
         self.modules = modules
-        self.originals: list[tuple[nn.Module, str, Tensor]] = []
 
-    def __enter__(self) -> None:
-        for root in self.modules:
-            for module in root.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        self.originals.append((module, name, buffer))
-                        module._buffers[name] = buffer.clone()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for module, name, buffer in self.originals:
-            module._buffers[name] = buffer
-        self.originals.clear()
+    def __enter__(self) -> _TemporaryBuffers:
+        for module in (module for root in self.modules for module in root.modules()):
+            buffers = module._buffers
+            self.callback(buffers.update, buffers.copy())
+            buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+        return super().__enter__()

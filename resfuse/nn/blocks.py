@@ -1,4 +1,4 @@
-"""BasicBlock and Bottleneck as in torchvision, and the fused forward that `fuse_` gives to other libraries' blocks.
+"""The blocks of torchvision and of the paper, and the fused forward that `fuse_` gives to other libraries' blocks.
 
 Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
 the residual where that has no other reader: behind a projection and, in a Sequential that passes the output of one
@@ -17,6 +17,7 @@ from resfuse.nn.fused_call import activation_of, conv_bn_act, global_hooks, unob
 from resfuse.nn.zero_pad import ZeroPadShortcut
 
 Modules = dict[str, Any]
+NormLayer = Callable[..., nn.Module]
 
 
 class Chain(NamedTuple):
@@ -112,7 +113,46 @@ def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """The constructor of the blocks, with the arguments of torchvision's."""
+
+    expansion: ClassVar[int] = 1
+    last: ClassVar[str]
+    """Name of the last layer before the addition."""
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self._add_layers(inplanes, planes, stride, groups, base_width, dilation, norm_layer or nn.BatchNorm2d)
+        self.downsample = downsample
+        self.stride = stride
+
+    def _add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
+    ) -> None:
+        """Add convolutions, norms and activation; `width` is `base_width`."""
+        raise NotImplementedError
+
+    def zero_init_last(self) -> None:
+        """Set the weight of the layer before the addition to zero, so that the block starts as its shortcut.
+
+        Source: Goyal et al. 2017 (arXiv:1706.02677), section 5.1.
+        """
+        weight = getattr(self._modules[self.last], "weight", None)
+        if weight is not None:
+            nn.init.zeros_(weight)
+
+
+class BasicBlock(ResidualBlock):
     """The two-convolution residual block of ResNet-18 and -34, fused.
 
     Arguments, children and state_dict keys are those of torchvision's `BasicBlock`, so it can be handed to
@@ -141,39 +181,23 @@ class BasicBlock(nn.Module):
     Source: He et al. 2016, "Deep Residual Learning for Image Recognition" (arXiv:1512.03385), figure 5, left.
     """
 
-    expansion: ClassVar[int] = 1
+    last: ClassVar[str] = "bn2"
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
+    def _add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
-        check_basic_block(groups, base_width, dilation)
-        norm_layer = norm_layer or nn.BatchNorm2d
+        check_basic_block(groups, width, dilation)
         self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = norm_layer(planes)
+        self.bn1 = norm(planes)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv3x3(planes, planes)
-        self.bn2 = norm_layer(planes)
-        self.downsample = downsample
-        self.stride = stride
+        self.bn2 = norm(planes)
 
     def forward(self, x: Tensor) -> Tensor:
         return basic_block_forward(self, x, "relu", "relu")
 
-    def zero_init_last(self) -> None:
-        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
-        zero_weight(self.bn2)
 
-
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """The three-convolution residual block of ResNet-50 and deeper, ResNeXt and Wide-ResNet, fused.
 
     Arguments, children and state_dict keys are those of torchvision's `Bottleneck`, so it can be handed to
@@ -203,37 +227,37 @@ class Bottleneck(nn.Module):
     """
 
     expansion: ClassVar[int] = 4
+    last: ClassVar[str] = "bn3"
+    stride_first: ClassVar[bool] = False
+    """The stride is on the first 1x1 convolution (v1)."""
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
+    def _add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        self.conv1 = conv1x1(inplanes, width)
-        self.bn1 = norm_layer(width)
-        self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.bn2 = norm_layer(width)
+        width = int(planes * (width / 64.0)) * groups
+        first, second = (stride, 1) if self.stride_first else (1, stride)
+        self.conv1 = conv1x1(inplanes, width, first)
+        self.bn1 = norm(width)
+        self.conv2 = conv3x3(width, width, second, groups, dilation)
+        self.bn2 = norm(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
-        self.bn3 = norm_layer(planes * self.expansion)
+        self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
         return bottleneck_forward(self, x, "relu", "relu", "relu")
 
-    def zero_init_last(self) -> None:
-        """Set the last batch norm's weight to zero, so that the block starts as the identity (arXiv:1706.02677)."""
-        zero_weight(self.bn3)
+
+class BottleneckV1(Bottleneck):
+    """`Bottleneck` with the stride on the first 1x1 convolution instead of the 3x3 (ResNet v1).
+
+    Shapes, arguments, children and state_dict keys are those of `Bottleneck`.  The weights of either load into the
+    other, but compute something else where the stride is not 1.
+
+    Source: He et al. 2016 (arXiv:1512.03385), table 1 and its authors' released models.
+    """
+
+    stride_first: ClassVar[bool] = True
 
 
 CHAINS[BasicBlock.forward] = Chain(lambda block, x: basic_block_forward(block, x, "relu", "relu", True), "bn2", "relu")
@@ -248,10 +272,3 @@ def check_basic_block(groups: int, base_width: int, dilation: int) -> None:
         raise ValueError(f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}")
     if dilation > 1:
         raise NotImplementedError(f"BasicBlock: expected dilation=1, got {dilation}")
-
-
-def zero_weight(norm: nn.Module) -> None:
-    """Zero the affine weight of a normalisation layer that has one."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None:
-        nn.init.zeros_(weight)

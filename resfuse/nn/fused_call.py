@@ -209,7 +209,11 @@ def _own_conv_bn_act(
         return None
     if conv_weight is None or (type(conv_weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
         return None
-    if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, state.weight):
+    if kind.frozen and not (
+        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
+        input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
+        and not torch.is_autocast_enabled(input.device.type)
+    ):
         return None
     if not kind.frozen:
         count_batch(bn)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
@@ -263,32 +267,32 @@ def global_hooks() -> bool:
 def reasons_against(conv: nn.Module | None, bn: nn.Module, residual: bool = False) -> list[str]:
     """Reasons for `conv_bn_act` (or, with `conv=None`, `bn_act`) to call these modules rather than the operator."""
     reasons = [] if conv is None else _convolution_reasons(conv)
-    kind = batch_norm_kind(bn)
+    kind, name = batch_norm_kind(bn), type(bn).__name__
     if kind is None:
-        reasons.append(f"{_class_name(bn)} is not exactly BatchNorm2d")
+        reasons.append(f"{name} is not exactly BatchNorm2d")
     elif kind.activated and _inner_activation(bn, kind, None) is None:
-        reasons.append(f"{_class_name(bn)} has an activation other than ReLU, a drop layer, or hooks on them")
+        reasons.append(f"{name} has an activation other than ReLU, a drop layer, or hooks on them")
     elif kind.activated and residual and _inner_activation(bn, kind, True) is None:
-        reasons.append(f"{_class_name(bn)} applies its activation before the residual is added")
-    elif not _tensors_in_place(bn, kind):
-        reasons.append(f"a parameter or buffer of {_class_name(bn)} was replaced")
-    return reasons + observed_reasons(bn)
+        reasons.append(f"{name} applies its activation before the residual is added")
+    else:
+        try:
+            read_state(bn, kind.frozen)
+        except KeyError:
+            reasons.append(f"a parameter or buffer of {name} was replaced")
+    return reasons + _observed_reasons(bn)
 
 
-def observed_reasons(module: nn.Module) -> list[str]:
+def _observed_reasons(module: nn.Module) -> list[str]:
     """Reasons not to bypass a module: hooks, or a `forward` set on the instance."""
-    if unobserved(module):
-        return []
     if "forward" in module.__dict__:
-        return [f"the forward of {_class_name(module)} was replaced on the instance"]
-    return [f"{_class_name(module)} has hooks"]
+        return [f"the forward of {type(module).__name__} was replaced on the instance"]
+    return [] if unobserved(module) else [f"{type(module).__name__} has hooks"]
 
 
 def _convolution_reasons(conv: nn.Module) -> list[str]:
     if type(conv) is not nn.Conv2d:
-        if nn.utils.parametrize.is_parametrized(conv):
-            return [f"{_class_name(conv)} has a parametrization"]
-        return [f"{_class_name(conv)} is not exactly Conv2d"]
+        parametrized = nn.utils.parametrize.is_parametrized(conv)
+        return [f"{type(conv).__name__} {'has a parametrization' if parametrized else 'is not exactly Conv2d'}"]
     reasons = []
     if conv.padding_mode != "zeros":
         reasons.append(f"padding_mode={conv.padding_mode!r}")
@@ -298,19 +302,7 @@ def _convolution_reasons(conv: nn.Module) -> list[str]:
         reasons.append("the _conv_forward of Conv2d was replaced on the instance")
     if not {"weight", "bias"} <= conv._parameters.keys() or type(conv._parameters["weight"]) not in _PLAIN_TENSORS:
         reasons.append("the weight of Conv2d is not a plain parameter")
-    return reasons + observed_reasons(conv)
-
-
-def _tensors_in_place(bn: nn.Module, kind: BatchNormKind) -> bool:
-    try:
-        read_state(bn, kind.frozen)
-    except KeyError:
-        return False
-    return True
-
-
-def _class_name(module: nn.Module) -> str:
-    return type(module).__name__
+    return reasons + _observed_reasons(conv)
 
 
 def _add_and_activate(
@@ -346,13 +338,11 @@ def must_decompose(input: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and _function_mode_observes())
+        or (  # a mode other than that of `torch.device` and `set_default_device`
+            torch._C._len_torch_function_stack() > 0
+            and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        )
     )
-
-
-def _function_mode_observes() -> bool:
-    """True if a TorchFunctionMode other than that of `torch.device` and `set_default_device` is active."""
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 _traced_as_pytorch = False
@@ -384,12 +374,6 @@ def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str 
         return None
     activation = activation_of(modules.get("act"))
     return None if activation == "relu" and residual is not None else activation
-
-
-def _same_dtype_without_autocast(*tensors: Any) -> bool:
-    """True if a frozen batch norm, which is pointwise arithmetic with type promotion, keeps the convolution's dtype."""
-    dtype = tensors[0].dtype
-    return all(tensor.dtype is dtype for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def _symmetric_padding(conv: nn.Conv2d) -> Any:

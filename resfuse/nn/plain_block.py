@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from resfuse.nn.blocks import check_basic_block, conv3x3
+from resfuse.nn.blocks import BasicBlock
 from resfuse.nn.fused_call import conv_bn_act
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(BasicBlock):
     """`BasicBlock` without its shortcut: the block of the plain networks, fused.
 
     Shapes: input (N, inplanes, H, W), output (N, planes, ceil(H / stride), ceil(W / stride)).
@@ -32,32 +31,20 @@ class PlainBlock(nn.Module):
     Source: He et al. 2016 (arXiv:1512.03385), section 3.3 and figure 3, middle.
     """
 
-    expansion: ClassVar[int] = 1
-
     def __init__(
         self,
         inplanes: int,
         planes: int,
         stride: int = 1,
         downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
+        *args: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        check_basic_block(groups, base_width, dilation)
         if downsample is not None:
             raise ValueError(
                 f"downsample: expected None, a plain block has no shortcut, got {type(downsample).__name__}"
             )
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = norm_layer(planes)
-        self.stride = stride
+        super().__init__(inplanes, planes, stride, None, *args, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         output = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)

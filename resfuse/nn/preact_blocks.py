@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resfuse.nn.blocks import check_basic_block, conv1x1, conv3x3, pads_with_zeros, plain_convolution
+from resfuse.nn.blocks import (
+    NormLayer,
+    ResidualBlock,
+    check_basic_block,
+    conv1x1,
+    conv3x3,
+    pads_with_zeros,
+    plain_convolution,
+)
 from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, must_decompose
 from resfuse.nn.zero_pad import ZeroPadShortcut
 
 
-class PreActBasicBlock(nn.Module):
+class PreActBasicBlock(ResidualBlock):
     """The two-convolution pre-activation block, with its BN-ReLUs fused (the second one with the first convolution).
 
     Shapes: input (N, inplanes, H, W), output (N, planes, ceil(H / stride), ceil(W / stride)).
@@ -40,43 +47,31 @@ class PreActBasicBlock(nn.Module):
     projection takes the pre-activated input, as in the authors' code (see section 4.1).
     """
 
-    expansion: ClassVar[int] = 1
+    last: ClassVar[str] = "conv2"
+    bn1: nn.Module | None
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        *,
-        preactivated: bool = False,
+    def __init__(self, *args: Any, preactivated: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if preactivated:
+            self.bn1 = None
+
+    def _add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
-        check_basic_block(groups, base_width, dilation)
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.bn1 = None if preactivated else norm_layer(inplanes)
+        check_basic_block(groups, width, dilation)
+        self.bn1 = norm(inplanes)
         self.conv1 = conv3x3(inplanes, planes, stride)
-        self.bn2 = norm_layer(planes)
+        self.bn2 = norm(planes)
         self.conv2 = conv3x3(planes, planes)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
 
     def forward(self, input: Tensor) -> Tensor:
         preactivated = _preactivate(self, input)
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
         return _add_shortcut(self, self.conv2, output, input, preactivated)
 
-    def zero_init_last(self) -> None:
-        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
-        nn.init.zeros_(self.conv2.weight)
 
-
-class PreActBottleneck(nn.Module):
+class PreActBottleneck(ResidualBlock):
     """The three-convolution pre-activation block, with its BN-ReLUs fused (two of them with a convolution).
 
     Shapes: input (N, inplanes, H, W), output (N, 4 planes, ceil(H / stride), ceil(W / stride)).
@@ -97,41 +92,31 @@ class PreActBottleneck(nn.Module):
 
     expansion: ClassVar[int] = 4
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        *,
-        preactivated: bool = False,
+    last: ClassVar[str] = "conv3"
+    bn1: nn.Module | None
+
+    def __init__(self, *args: Any, preactivated: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if preactivated:
+            self.bn1 = None
+
+    def _add_layers(
+        self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64.0)) * groups
-        self.bn1 = None if preactivated else norm_layer(inplanes)
+        width = int(planes * (width / 64.0)) * groups
+        self.bn1 = norm(inplanes)
         self.conv1 = conv1x1(inplanes, width)
-        self.bn2 = norm_layer(width)
+        self.bn2 = norm(width)
         self.conv2 = conv3x3(width, width, stride, groups, dilation)
-        self.bn3 = norm_layer(width)
+        self.bn3 = norm(width)
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
 
     def forward(self, input: Tensor) -> Tensor:
         preactivated = _preactivate(self, input)
         output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
         output = conv_bn_act(self.conv2, self.bn3, output, None, self.relu)
         return _add_shortcut(self, self.conv3, output, input, preactivated)
-
-    def zero_init_last(self) -> None:
-        """Set the last convolution's weight to zero, so that the block starts as its shortcut."""
-        nn.init.zeros_(self.conv3.weight)
 
 
 def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Tensor) -> Tensor:

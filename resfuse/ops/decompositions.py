@@ -37,16 +37,8 @@ def _add_relu(input: Tensor, residual: Tensor) -> Tensor:
     return torch.relu(input + residual)
 
 
-def _bn_act(
-    input: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    eps: float,
-) -> Tensor:
+def _bn_act(input: Tensor, *args: Any) -> Tensor:
+    running_mean, running_var, weight, bias, residual, relu, eps = args
     output = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     if residual is not None:
         missing = output.shape[1] - residual.shape[1]
@@ -54,22 +46,8 @@ def _bn_act(
     return torch.relu(output) if relu else output
 
 
-def _conv_bn_act(
-    input: Tensor,
-    conv_weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    eps: float,
-) -> Tensor:
+def _conv_bn_act(input: Tensor, conv_weight: Tensor, *args: Any) -> Tensor:
+    *batch_norm, conv_bias, residual, relu, stride, padding, dilation, groups, eps = args
     conv_bias = None if conv_bias is None else conv_bias.to(input.dtype)
     z = F.conv2d(input, conv_weight.to(input.dtype), conv_bias, stride, padding, dilation, groups)
-    return _bn_act(z, running_mean, running_var, weight, bias, residual, relu, eps)
+    return _bn_act(z, *batch_norm, residual, relu, eps)

@@ -19,7 +19,7 @@ from resfuse.backends import dispatch
 from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import FunctionContext, define
+from resfuse.ops.library import define
 from resfuse.types import BatchNorm
 
 Group = Any
@@ -61,7 +61,7 @@ def _own_statistics(input: Tensor) -> Tensor:
     if input.numel() == 0:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         return torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
-    mean, m2 = bn_statistics(input)
+    mean, m2 = _run("bn_statistics", input)
     return torch.cat((mean, m2, mean.new_full((1,), input.numel() // channels)))
 
 
@@ -90,49 +90,19 @@ def _all_reduce(vector: Tensor, group: Group) -> Tensor:
     return vector
 
 
-def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
+def bn_apply(input: Tensor, *args: Any) -> Tensor:
+    return _run("bn_apply", input, *args)
+
+
+def _run(kernel: str, *args: Any, request: str | None = IN_FORCE) -> Any:
+    """A function of the kernel API, or its registered operator of the same arguments."""
     if through_dispatcher():
-        return torch.ops.resfuse.bn_statistics(input)
-    return backend_for("bn_statistics", input).bn_statistics(input)
+        return getattr(torch.ops.resfuse, kernel)(*args)
+    return getattr(backend_for(kernel, args[0], request=request), kernel)(*args)
 
 
-def bn_apply(
-    input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    args = (input, mean, invstd, weight, bias, residual, relu)
-    if through_dispatcher():
-        return torch.ops.resfuse.bn_apply(*args)
-    return backend_for("bn_apply", input).bn_apply(*args)
-
-
-def bn_backward_reduce(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor, request: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    args = (grad_output, input, output, mean, invstd)
-    if not through_dispatcher():
-        return backend_for("bn_backward_reduce", input, request=request).bn_backward_reduce(*args)
-    sum_g, sum_g_xhat, masked = torch.ops.resfuse.bn_backward_reduce(*args)
-    return sum_g, sum_g_xhat, grad_output if output is None else masked
-
-
-def bn_backward_apply(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    mean_g: Tensor,
-    mean_g_xhat: Tensor,
-    request: str | None,
-) -> Tensor:
-    """The kernel with averages in place of sums, whose count is then one."""
-    vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
+def _run_backward_apply(grad_output: Tensor, input: Tensor, *vectors: Any, request: str | None) -> Tensor:
+    """`bn_backward_apply` with averages in place of sums, whose count is then one."""
     if through_dispatcher():
         return torch.ops.resfuse.bn_backward_apply(grad_output, input, *vectors)
     chosen = backend_for("bn_backward_apply", input, request=request)
@@ -195,7 +165,7 @@ class SyncBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionContext,
+        ctx: Any,
         input: Tensor,
         mean: Tensor,
         invstd: Tensor,
@@ -207,22 +177,23 @@ class SyncBNActFunction(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         ctx.relu, ctx.group = relu, group
         ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd, count = ctx.saved_tensors
-        request = IN_FORCE if torch.compiler.is_compiling() else ctx.request
-        grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, mean, invstd, request)
+        args = (grad_output, input, output, mean, invstd)
+        grad_bias, grad_weight, masked = _run("bn_backward_reduce", *args, request=ctx.request)
+        masked = grad_output if output is None else masked  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
             mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / count).chunk(2)
-            grad_input = bn_backward_apply(masked, input, weight, mean, invstd, mean_g, mean_g_xhat, request)
+            vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
+            grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (
             grad_input,
             None,

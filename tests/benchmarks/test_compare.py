@@ -104,21 +104,21 @@ def test_head_with_itself(arguments: list[str], lines: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_worktree(number: int) -> None:
     before = worktrees()
-    process = subprocess.Popen(
-        [*COMMAND, "--rounds", "100000", "--model", "cifar_resnet8", "--batch", "2"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "interval" in line:
-            break
-    time.sleep(1)
-    assert worktrees() != before
-    process.send_signal(number)
-    process.wait(timeout=60)
+    command = [*COMMAND, "--rounds", "100000", "--model", "cifar_resnet8", "--batch", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "interval" in line:
+                break
+        time.sleep(1)
+        assert len(worktrees()) == len(before) + 1
+        process.send_signal(number)
+        process.wait(timeout=120)
     assert process.returncode != 0
     assert worktrees() == before
 
 
-def worktrees() -> str:
-    return subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
+def worktrees() -> list[str]:
+    """The worktrees of comparisons that there are; other worktrees of the repository do not matter."""
+    done = subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if "resfuse-compare-" in line]

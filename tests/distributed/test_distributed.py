@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,49 +23,35 @@ from tests.needs import ROOT
 
 PROCESSES = 2
 SLOW = ("ddp_equals_eager_ddp", "ddp_with_compile", "compiled", "hooks_on_one_process_only")
-SCENARIOS = [
-    pytest.param(
-        name,
-        marks=[
-            pytest.mark.skipif(
-                name.endswith("on_gpus") and not torch.cuda.is_available(),
-                reason="torch.nn.SyncBatchNorm runs on GPUs only",
-            ),
-            *([pytest.mark.slow] if name in SLOW else []),
-        ],
-    )
-    for name in worker.SCENARIOS
-]
+QUICK = tuple(name for name in worker.SCENARIOS if name not in SLOW and not name.endswith("on_gpus"))
+ON_GPUS = tuple(name for name in worker.SCENARIOS if name.endswith("on_gpus"))  # torch.nn.SyncBatchNorm runs there only
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Each process's report of the scenarios that were selected, all run by one torchrun."""
-    names = []
-    for item in request.session.items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        skipped = any(mark.args and mark.args[0] is True for mark in item.iter_markers("skipif"))
-        if "scenario" in parameters and item.path == request.path and not skipped:
-            names.append(parameters["scenario"])
-    directory = tmp_path_factory.mktemp("outcomes")
+@pytest.mark.parametrize(
+    "scenarios",
+    [
+        QUICK,
+        pytest.param(SLOW, marks=pytest.mark.slow),
+        pytest.param(ON_GPUS, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+    ids=["quick", "slow", "on_gpus"],
+)
+def test_two_processes(scenarios: tuple[str, ...], tmp_path: Path) -> None:
+    """All scenarios are run by one torchrun, and each process reports on each of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command += ["--max-restarts=2"]  # gloo's first connection can time out on a busy machine
-    command += ["-m", worker.__name__, str(directory), *names]
+    command += ["-m", worker.__name__, str(tmp_path), *scenarios]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": needs.python_path()}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or a restart may find the addresses of the dead
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    files = [directory / f"{rank}.json" for rank in range(PROCESSES)]
-    assert all(file.exists() for file in files), run.stderr[-5000:]
-    return [json.loads(file.read_text()) for file in files]
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_two_processes(scenario: str, outcomes: list[dict[str, Any]]) -> None:
-    for rank, results in enumerate(outcomes):
-        assert scenario in results, "did not run: an earlier scenario failed"
-        assert results[scenario] is None, f"on process {rank}:\n{results[scenario]}"
+    for rank in range(PROCESSES):
+        report = tmp_path / f"{rank}.json"
+        assert report.exists(), run.stderr[-5000:]
+        failed = {name: error for name, error in json.loads(report.read_text()).items() if error is not None}
+        assert not failed, f"on process {rank}:\n" + "\n".join(failed.values())
+        assert tuple(json.loads(report.read_text())) == scenarios
 
 
 def test_merged_statistics_are_those_of_the_whole() -> None:

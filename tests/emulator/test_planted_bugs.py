@@ -7,11 +7,8 @@ with a message of its own.  Those that show in the numbers under any schedule ar
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,20 +111,6 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def libraries(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Path]]]:
-    """Those of the bugs that are about to be tested, several compiled at a time."""
-    chosen = [
-        item.callspec.params["bug"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.function is test_is_caught
-    ]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 2)) as pool:
-        yield {name: pool.submit(BUGS[name].plant, tmp_path_factory.mktemp(name)) for name in chosen}
-
-
 def test_every_bug_has_its_place() -> None:
     for name, bug in BUGS.items():
         found = re.findall(bug.pattern, (build.CSRC / "cuda" / bug.file).read_text())
@@ -135,9 +118,9 @@ def test_every_bug_has_its_place() -> None:
 
 
 @pytest.mark.parametrize("bug", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in BUGS])
-def test_is_caught(bug: str, libraries: dict[str, Future[Path]]) -> None:
+def test_is_caught(bug: str, tmp_path: Path) -> None:
     planted = BUGS[bug]
-    done = run(planted.variant, libraries[bug].result(), SEEDS, planted.cases)
+    done = run(planted.variant, planted.plant(tmp_path), SEEDS, planted.cases)
     assert done.returncode != 0, "nobody noticed"
     if planted.caught_by in ("asan", "tsan"):
         assert planted.message in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import importlib.util
 import math
 from pathlib import Path
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("rich")
 from examples.papers import data, training
-from examples.papers.gradient_norms import gradient_norms
-from examples.papers.layer_responses import responses
+from examples.papers.__main__ import gradient_norms, main, responses
 from resfuse import models as zoo
 from tests import models
 
@@ -39,9 +37,8 @@ EXPERIMENTS = {
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     depths = ("8", "14") if name == "degradation" else ("8",)
-    main = importlib.import_module(f"examples.papers.{name}").main
     options = f"--epochs 1 --seeds 2 --width 2 --images 128 --device cpu --output {tmp_path} --depths".split()
-    main([*options, *depths])
+    main([name, *options, *depths])
     assert f"{name}.csv" in capsys.readouterr().out.replace("\n", "")
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     with (tmp_path / f"{name}.csv").open() as file:

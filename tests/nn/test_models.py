@@ -11,8 +11,8 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-import resfuse.nn as rnn
 from resfuse import models as zoo
 from resfuse.nn import PlainBlock, ZeroPadShortcut
 from tests import models
@@ -119,62 +119,6 @@ def test_inference_without_gradients(name: str, dtype: torch.dtype) -> None:
                 assert torch.equal(given, kept)
 
 
-BLOCKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
-    "plain": (rnn.PlainBlock, lambda: twins.Plain(16, 32, 2, "B")),
-    "bottleneck-v1": (rnn.BottleneckV1, lambda: twins.BottleneckV1(16, 8, 2, "B")),
-    "bottleneck-A": (rnn.Bottleneck, lambda: twins.Bottleneck(16, 8, 2, "A")),
-    "preact": (rnn.PreActBasicBlock, lambda: twins.PreActBasic(16, 32, 2, "B", False)),
-    "preact-A": (rnn.PreActBasicBlock, lambda: twins.PreActBasic(16, 32, 2, "A", False)),
-    "preact-bottleneck-A": (rnn.PreActBottleneck, lambda: twins.PreActBottleneck(16, 8, 2, "A", False)),
-}
-
-
-def own_block(name: str) -> tuple[nn.Module, nn.Module]:
-    """A block with the shortcut of its twin, and the twin, with one state."""
-    cls, make = BLOCKS[name]
-    eager = models.seeded(make)
-    shortcut: nn.Module | None = None
-    if name.endswith("-A"):
-        shortcut = ZeroPadShortcut(16, 32, 2)
-    elif name == "bottleneck-v1":
-        shortcut = rnn.Projection(16, 32, 2)
-    elif name == "preact":
-        shortcut = nn.Conv2d(16, 32, 1, 2, bias=False)
-    fused = cls(16, 32 // cls.expansion, 2, shortcut)  # type: ignore[attr-defined]
-    fused.load_state_dict(eager.state_dict())
-    return fused, eager
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_keep_the_contract(name: str, training: bool, memory_format: torch.memory_format) -> None:
-    """In float32, on the backend of this machine."""
-    fused, eager = own_block(name)
-    input = models.decided_input(eager.train(training), (3, 16, 11, 9)).to(memory_format=memory_format)
-    models.assert_contract(fused.train(training), eager, input)
-
-
-@pytest.mark.parametrize("name", ["cifar-resnet20", "resnet18-A", "cifar-preact20-A", "cifar-preact29-bottleneck-B"])
-def test_autocast(name: str) -> None:
-    """The dtypes of eager, and its values within what bfloat16 leaves of a network."""
-    fused, eager = (model.float() for model in pair(name))
-    truth = copy.deepcopy(eager)
-    input = image(name)
-    for training in (True, False):
-        for model in (fused, eager, truth):
-            model.train(training)
-        expected = truth(input)
-        with torch.autocast("cpu", torch.bfloat16):
-            found, rounded = fused(input), eager(input)
-        assert found.dtype == rounded.dtype
-        errors = [(output - expected).norm() / expected.norm() for output in (found, rounded)]
-        assert errors[0] <= 2 * errors[1] + 0.02
-        found.sum().backward()
-        for parameter in fused.parameters():
-            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TORCHVISION]
 )
@@ -235,10 +179,11 @@ def test_resnext_and_wide_resnet() -> None:
         assert shapes[0] == shapes[1]
 
 
-def counts(function: str, *args: Any, size: int = 224, **options: Any) -> zoo.Complexity:
-    with torch.device("meta"):
-        model = getattr(zoo, function)(*args, **options)
-    return zoo.complexity(model, (3, size, size))
+def multiply_adds(function: str, **options: Any) -> int:
+    """Of the convolutions and the linear layer, for one image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        getattr(zoo, function)(**options).eval()(torch.empty(1, 3, 224, 224))
+    return counter.get_total_flops() // 2
 
 
 # He et al. 2016 (arXiv:1512.03385), table 1: FLOPs (multiply-adds) in units of 1e9, with one decimal that is rounded
@@ -257,7 +202,7 @@ def counts(function: str, *args: Any, size: int = 224, **options: Any) -> zoo.Co
     ],
 )
 def test_multiply_adds_of_table_1(name: str, options: dict[str, Any], paper: float | None, exact: int) -> None:
-    found = counts(name, **options).multiply_adds
+    found = multiply_adds(name, **options)
     assert found == exact
     billions = found / 1e9
     assert paper in (None, round(billions, 1), math.floor(10 * billions) / 10)
@@ -295,18 +240,6 @@ def test_parameters_of_preactivation_networks(depth: int, millions: float, exact
     bottleneck = depth > 110
     layers = convolutions(model) + 1 - 2 - bottleneck  # projections do not count
     assert layers == depth
-
-
-def test_complexity_leaves_the_model_alone() -> None:
-    model = models.seeded(lambda: zoo.cifar_resnet(8)).train()
-    model.layer1[0].bn1.eval()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    assert zoo.complexity(model, (3, 32, 32)).parameters == sum(p.numel() for p in model.parameters())
-    assert modes == [module.training for module in model.modules()]
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    conv = nn.Conv2d(8, 6, 3, groups=2)  # 6 * 4 * 9 multiply-adds for each of 3x3 pixels
-    assert zoo.complexity(conv, (8, 5, 5)).multiply_adds == 6 * 4 * 9 * 9
 
 
 def test_shortcut_options() -> None:

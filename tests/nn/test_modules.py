@@ -8,27 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import resfuse
 import resfuse.nn as rnn
 from tests import models
+from tests.nn import twins
 from tests.nn.pairs import OWN_BLOCKS, Alone, Called, Eager, OnlyNorm, WithResidual, assert_module_matches, own_block
-
-
-class EagerPreActBasicBlock(rnn.PreActBasicBlock):
-    def forward(self, input: Tensor) -> Tensor:
-        preactivated = torch.relu(self.bn1(input))
-        output = self.conv2(torch.relu(self.bn2(self.conv1(preactivated))))
-        return output + (input if self.downsample is None else self.downsample(preactivated))
-
-
-class EagerPreActBottleneck(rnn.PreActBottleneck):
-    def forward(self, input: Tensor) -> Tensor:
-        preactivated = torch.relu(self.bn1(input))
-        output = torch.relu(self.bn2(self.conv1(preactivated)))
-        output = self.conv3(torch.relu(self.bn3(self.conv2(output))))
-        return output + (input if self.downsample is None else self.downsample(preactivated))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -93,19 +79,18 @@ def test_basic_block_refuses_what_torchvision_refuses(
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(
     ("fused_class", "eager_class", "operators"),
-    [(rnn.PreActBasicBlock, EagerPreActBasicBlock, (1, 1)), (rnn.PreActBottleneck, EagerPreActBottleneck, (2, 1))],
+    [(rnn.PreActBasicBlock, twins.PreActBasic, (1, 1)), (rnn.PreActBottleneck, twins.PreActBottleneck, (2, 1))],
 )
 def test_preact_block_equals_eager(
     fused_class: Any, eager_class: Any, operators: tuple[int, int], stride: int, training: bool
 ) -> None:
-    inplanes, planes = 16, 16 // fused_class.expansion * stride
-    downsample = nn.Conv2d(inplanes, planes * fused_class.expansion, 1, stride, bias=False) if stride > 1 else None
-    eager = models.seeded(lambda: eager_class(inplanes, planes, stride, copy.deepcopy(downsample)))
-    fused = fused_class(inplanes, planes, stride, copy.deepcopy(downsample))
+    planes = 16 // fused_class.expansion * stride
+    eager = models.seeded(lambda: eager_class(16, planes, stride, "B", False))
+    fused = fused_class(16, planes, stride, copy.deepcopy(eager.downsample))
     fused.load_state_dict(eager.state_dict())
     with models.counted_calls() as calls:
         models.assert_same(
-            fused.double().train(training), eager.double().train(training), models.random_input((2, inplanes, 9, 9))
+            fused.double().train(training), eager.double().train(training), models.random_input((2, 16, 9, 9))
         )
     assert (calls.conv_bn_act, calls.bn_act) == operators
 

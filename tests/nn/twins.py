@@ -54,16 +54,12 @@ class Basic(nn.Module):
         return self.relu(f + (x if self.downsample is None else self.downsample(x)))
 
 
-class Plain(nn.Module):
+class Plain(Basic):
     """The same without a shortcut."""
 
-    expansion = 1
-
     def __init__(self, in_channels: int, planes: int, stride: int, option: str) -> None:
-        super().__init__()
-        self.relu = nn.ReLU()
-        self.conv1, self.bn1 = conv(in_channels, planes, 3, stride), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        super().__init__(in_channels, planes, stride, option)
+        self.downsample = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))

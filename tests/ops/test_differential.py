@@ -33,10 +33,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = (1, 3, 5, 7, 8, 9, 16, 17, 24, 31, 32, 40, 64, 65, 72, 130)
 KERNELS = ((1, 1), (1, 1), (3, 3), (3, 3), (3, 3), (1, 3), (3, 2), (5, 5), (7, 7))
 ROUNDINGS = 32
-"""Two implementations may differ by so many roundings of all terms of a result.
-
-Each may round z, the normalised values, the sum with the residual, and their gradients.  Results that are no sums (the
-gradient of the residual), or are rounded once (the output of add_relu), are the same in every bit."""
+"""Roundings of all terms of a result by which two implementations may differ: each may round z, the normalised values,
+the sum with the residual, and their gradients.  Results that are no sums (the gradient of the residual), or are rounded
+once (the output of add_relu), are the same in every bit."""
 TF32_EPS = 2.0**-10
 
 

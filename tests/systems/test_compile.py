@@ -77,6 +77,22 @@ def test_compiled_equals_eager(layouts: tuple[str, str], training: bool, op: str
         torch.testing.assert_close(ours[name].grad, eager[name].grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_settings_of_a_convolution(training: bool) -> None:
+    """No two of them are equal, so that none can pass for another on the way through the registered operators."""
+    torch._dynamo.reset()
+    t, weight = tensors("channels_last"), torch.randn(6, 4, 3, 2, requires_grad=True)
+    settings: dict[str, Any] = {"stride": (2, 1), "padding": (4, 3), "dilation": (1, 2), "groups": 2}
+
+    def run(x: Tensor) -> Tensor:
+        return resfuse.conv_bn_act(x, weight, torch.zeros(6), torch.ones(6), training=training, **settings)
+
+    outputs = run(t["input"]), torch.compile(run, fullgraph=True, backend="aot_eager")(t["input"])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    expected, found = (torch.autograd.grad(output.square().sum(), [t["input"], weight]) for output in outputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_inductor(training: bool) -> None:

@@ -1,7 +1,7 @@
-"""What a kernel can be asked for: GPUs, convolution problems, and the configurations that heuristics rank for them.
+"""GPUs, convolution problems, and the configurations for them, ranked by a model of their time.
 
-The model behind the ranking knows what a tile reads, multiplies and writes, and how many tiles a multiprocessor has at
-a time.  It is meant to find the right order of candidates, not their times.
+The model knows what a tile reads, multiplies and writes, and how many tiles a multiprocessor has at a time.  It is
+meant to find the right order of candidates, not their times.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class DeviceProperties(NamedTuple):
     name: str
     capability: tuple[int, int]
     num_sms: int
-    shared_memory: int
-    """Bytes that one program can have."""
+    shared_memory: int  # bytes that one program can have
     registers: int = 65536  # per multiprocessor, as the next one; the same from sm_80 to sm_100
     warps: int = 64
     interpreted: bool = False
@@ -99,8 +98,7 @@ class ConvProblem(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    precision: Precision = "ieee"
-    """For float32 only; the other dtypes are multiplied in one way."""
+    precision: Precision = "ieee"  # for float32 only; the other dtypes are multiplied in one way
 
     @property
     def oh(self) -> int:
@@ -135,17 +133,15 @@ class ConvProblem(NamedTuple):
 
 
 class ConvConfig(NamedTuple):
-    """How a convolution is tiled.  A step of the main loop takes `block_k` channels of one filter tap."""
+    """The tiling of a convolution.  A step of the main loop takes `block_k` channels of one filter tap."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    split_k: int = 1
-    """Programs that share the steps of a tile."""
-    group_m: int = 8
-    """Tiles of M for which consecutive programs share a tile of N, so that both stay in L2."""
+    split_k: int = 1  # programs that share the steps of a tile
+    group_m: int = 8  # tiles of M for which consecutive programs share a tile of N, so that both stay in L2
     persistent: bool = False
     """As many programs as are resident, each with several tiles, instead of one program per tile."""
 

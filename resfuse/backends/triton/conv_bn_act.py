@@ -22,13 +22,12 @@ from resfuse.types import BatchNorm, Convolution
 def conv_bn_act_kernel(
     x_ptr, w_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, residual_ptr, out_ptr,
     partials_ptr, arrivals_ptr, eps, tiles_m, M, H, W, OH, OW,
-    CONV: tl.constexpr, TILES_N: tl.constexpr, GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr,
-    PERSISTENT: tl.constexpr, RELU: tl.constexpr,
+    CONV: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """out = act((conv(x, w) + conv_bias - mean) / sqrt(var + eps) weight + bias + residual); without mean, conv alone.
 
-    A program has a tile [BLOCK_M pixels, BLOCK_N channels], or, PERSISTENT, every num_programs-th of them.  With
-    SPLIT_K as many programs share a tile: each stores its part of the sums, and the last to arrive adds all parts in
+    A program has a tile [BLOCK_M pixels, BLOCK_N channels], or, if persistent, every num_programs-th of them.  With
+    split_k as many programs share a tile: each stores its part of the sums, and the last to arrive adds all parts in
     their order and goes on; so the result does not depend on which one it was, and the counter is zero again.
 
     Reads x, w and the residual, writes out: itemsize (N H W C + K R S C / GROUPS + 2 M K) bytes at best.
@@ -36,17 +35,16 @@ def conv_bn_act_kernel(
     K: tl.constexpr = CONV.k
     BLOCK_M: tl.constexpr = CONV.block_m
     BLOCK_N: tl.constexpr = CONV.block_n
-    tiles = tiles_m * TILES_N * SPLIT_K
-    rounds = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
+    SPLIT_K: tl.constexpr = CONV.split_k
+    tiles = tiles_m * CONV.tiles_n * SPLIT_K
+    rounds = tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) if CONV.persistent else 1
     for i in range(rounds):
         index = tl.program_id(0) + i * tl.num_programs(0)
         split = index % SPLIT_K
-        tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, TILES_N, GROUP_M)
+        tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, CONV)
         pixels = conv_tile.output_pixels(tile_m, CONV)
         pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
-        acc = conv_tile.tile_sums(
-            x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV, SPLIT_K
-        )  # fmt: skip
+        acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV)
         last = True
         if SPLIT_K > 1:
             part = partials_ptr + pixels[:, None] * K + channels[None, :]
@@ -77,8 +75,7 @@ def conv_bn_act_train_kernel(
     x_ptr, w_ptr, running_mean_ptr, running_var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, residual_ptr, z_ptr,
     out_ptr, mean_ptr, invstd_ptr, workspace_ptr, barrier_ptr, momentum, eps, tiles_m, tiles_per_program, M, H, W,
     OH, OW,
-    CONV: tl.constexpr, TILES_N: tl.constexpr, BLOCK_PARTS: tl.constexpr, RELU: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, PHASE: tl.constexpr,
+    CONV: tl.constexpr, RELU: tl.constexpr, IN_REGISTERS: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """z = conv(x, w) + conv_bias; out = act((z - mean) invstd weight + bias + residual) with the statistics of z.
 
@@ -94,8 +91,9 @@ def conv_bn_act_train_kernel(
     K: tl.constexpr = CONV.k
     BLOCK_M: tl.constexpr = CONV.block_m
     BLOCK_N: tl.constexpr = CONV.block_n
-    tile_n = tl.program_id(0) % TILES_N
-    program = tl.program_id(0) // TILES_N
+    BLOCK_PARTS: tl.constexpr = 2048 // BLOCK_N
+    tile_n = tl.program_id(0) % CONV.tiles_n
+    program = tl.program_id(0) // CONV.tiles_n
     first = program * tiles_per_program
     own_tiles = 1 if IN_REGISTERS else tl.minimum(tiles_m - first, tiles_per_program)
     pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
@@ -105,7 +103,7 @@ def conv_bn_act_train_kernel(
         count, mean, m2 = 0.0, tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
         for i in range(own_tiles):
             pixels = conv_tile.output_pixels(first + i, CONV)
-            acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV, 1)
+            acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV)
             if conv_bias_ptr is not None:
                 acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             z = acc.to(z_ptr.dtype.element_ty)
@@ -121,7 +119,7 @@ def conv_bn_act_train_kernel(
 
     if PHASE != 1:
         count, mean, m2 = reduce.merge_parts(
-            workspace_ptr, tl.num_programs(0) // TILES_N, K, channels, channel_mask, tiles_per_program, tiles_m,
+            workspace_ptr, tl.num_programs(0) // CONV.tiles_n, K, channels, channel_mask, tiles_per_program, tiles_m,
             M // BLOCK_M, M % BLOCK_M, BLOCK_M, BLOCK_N, BLOCK_PARTS,
         )  # fmt: skip
         invstd = reduce.inverse_deviation(m2 / count, eps)
@@ -153,14 +151,16 @@ def conv_bn_act_forward(
     running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
     residual = residual_for(output, residual)
     plan = conv_plan("train", x, w, convolution, properties(x.device))
-    workspace = torch.empty((plan.programs // plan.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device)
+    workspace = torch.empty(
+        (plan.programs // plan.constants.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device
+    )
     cooperative = plan.phases == COOPERATIVE
     word = shared_words("barrier", x.device, 1) if cooperative else None
     for phase in plan.phases:
         launch(
             conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
             mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
-            *plan.sizes, CONV=plan.constants, TILES_N=plan.tiles_n, BLOCK_PARTS=plan.block_parts, RELU=relu,
+            *plan.sizes, CONV=plan.constants, RELU=relu,
             IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
             num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
         )  # fmt: skip
@@ -186,12 +186,11 @@ def _without_statistics(
     config, partials, arrivals = plan.config, None, None
     if config.split_k > 1:
         partials = torch.empty(config.split_k * output.numel(), dtype=torch.float32, device=x.device)
-        arrivals = shared_words("arrivals", x.device, plan.tiles_m * plan.tiles_n)
+        arrivals = shared_words("arrivals", x.device, plan.tiles_m * plan.constants.tiles_n)
     launch(
         conv_bn_act_kernel, plan.programs, x, w, *vectors, residual_for(output, residual), output, partials, arrivals,
         0.0 if bn is None else float(bn.eps), plan.tiles_m, *plan.sizes,
-        CONV=plan.constants, TILES_N=plan.tiles_n, GROUP_M=config.group_m, SPLIT_K=config.split_k,
-        PERSISTENT=config.persistent, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
+        CONV=plan.constants, RELU=relu, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 

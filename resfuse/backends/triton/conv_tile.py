@@ -22,14 +22,14 @@ from resfuse.backends.triton.reduce import per_channel
 
 
 @triton.jit
-def tile_of(index, tiles_m, TILES_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(tile of M, tile of N): GROUP_M tiles of M share a tile of N before the next, so that both stay in L2."""
-    if TILES_N == 1:
+def tile_of(index, tiles_m, CONV: tl.constexpr):
+    """(tile of M, tile of N): group_m tiles of M share a tile of N before the next, so that both stay in L2."""
+    if CONV.tiles_n == 1:
         return index, index * 0
-    band = index // (GROUP_M * TILES_N)
-    first = band * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = index - first * TILES_N
+    band = index // (CONV.group_m * CONV.tiles_n)
+    first = band * CONV.group_m
+    height = tl.minimum(tiles_m - first, CONV.group_m)
+    within = index - first * CONV.tiles_n
     return first + within % height, within // height
 
 
@@ -56,9 +56,10 @@ def output_pixels(tile_m, CONV: tl.constexpr):
 @triton.jit
 def tap_sums(
     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
-    CONV: tl.constexpr, SPLIT_K: tl.constexpr, ISOLATE: tl.constexpr,
+    CONV: tl.constexpr, ISOLATE: tl.constexpr,
 ):  # fmt: skip
     """The sums [BLOCK_M, BLOCK_N], of what `group` of the pack contributes or (not ISOLATE) all of them."""
+    SPLIT_K: tl.constexpr = CONV.split_k
     C: tl.constexpr = CONV.c
     S: tl.constexpr = CONV.s
     BLOCK_M: tl.constexpr = CONV.block_m
@@ -131,11 +132,8 @@ def tap_sums(
 
 
 @triton.jit
-def tile_sums(
-    x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW,
-    CONV: tl.constexpr, SPLIT_K: tl.constexpr,
-):  # fmt: skip
-    """The float32 sums [BLOCK_M, BLOCK_N]; of SPLIT_K programs per tile each takes its own part of every run.
+def tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV: tl.constexpr):
+    """The float32 sums [BLOCK_M, BLOCK_N]; of split_k programs per tile each takes its own part of every run.
 
     Reads M x RUN of x per tap and tile of N (from L2 but for the first), and w once per tile of M.  The loops are
     nested, not flattened: one over r*s*c has been miscompiled with 8 warps (pytorch issue 173068).
@@ -143,14 +141,14 @@ def tile_sums(
     The zeros of a block-diagonal w make NaN of another group's NaN and infinities.  So, seeing NaN, the tile is
     computed again with one group at a time.
     """
-    acc = tap_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW, CONV, SPLIT_K, False)
+    acc = tap_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, 0, M, H, W, OH, OW, CONV, False)
     if CONV.pack_groups > 1:  # noqa: SIM102 (known when compiling; the other is not)
         if tl.sum((acc != acc).to(tl.int32)) > 0:
             group_of_channel = channels // (CONV.k // CONV.groups) - pack * CONV.pack_groups
             for group in range(CONV.pack_groups):
                 alone = tap_sums(
                     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
-                    CONV, SPLIT_K, True,
+                    CONV, True,
                 )  # fmt: skip
                 acc = tl.where((group_of_channel == group)[None, :], alone, acc)
     return acc

@@ -34,14 +34,11 @@ class KernelSpec(NamedTuple):
     """A kernel with everything that Triton compiles it by, and how it is launched."""
 
     kernel: Any
-    signature: dict[str, str]
-    """Parameter -> Triton's name of its type ("*bf16", "i32", "fp32"), or "constexpr"."""
+    signature: dict[str, str]  # parameter -> Triton's name of its type ("*bf16", "i32", "fp32"), or "constexpr"
     constants: dict[str, Any]
     """Values of the parameters that are "constexpr"; None for pointers that are absent, 1 for integers that are 1."""
-    aligned: tuple[str, ...]
-    """Pointers and integers that are multiples of 16."""
-    options: dict[str, Any]
-    """Triton's num_warps, num_stages and launch_cooperative_grid."""
+    aligned: tuple[str, ...]  # pointers and integers that are multiples of 16
+    options: dict[str, Any]  # Triton's num_warps, num_stages and launch_cooperative_grid
     grid: tuple[int, ...]
 
     @property

@@ -1,4 +1,4 @@
-"""How tensors are cut into tiles, and tiles shared out among programs: a function of the problem and the device.
+"""Launch plans: tensors cut into tiles, tiles shared out among programs, as a function of the problem and the device.
 
 The configuration of a convolution is what `forced` asks for, else what a table of measurements has (tables.py), else
 what the heuristics rank first (config.py).
@@ -33,7 +33,6 @@ _SMALLEST_BLOCK = 16
 _INTERPRETED_M, _INTERPRETED_N = 256, 64
 _INTERPRETED_THREADS = 4  # times as many: the cost of a tile hardly depends on its size there
 _INT32_ELEMENTS = 2**31
-_MERGED_AT_ONCE = 2048  # means of a workspace
 
 COOPERATIVE, TWO_LAUNCHES = (0,), (1, 2)
 """Values of PHASE that a kernel with a grid barrier is launched with."""
@@ -63,6 +62,10 @@ class ConvConstants(NamedTuple):
     block_m: int
     block_n: int
     block_k: int
+    tiles_n: int
+    split_k: int
+    group_m: int
+    persistent: bool
     precision: Precision
     index64: bool
 
@@ -71,19 +74,12 @@ class ConvPlan(NamedTuple):
     """Everything about a launch that does not depend on the data."""
 
     config: ConvConfig
-    sizes: tuple[int, int, int, int, int]
-    """(M, H, W, OH, OW)"""
+    sizes: tuple[int, int, int, int, int]  # (M, H, W, OH, OW)
     constants: ConvConstants
     tiles_m: int
-    tiles_n: int
-    programs: int
-    """Size of the grid."""
-    tiles_per_program: int
-    """In training: neighbouring tiles of M whose statistics a program merges as it goes."""
-    phases: tuple[int, ...]
-    """In training."""
-    block_parts: int
-    """In training: parts of the workspace that are merged at a time."""
+    programs: int  # size of the grid
+    tiles_per_program: int  # in training: neighbouring tiles of M whose statistics a program merges as it goes
+    phases: tuple[int, ...]  # in training
 
 
 def conv_plan(kind: Kind, x: Tensor, w: Tensor, convolution: Convolution, device: DeviceProperties) -> ConvPlan:
@@ -107,9 +103,8 @@ def _conv_plan(
     config = forced or chosen_config(tiled, device)
     if device.interpreted:
         config = _interpreters_config(tiled, config, keep_tile=forced is not None)
-    steps = config.steps(tiled)
-    if config.split_k > steps:
-        config = config._replace(split_k=power_of_two_below(steps))
+    most_splits = 1 if kind == "train" else power_of_two_below(config.steps(tiled))  # batch statistics need whole sums
+    config = config._replace(split_k=min(config.split_k, most_splits))
     tiles_m, tiles_n = config.tiles(tiled)
     resident = device.resident_programs(config.num_warps, MAX_REGISTERS, config.shared_memory(tiled))
     programs, tiles_per_program = tiles_m * tiles_n * config.split_k, 1
@@ -123,11 +118,12 @@ def _conv_plan(
     groups, row = packing(problem)
     constants = ConvConstants(
         c, k, r, s, *convolution.stride, *convolution.padding, *convolution.dilation, convolution.groups, groups, row,
-        *config[:3], precision, index64=elements >= _INT32_ELEMENTS,
+        *config[:3], tiles_n, config.split_k, config.group_m, config.persistent, precision,
+        index64=elements >= _INT32_ELEMENTS,
     )  # fmt: skip
     return ConvPlan(
-        config, (m, h, w, problem.oh, problem.ow), constants, tiles_m, tiles_n, programs, tiles_per_program,
-        _phases(tiles_n <= resident, device), _MERGED_AT_ONCE // config.block_n,
+        config, (m, h, w, problem.oh, problem.ow), constants, tiles_m, programs, tiles_per_program,
+        _phases(tiles_n <= resident, device),
     )  # fmt: skip
 
 
@@ -207,8 +203,7 @@ class Work(NamedTuple):
 
     threads: int
     elements: int
-    scattered: int
-    """Elements where they have to be addressed one by one."""
+    scattered: int  # elements where they have to be addressed one by one
 
 
 REDUCTION, ELEMENTWISE = Work(512, 16, 8), Work(128, 32, 8)
@@ -220,20 +215,17 @@ class BatchNormTile(NamedTuple):
     channels_last: bool
     block_m: int
     block_n: int
-    block_parts: int
-    """Parts of a reduction that are merged at a time."""
+    block_parts: int  # parts of a reduction that are merged at a time
 
 
 class BatchNormPlan(NamedTuple):
-    """How a tensor is cut into tiles, and in a reduction the tiles into parts, a program each."""
+    """The tiles of a tensor, and in a reduction their parts, a program each."""
 
     images: int
     positions: int
     channels: int
-    tiles: int
-    """Programs of an elementwise kernel."""
-    programs: int
-    """Programs of a reduction."""
+    tiles: int  # programs of an elementwise kernel
+    programs: int  # programs of a reduction
     parts: int
     tiles_per_part: int
     num_warps: int
