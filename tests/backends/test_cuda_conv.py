@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ DEVICES = [
     *(["cuda"] if cuda.unavailable_reason() is None else []),
 ]
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.usefixtures("poisoned_memory", "one_thread", "convolutions"),
     pytest.mark.skipif(not DEVICES, reason="neither the emulator nor the cuda backend runs here"),
 ]
 DEVICE = pytest.mark.parametrize("device", DEVICES)
@@ -43,18 +42,13 @@ ODD = {
     "1x1_stride2": Convolution((3, 16, 9, 7), 40, (1, 1), (2, 2)),
     "dilated": Convolution((1, 16, 13, 11), 24, (3, 3), (1, 2), (2, 3), (2, 3)),
     "asymmetric": Convolution((2, 16, 7, 12), 16, (2, 5), (3, 1), (1, 0), (1, 2)),
+    "rows_in_the_padding": Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # all of their first and last pixels
+    "dilated_row": Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # not one piece of memory
+    "flat": Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
+    "narrow_groups": Convolution((2, 15, 6, 5), 10, (3, 3), padding=(1, 1), groups=5),
     "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
     "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _ieee() -> Iterator[None]:
-    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
-    yield
-    switch.fp32_precision = before
 
 
 def problem(conv: Convolution, dtype: torch.dtype, device: str, training: bool = False, **options: Any) -> Call:
@@ -157,31 +151,6 @@ def test_any_number_of_channels(training: bool, dtype: torch.dtype, device: str)
             check(problem(conv, dtype, device, training, conv_bias=True))
 
 
-# Copies of less than 16 bytes, and groups.
-SMALL = {
-    "stem": Convolution((2, 3, 21, 19), 64, (7, 7), (2, 2), (3, 3)),
-    "rows_in_the_padding": Convolution((2, 4, 9, 6), 10, (3, 3), padding=(1, 4)),  # all of their first and last pixels
-    "dilated_row": Convolution((2, 3, 9, 8), 8, (3, 3), padding=(2, 2), dilation=(2, 2)),  # not one piece of memory
-    "flat": Convolution((2, 1, 8, 8), 3, (1, 7), (1, 2), (0, 3)),
-    "four": Convolution((2, 4, 21, 19), 24, (7, 7), (2, 2), (3, 3)),
-    "twelve": Convolution((2, 12, 6, 9), 8, (3, 5), padding=(1, 3)),
-    "eight": Convolution((2, 8, 6, 9), 72, (3, 3), padding=(1, 1)),
-    "twenty": Convolution((2, 20, 7, 7), 9, (3, 3), padding=(1, 1)),
-    "depthwise": Convolution((2, 12, 6, 5), 12, (3, 3), padding=(1, 1), groups=12),
-    "multiplied": Convolution((2, 9, 6, 5), 27, (3, 3), (2, 2), (1, 1), groups=9),
-    "groups": Convolution((2, 15, 6, 5), 10, (3, 3), padding=(1, 1), groups=5),
-    "wide_groups": Convolution((1, 16, 3, 3), 144, (3, 3), padding=(1, 1), groups=2),  # two tiles of filters in each
-}
-
-
-@DEVICE
-@DTYPE
-@MODES
-@pytest.mark.parametrize("conv", SMALL)
-def test_small_copies_and_groups(conv: str, training: bool, dtype: torch.dtype, device: str) -> None:
-    check(problem(SMALL[conv], dtype, device, training, conv_bias=True))
-
-
 def misaligned(tensor: Tensor, elements: int = 1) -> Tensor:
     room = torch.zeros(tensor.numel() + elements, dtype=tensor.dtype, device=tensor.device)
     return torch.as_strided(room, tensor.shape, tensor.stride(), elements).copy_(tensor)
@@ -220,26 +189,10 @@ def test_few_channels_are_padded(
 
 
 @DEVICE
-@DTYPE
-def test_the_residual_may_be_overwritten(dtype: torch.dtype, device: str) -> None:
-    for conv, move in (
-        (ODD["3x3"], torch.clone),
-        (ODD["3x3"], misaligned),
-        (Convolution((1, 9, 4, 4), 7, (1, 1)), None),
-    ):
-        given = problem(conv, dtype, device)
-        expected = run(cuda_conv, given)["output"]
-        residual = given.tensors["residual"] if move is None else move(given.tensors["residual"])
-        output = run(cuda_conv, given.replace(residual=residual), overwrite_residual=True)["output"]
-        assert output.data_ptr() == residual.data_ptr()
-        assert torch.equal(output, expected)
-
-
-@DEVICE
 @MODES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str) -> None:
-    """Batch norm's vectors in float32, or rounded to the activations' dtype, or in one that the kernels do not know."""
+    """Batch norm's vectors rounded to the activations' dtype, or to one that the kernels do not know."""
     given = problem(ODD["1x1"], dtype, device, training, conv_bias=True)
     names = ("running_mean", "running_var", "weight", "bias")
     other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
@@ -251,39 +204,12 @@ def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
             assert tensor.dtype == (vector if name.startswith("running") else expected[name].dtype)
-    bare = given.replace(weight=None, bias=None, conv_bias=None, residual=None).with_options(activation="identity")
-    check(bare)
-    if training:
-        check(bare.replace(running_mean=None, running_var=None))
-
-
-@DEVICE
-@DTYPE
-@pytest.mark.parametrize("channels", [16, 4, 3], ids=["by_16_bytes", "by_8_bytes", "by_value"])
-def test_nan_spreads_as_in_eager(channels: int, dtype: torch.dtype, device: str) -> None:
-    """A pixel at the border reaches the outputs whose window has it, and none through padding or a ragged tile."""
-    conv = Convolution((2, channels, 5, 6), 9, (3, 3), (2, 1), (1, 2))
-    for y, x in ((0, 0), (4, 5), (2, 0), (0, 5), (2, 3)):
-        given = problem(conv, dtype, device, residual_layout=None)
-        given.input[1, channels - 1, y, x] = math.nan
-        found = run(cuda_conv, given)["output"].cpu()
-        expected = run(reference, given.map(lambda tensor: tensor.cpu()))["output"]
-        assert torch.equal(found.isnan(), expected.isnan())
-        assert found[1].isnan().any()
-
-
-@DEVICE
-@MODES
-def test_ill_conditioned_statistics(training: bool, device: str) -> None:
-    """A mean a hundred times the deviation, over several tiles and blocks."""
-    given = problem(Convolution((4, 16, 16, 16), 24, (1, 1)), torch.float32, device, training, residual_layout=None)
-    check(given.replace(conv_bias=torch.full((24,), 100.0, device=device)), ConvConfig(32, 64))
 
 
 @DEVICE
 @MODES
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
-def test_tf32(tile: tuple[int, int], training: bool, device: str) -> None:
+def test_tf32(tile: tuple[int, int], training: bool, device: str, convolutions: Any) -> None:
     """11 significant bits per factor, rounded to nearest: by truncation, sums of positive products would be biased."""
     given = problem(ODD["3x3"], torch.float32, device, training, residual_layout=None)
     weight = given.tensors["conv_weight"].abs()
@@ -291,7 +217,7 @@ def test_tf32(tile: tuple[int, int], training: bool, device: str) -> None:
     truth = run(reference, given.truth())
     errors = {}
     for precision in ("ieee", "tf32"):
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        convolutions.fp32_precision = precision
         with use_config(ConvConfig(*tile)):
             found = run(cuda_conv, given)
             z = cuda_conv.conv_forward(given.input, weight, None, given.convolution)
@@ -307,9 +233,9 @@ def test_tf32(tile: tuple[int, int], training: bool, device: str) -> None:
 
 
 @DEVICE
-def test_tf32_keeps_what_is_not_finite(device: str) -> None:
+def test_tf32_keeps_what_is_not_finite(device: str, convolutions: Any) -> None:
     """Rounding by an addition would make a NaN whose low bits are set a zero."""
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    convolutions.fp32_precision = "tf32"
     x = torch.ones(1, 8, 1, 4, device=device).to(memory_format=NHWC)
     x[0, 0, 0, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     x[0, 0, 0, 1], x[0, 0, 0, 2] = math.inf, -math.inf
@@ -317,24 +243,6 @@ def test_tf32_keeps_what_is_not_finite(device: str) -> None:
     z = cuda_conv.conv_forward(x, w, None, Geometry((1, 1), (0, 0), (1, 1), 1))[0, 0, 0]
     assert z[0].isnan()
     assert z[1:].tolist() == [math.inf, -math.inf, 8.0]
-
-
-@DEVICE
-@pytest.mark.parametrize("channels", [64, 65], ids=["copied_by_16_bytes", "by_value"])
-def test_offsets_beyond_32_bits(channels: int, device: str) -> None:
-    """Pixels from 2^31 elements on; of the input, 4 GB, only those pages are touched that the stride reaches."""
-    side, stride = 5888, 2900
-    shape, strides = (1, channels, side, side), (channels * side**2, 1, channels * side, channels)
-    storage = torch.UntypedStorage(channels * side**2 * 2, device=device)
-    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
-    x = torch.as_strided(memory, shape, strides)
-    assert x.numel() > 2**31
-    pixels = torch.randn(1, channels, 3, 3).half()
-    x[:, :, ::stride, ::stride] = pixels.to(device)
-    w = torch.randn(16, channels, 1, 1).half().to(device)
-    z = cuda_conv.conv_forward(x, w, None, Geometry((stride, stride), (0, 0), (1, 1), 1))
-    expected = F.conv2d(pixels.double(), w.cpu().double())
-    torch.testing.assert_close(z.cpu().double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64, rounded once
 
 
 EMULATED = pytest.mark.skipif("cpu" not in DEVICES, reason="the emulator does not run here")
@@ -362,9 +270,9 @@ def test_launches() -> None:
 
 @EMULATED
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
-def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int]) -> None:
+def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int], convolutions: Any) -> None:
+    convolutions.fp32_precision = "tf32"
     for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
-        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
         given = problem(conv, dtype, "cpu")
         with emulator.launches() as counted, use_config(ConvConfig(*tile)):
             run(cuda_conv, given)
@@ -387,8 +295,122 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(config: tuple[int, 
 @EMULATED
 @pytest.mark.parametrize("resident", [1, 2, 3, 64])
 def test_any_number_of_resident_blocks(resident: int) -> None:
-    """Tiles are dealt to as many blocks as there are, and both forms of the launch to the same ones."""
-    given = problem(Convolution((3, 8, 9, 11), 72, (1, 1)), torch.float32, "cpu", training=True)
+    """Tiles are dealt to as many blocks as there are, and both forms of the launch to the same ones.
+
+    The mean is a hundred times the deviation: merged statistics keep their precision.
+    """
+    given = problem(Convolution((4, 16, 16, 16), 72, (1, 1)), torch.float32, "cpu", training=True, residual_layout=None)
+    given = given.replace(conv_bias=torch.full((72,), 100.0))
     with emulator.device(resident_blocks=resident):
         found = check(given, ConvConfig(32, 64))
         assert same(found, check(given, ConvConfig(32, 64, launches=2)))
+
+
+# Arguments of the bindings
+
+
+def nhwc(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape).to(memory_format=torch.channels_last)
+
+
+def arguments(training: bool, **changes: Any) -> list[Any]:
+    """Arguments of the operator, right but for the changes, in the order of its schema."""
+    found: dict[str, Any] = {
+        "input": nhwc(2, 8, 4, 4), "conv_weight": nhwc(16, 8, 3, 3), "conv_bias": None,
+        "running_mean": torch.zeros(16), "running_var": torch.ones(16), "weight": None, "bias": None, "residual": None,
+        "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1,
+        "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1,
+        "launches": 0, "workspace": torch.zeros(64) if training else None, "z": nhwc(2, 16, 4, 4),
+        "output": nhwc(2, 16, 4, 4), "mean": torch.zeros(16), "invstd": torch.zeros(16),
+    }  # fmt: skip
+    assert changes.keys() <= found.keys()
+    schema = operator(training).default._schema
+    return [(found | changes)[argument.name] for argument in schema.arguments]
+
+
+def operator(training: bool) -> Any:
+    operators = torch.ops.resfuse_cuda
+    return operators.conv_train_forward if training else operators.conv_inference_forward
+
+
+INFERENCE = [
+    ({"input": torch.zeros(2, 8, 4, 4)}, "input must be dense in channels_last"),
+    ({"input": torch.zeros(2, 8, 4)}, "input must have 4 dimensions"),
+    ({"input": torch.zeros(2, 8, 4, 4).double()}, "input must be float32, bfloat16 or float16"),
+    ({"conv_weight": nhwc(16, 8, 3, 3).half()}, "conv_weight must have the dtype"),
+    ({"conv_weight": torch.zeros(16, 8, 3, 3)}, "conv_weight must be dense in channels_last"),
+    ({"input": nhwc(0, 8, 4, 4), "output": nhwc(0, 16, 4, 4)}, "output must not be empty"),
+    ({"groups": 2}, "conv_weight must have the channels of input / groups"),
+    ({"groups": 3}, "groups must divide"),
+    ({"groups": 0}, "groups must divide"),
+    ({"stride_w": 0}, "stride must be positive"),
+    ({"padding_h": -1}, "padding must not be negative"),
+    ({"dilation_h": 0}, "dilation must be positive"),
+    ({"padding_h": 0}, "output must have the shape"),
+    ({"residual": nhwc(2, 16, 4, 3)}, "residual must have the shape of output"),
+    ({"residual": torch.zeros(2, 16, 4, 4)}, "residual must be dense in channels_last"),
+    ({"weight": torch.zeros(15)}, "weight must have one element per channel"),
+    ({"running_var": torch.zeros(32)[::2]}, "running_var must be contiguous"),
+    ({"conv_bias": torch.zeros(16).half()}, "conv_bias must be float32 or have the dtype"),
+    ({"splits": 0}, "splits must be in 1 .. 1024"),
+    ({"launches": 3}, "launches must be 0, 1 or 2"),
+    ({"block_m": 96}, "unsupported tile 96 x 64"),
+    ({"splits": 2}, "the workspace has 0 values and needs"),
+    ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
+]
+TRAINING = [
+    ({"z": torch.zeros(2, 16, 4, 4)}, "z must be dense in channels_last"),
+    ({"z": nhwc(2, 16, 4, 3)}, "z must have the shape of output"),
+    ({"mean": torch.zeros(16).half()}, "mean must be float32"),
+    ({"invstd": torch.zeros(15)}, "invstd must have one element per channel"),
+    ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
+    ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
+    ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
+    ({"block_n": 32}, "unsupported tile 64 x 32"),
+]
+
+
+@EMULATED
+@MODES
+def test_bad_arguments_are_named(training: bool) -> None:
+    for changes, message in TRAINING if training else INFERENCE:
+        with pytest.raises(RuntimeError, match=message):
+            operator(training)(*arguments(training, **changes))
+    operator(training)(*arguments(training))
+
+
+@DEVICE
+def test_a_dimension_beyond_31_bits_is_refused(device: str) -> None:
+    """`unsupported_reasons` keeps it from happening.  Nothing touches the 4 GB."""
+    storage = torch.UntypedStorage(2**32, device=device)
+    memory = torch.tensor([], dtype=torch.float16, device=device).set_(storage)
+    x = torch.as_strided(memory, (1, 1, 2**31, 1), (2**31, 1, 1, 1))
+    w = torch.ones(1, 1, 1, 1, dtype=torch.float16, device=device)
+    with pytest.raises(RuntimeError, match=r"height exceeds 2\^31 - 1"):
+        cuda_conv.conv_forward(x, w, None, Geometry((2**20, 1), (0, 0), (1, 1), 1))
+
+
+# The choice of tiles
+
+# (pixels of an image, filters, steps of 32 channels) of the layers of ResNet-50.
+RESNET50 = [(112**2, 64, 7)] + [
+    (side**2, filters, depth)
+    for side, width in ((56, 64), (28, 128), (14, 256), (7, 512))
+    for filters, depth in ((width, 4 * width // 32), (width, 9 * width // 32), (4 * width, width // 32))
+]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 256])
+@pytest.mark.parametrize("processors", [108, 132])
+def test_the_heuristic_keeps_the_device_busy(batch: int, processors: int) -> None:
+    for pixels, filters, depth in RESNET50:
+        m = batch * pixels
+        config = cuda_conv.heuristic_config(m, filters, depth, 1, False, processors)
+        blocks = -(-m // config.block_m) * -(-filters // config.block_n) * config.splits
+        most = -(-m // 32) * -(-filters // 64) * max(1, depth // 8)  # that the smallest tile allows
+        assert blocks >= min(processors, most) / 2, (m, filters, depth, config)
+        assert config.splits == 1 or blocks <= processors
+        training = cuda_conv.heuristic_config(m, filters, depth, 1, True, processors)
+        assert training == config._replace(splits=1)
+        if batch == 256:
+            assert config.block_m == 128

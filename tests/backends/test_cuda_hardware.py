@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,33 +47,17 @@ cuda_and_emulator = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _switch() -> Iterator[None]:
-    """Tests may set torch's switch for TF32."""
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = switch.fp32_precision
-    yield
-    switch.fp32_precision = before
-
-
 def step(call: Call, grad_output: Tensor) -> list[Tensor]:
-    """Everything that a forward and backward compute; running statistics are updated where they are."""
-    leaves = {name: None if tensor is None else tensor.detach() for name, tensor in call.tensors.items()}
-    wanted = [tensor.requires_grad_() for name, tensor in leaves.items() if tensor is not None and name in GRADIENTS]
-    output = contract.FUSED[call.op](**leaves, **call.options)
-    grads = torch.autograd.grad(output, wanted, grad_output)
-    return [output.detach(), *grads, *(leaves[name] for name in contract.RUNNING if leaves.get(name) is not None)]  # type: ignore[list-item]
-
-
-GRADIENTS = ("input", "residual", "weight", "bias", "conv_weight")
+    """Everything that a forward and backward compute; the call stays as it was."""
+    return [*contract.results(contract.FUSED, call, grad_output).values()]
 
 
 def grad_for(call: Call) -> Tensor:
     return torch.empty_like(contract.forward(contract.EAGER, call.map(torch.clone))).normal_()
 
 
-def copies(call: Call) -> Call:
-    return call.map(lambda tensor: tensor.detach().clone())
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(left.cpu(), right.cpu()) for left, right in zip(found, expected, strict=True))
 
 
 # --- tensor cores ----------------------------------------------------------------------------------------------------
@@ -83,14 +68,14 @@ def copies(call: Call) -> Call:
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "ieee"])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_products_of_small_integers_are_exact(
-    kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str
+    kernel: int, precision: str, tile: tuple[int, int], backend: str, device: str, convolutions: Any
 ) -> None:
     """A value in a wrong place changes the result: every element of every tile is compared in every bit."""
     if backend not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     dtype = getattr(torch, precision, torch.float32)
     if dtype == torch.float32:
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+        convolutions.fp32_precision = precision
     generator = torch.Generator().manual_seed(kernel)
     x = torch.randint(-2, 3, (2, 72, 9, 8), generator=generator).to(dtype)
     w = torch.randint(-1, 2, (136, 72, kernel, kernel), generator=generator).to(dtype)
@@ -121,7 +106,7 @@ def test_compute_sanitizer(tool: str) -> None:
     assert "ERROR SUMMARY: 0 errors" in done.stdout or tool == "racecheck", done.stdout[-8000:]
 
 
-def test_the_program_for_compute_sanitizer_runs() -> None:
+def test_the_program_for_compute_sanitizer_runs(convolutions: Any) -> None:
     if "cuda_emulator" not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
     assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0
@@ -138,7 +123,7 @@ def test_cuda_graphs(training_step: bool, name: str, dtype: torch.dtype) -> None
     """A captured call, replayed on new values, computes the bits that a direct one does."""
     static = CALLS[name](dtype, "cuda")
     grad_output = grad_for(static)
-    initial = copies(static)
+    initial = static.map(lambda tensor: tensor.detach().clone())
 
     def run(call: Call) -> list[Tensor]:
         if training_step:
@@ -163,8 +148,7 @@ def test_cuda_graphs(training_step: bool, name: str, dtype: torch.dtype) -> None
                     tensor.detach().copy_(value)
             graph.replay()
             replayed = [tensor.clone() for tensor in captured]
-            for left, right in zip(replayed, run(fresh), strict=True):
-                assert torch.equal(left, right)
+            assert equal(replayed, run(fresh))
 
 
 @gpu
@@ -174,7 +158,7 @@ def test_side_streams(name: str) -> None:
     values, late = CALLS[name](torch.float32, "cuda"), CALLS[name](torch.float32, "cuda").map(torch.zeros_like)
     grad_output = grad_for(values)
     with resfuse.use_backend("cuda"):
-        expected = step(copies(values), grad_output)
+        expected = step(values, grad_output)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -184,7 +168,7 @@ def test_side_streams(name: str) -> None:
                     tensor.copy_(value)
             found = step(late, grad_output)
         stream.synchronize()
-    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+    assert equal(found, expected)
 
 
 @gpu
@@ -195,10 +179,10 @@ def test_another_device_than_the_current_one(name: str) -> None:
     call = CALLS[name](torch.float32, "cuda:0")
     grad_output = grad_for(call)
     with resfuse.use_backend("cuda"), torch.cuda.device(0):
-        expected = step(copies(call), grad_output)
+        expected = step(call, grad_output)
         found = step(call.map(lambda tensor: tensor.to("cuda:1")), grad_output.to("cuda:1"))
     assert all(tensor.device.index == 1 for tensor in found)
-    assert all(torch.equal(left.cpu(), right.cpu()) for left, right in zip(found, expected, strict=True))
+    assert equal(found, expected)
 
 
 @gpu
@@ -251,69 +235,52 @@ def test_the_same_bits_while_the_gpu_is_busy(name: str, dtype: torch.dtype) -> N
     grad_output = grad_for(call)
     other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     with resfuse.use_backend("cuda"):
-        expected = step(copies(call), grad_output)
+        expected = step(call, grad_output)
         torch.cuda.synchronize()
         for _ in range(20):
             with torch.cuda.stream(other):
                 load = torch.tanh(load @ load)
-            found = step(copies(call), grad_output)
-            assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+            found = step(call, grad_output)
+            assert equal(found, expected)
         torch.cuda.synchronize()
 
 
-def many_images(pattern: Tensor, count: int, tensors_of: int) -> Tensor:
-    """The same image so often: one with offsets beyond 32 bits is as any other.
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("op", ["bn_act", "conv_bn_act"])
+def test_beyond_2_31_elements(op: str, training: bool) -> None:
+    """The same image so often that offsets go beyond 32 bits: each result is that of one image, in float64.
 
-    Skips the test where 6 tensors of so many elements do not fit.
+    The output of conv_bn_act is that large; test_kernel_api has such an input.
     """
-    needed, free = 6 * tensors_of * pattern.element_size(), torch.cuda.mem_get_info()[0]
+    count = 2**31 // (8 * 64 * 64) // (8 if op == "conv_bn_act" else 1) + 1
+    needed, free = 6 * 2**31 * 2, torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"{needed >> 30} GiB of GPU memory are needed, {free >> 30} are free")
-    return pattern.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-
-
-def assert_all_images_equal(tensor: Tensor) -> None:
-    for part in tensor.split(4096):
-        assert torch.equal(part, tensor[:1].expand_as(part))
-
-
-@gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_bn_act_and_add_relu_beyond_2_31_elements(training: bool) -> None:
     pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
-    x = many_images(pattern, 2**31 // pattern.numel() + 1, 2**31)
-    mean, var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
-    with resfuse.use_backend("cuda"):
-        y = resfuse.bn_act(x.requires_grad_(), mean, var, training=training)
-        (grad,) = torch.autograd.grad(y, x, y.detach())
-        total = resfuse.add_relu(x.detach(), y.detach())
-    for tensor in (y, grad, total):
-        assert_all_images_equal(tensor)
-    small = pattern.double().requires_grad_()
-    expected = torch.relu(F.batch_norm(small, torch.zeros_like(mean).double(), torch.ones_like(var).double(),
-                                       training=training))  # fmt: skip
-    (expected_grad,) = torch.autograd.grad(expected, small, y[:1].double())
-    torch.testing.assert_close(y[:1].double(), expected, rtol=2**-7, atol=1e-5)
-    torch.testing.assert_close(grad[:1].double(), expected_grad, rtol=2**-6, atol=2e-2)
-    if training:
-        torch.testing.assert_close(mean.double(), 0.1 * pattern.double().mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
-
-
-@gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_conv_bn_act_beyond_2_31_elements(training: bool) -> None:
-    """The output is that large; test_cuda_conv has such an input."""
-    pattern = torch.randn(1, 8, 64, 64, device="cuda", dtype=torch.bfloat16)
-    x = many_images(pattern, 2**31 // (8 * pattern.numel()) + 1, 2**31)
+    x = pattern.expand(count, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    small = z = pattern.double().requires_grad_()
     w = torch.randn(64, 8, 1, 1, device="cuda", dtype=torch.bfloat16)
-    vectors = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
-    with resfuse.use_backend("cuda"), torch.no_grad():
-        y = resfuse.conv_bn_act(x, w, *vectors, training=training)
-    assert y.numel() > 2**31
-    assert_all_images_equal(y)
-    z = F.conv2d(pattern.double(), w.double())
-    expected = torch.relu(F.batch_norm(z, *(torch.zeros(64).double().cuda(), torch.ones(64).double().cuda()),
-                                       training=training))  # fmt: skip
-    torch.testing.assert_close(y[:1].double(), expected, rtol=2**-6, atol=4e-2)
+    if op == "conv_bn_act":
+        z = F.conv2d(small, w.double())
+    mean, var = torch.zeros(z.shape[1], device="cuda"), torch.ones(z.shape[1], device="cuda")
+    expected = torch.relu(F.batch_norm(z, mean.double(), var.double(), training=training))
+    with resfuse.use_backend("cuda"):
+        if op == "conv_bn_act":
+            output = resfuse.conv_bn_act(x, w, mean, var, training=training)
+            results = [output]
+        else:
+            output = resfuse.bn_act(x.requires_grad_(), mean, var, training=training)
+            (grad,) = torch.autograd.grad(output, x, output.detach())
+            output = output.detach()
+            results = [output, grad, resfuse.add_relu(x.detach(), output)]
+            assert torch.equal(results[2][:1], torch.relu(pattern + output[:1]))
+            (expected_grad,) = torch.autograd.grad(expected, small, output[:1].double())
+            torch.testing.assert_close(grad[:1].double(), expected_grad, rtol=2**-6, atol=2e-2)
+            if training:
+                torch.testing.assert_close(mean.double(), 0.1 * z.mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-6)
+    assert output.numel() > 2**31
+    for tensor in results:
+        assert all(torch.equal(part, tensor[:1].expand_as(part)) for part in tensor.split(4096))
+    torch.testing.assert_close(output[:1].double(), expected.detach(), rtol=2**-6, atol=4e-2)

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import cuda, dispatch, reference, triton
-from resfuse.types import AbsentDevice, Problem
+from resfuse.types import AbsentDevice, Convolution, Problem
 from tests.needs import imported_again
 from tests.shapes import CONVOLUTIONS
 
 needs_interpreter = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET is not set")
 needs_cpu = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU, HOPPER = torch.device("cpu"), AbsentDevice((9, 0))
 CONVOLVING = ("conv_bn_act_forward", "conv_forward", "conv_backward")
 
 
@@ -62,6 +61,46 @@ def test_interpreted_kernels_run_only_on_request() -> None:
     assert rejected["triton"] == ["TRITON_INTERPRET=1 interprets the kernels, slowly: only on request"]
     if triton.unavailable_reason() is None:
         assert dispatch.choose(problem(), "triton")[:2] == ("triton", triton)
+
+
+HUGE = ((1, 2, 2**15, 2**15), (1, 2**30, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kernel", cuda.KERNELS)
+def test_problems_that_cuda_supports(kernel: str, dtype: torch.dtype) -> None:
+    found = cuda.unsupported_reasons(problem(kernel, dtype, HOPPER))
+    expected = ["cuda computes in float32, bfloat16 and float16, not torch.float64"]
+    assert found == (expected if dtype == torch.float64 else [])
+    if kernel in cuda.BATCH_NORM_KERNELS:
+        for shape, reason in (
+            ((2, 0, 4, 5), "empty tensor"),
+            ((2, 3, 4), "(N, C, H, W) tensors, not shape (2, 3, 4)"),
+            *((huge, "up to 1073741823 channels and pixels") for huge in HUGE),
+        ):
+            (found,) = cuda.unsupported_reasons(problem(kernel, dtype=torch.float32, device=HOPPER, shape=shape))
+            assert reason in found
+
+
+def test_convolutions_that_are_too_large_for_cuda() -> None:
+    for shape, weight, reason in (
+        ((1, 1, 1 << 16, 1 << 16), (1, 1, 1, 1), "31 bits"),
+        ((1 << 30, 1, 1 << 10, 1 << 10), (64, 1, 1, 1), "tiles"),
+        ((64, 256, 56), (64, 256, 1), "(N, C, H, W)"),
+    ):
+        convolution = torch.Size(weight), Convolution((1, 1), (0, 0), (1, 1), 1)
+        found = cuda.unsupported_reasons(
+            Problem("conv_forward", HOPPER, torch.float32, torch.Size(shape), *convolution)
+        )
+        assert any(reason in each for each in found), found
+
+
+def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA GPU" in (cuda.unavailable_reason() or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda._extension, "load", lambda name: f"{name}: not built")
+    assert cuda.unavailable_reason() == "_cuda: not built"
 
 
 @needs_interpreter
@@ -202,62 +241,6 @@ def test_choices_are_made_once_per_problem() -> None:
 # The ranking of backends
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
-    """A machine with a GPU on which `runs` says what each backend runs."""
-    machine = types.SimpleNamespace(major=9, runs={"cuda": cuda.KERNELS, "triton": triton.KERNELS})
-    monkeypatch.setattr(resfuse.types, "_capability", lambda device: (machine.major, 0))
-    for module, name in ((cuda, "cuda"), (triton, "triton")):
-        monkeypatch.setattr(module, "unavailable_reason", lambda name=name: None if name in machine.runs else "absent")
-        monkeypatch.setattr(
-            module,
-            "unsupported_reasons",
-            lambda problem, name=name: [] if problem.kernel in machine.runs[name] else ["not this"],
-        )
-    monkeypatch.setattr(triton, "only_on_request_reason", lambda: None)
-    yield machine
-    dispatch.choose.cache_clear()
-
-
-def chosen(kernel: str = "conv_forward", dtype: torch.dtype = torch.bfloat16, request: str | None = None) -> str:
-    dispatch.choose.cache_clear()
-    return dispatch.explain_choice(problem(kernel, dtype, GPU), request)[0]
-
-
-def test_convolutions_on_hopper_prefer_triton_and_say_why(gpu: types.SimpleNamespace) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        moved = {kernel for kernel in cuda.KERNELS if chosen(kernel, dtype) == "triton"}
-        assert moved == {"conv_bn_act_forward", "conv_forward"}
-    _, rejected = dispatch.explain_choice(problem("conv_forward", torch.bfloat16, GPU))
-    assert rejected["cuda"] == [
-        "triton should be faster: it multiplies by wgmma or tcgen05, which are faster than the mma.sync of cuda "
-        "(predicted, not measured)"
-    ]
-    assert chosen(request="cuda") == "cuda", "a request is met"
-
-
-@pytest.mark.parametrize("major", [8, 12])
-def test_where_only_mma_sync_exists_cuda_comes_first(gpu: types.SimpleNamespace, major: int) -> None:
-    gpu.major = major
-    assert {chosen(kernel) for kernel in cuda.KERNELS} == {"cuda"}
-
-
-def test_only_a_backend_that_can_run_the_problem_is_preferred(
-    gpu: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for runs, expected in (
-        ({"cuda": cuda.KERNELS}, "cuda"),
-        ({"cuda": cuda.KERNELS, "triton": ()}, "cuda"),
-        ({"cuda": (), "triton": triton.KERNELS}, "triton"),
-        ({}, "reference"),
-    ):
-        gpu.runs = runs
-        assert chosen() == expected, runs
-    gpu.runs = {"cuda": cuda.KERNELS, "triton": triton.KERNELS}
-    monkeypatch.setattr(triton, "only_on_request_reason", lambda: "interpreted")
-    assert chosen() == "cuda"
-
-
 @pytest.mark.parametrize(
     ("capability", "convolution", "other"),
     [
@@ -265,23 +248,42 @@ def test_only_a_backend_that_can_run_the_problem_is_preferred(
         ((8, 0), "cuda", "cuda"),
         ((9, 0), "triton", "cuda"),
         ((10, 0), "triton", "cuda"),
-        ((12, 0), "cuda", "cuda"),
+        ((12, 0), "cuda", "cuda"),  # has mma.sync alone
     ],
 )
-def test_a_gpu_that_is_not_there(capability: tuple[int, int], convolution: str, other: str) -> None:
-    """By the real backends' own reasons, whatever this machine has."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_automatic_choice_on_a_gpu(
+    dtype: torch.dtype, capability: tuple[int, int], convolution: str, other: str
+) -> None:
+    """By the backends' own reasons, whatever this machine has."""
     device = AbsentDevice(capability)
-    forward = problem("conv_bn_act_forward", torch.bfloat16, device)
-    assert dispatch.explain_choice(forward)[0] == convolution
-    name, rejected = dispatch.explain_choice(problem("bn_act_backward", torch.bfloat16, device))
-    assert name == other
-    if other == "reference":
-        assert rejected["cuda"] == ["cuda needs compute capability 8.0 or newer, not 7.5"]
-        assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
-        assert rejected["cpu"] == ["runs on the CPU, the tensors are on cuda of compute capability 7.5"]
-    assert dispatch.explain_choice(forward, "reference")[0] == "reference"
+    for kernel in cuda.KERNELS:
+        name, rejected = dispatch.explain_choice(problem(kernel, dtype, device))
+        assert name == (convolution if kernel in CONVOLVING else other), kernel
+        if name == "triton":
+            assert rejected["cuda"] == [
+                "triton should be faster: it multiplies by wgmma or tcgen05, which are faster than the mma.sync of "
+                "cuda (predicted, not measured)"
+            ]
+        if name == "reference":
+            assert rejected["cuda"] == ["cuda needs compute capability 8.0 or newer, not 7.5"]
+            assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
+            assert rejected["cpu"][0] == "runs on the CPU, the tensors are on cuda of compute capability 7.5"
+    forward = problem("conv_bn_act_forward", dtype, device)
+    for request in ("reference", *(("cuda",) if other == "cuda" else ())):
+        assert dispatch.explain_choice(forward, request)[0] == request, "a request is met"
     with pytest.raises(RuntimeError, match="runs on the CPU"):
         dispatch.explain_choice(forward, "cpu")
+
+
+@pytest.mark.parametrize("runs", ["cuda", "triton", "reference"])
+def test_only_a_backend_that_can_run_the_problem_is_preferred(runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((cuda, "cuda"), (triton, "triton")):
+        if name != runs:
+            monkeypatch.setattr(module, "unsupported_reasons", lambda problem: ["not this"])
+    dispatch.choose.cache_clear()
+    assert dispatch.explain_choice(problem("conv_forward", torch.bfloat16, HOPPER))[0] == runs
+    dispatch.choose.cache_clear()
 
 
 def test_the_ranking_is_consistent() -> None:

@@ -6,6 +6,7 @@ Everything here runs in the interpreter and, with the same tolerances, on a GPU.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -141,22 +142,6 @@ def test_groups(name: str, dtype: torch.dtype, training: bool) -> None:
     check(conv, dtype, training)
 
 
-@MODES
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_non_finite_values_stay_in_their_group(value: float, training: bool) -> None:
-    """The zeros beside the diagonal do not make NaN of them."""
-    conv = GROUPED["odd_number_of_groups"][0]
-    call = conv_bn_act_call(conv, torch.bfloat16, DEVICE, layout="nhwc", residual_layout=None, training=training)
-    call.input[1, 12, 2, 2] = value  # of group 2, whose outputs are the channels 6, 7 and 8
-    with resfuse.use_backend("triton"), torch.no_grad():
-        found = contract.forward(contract.FUSED, call.map(torch.clone))
-    expected = contract.forward(contract.EAGER, call.map(torch.clone))
-    struck = expected.isnan() | expected.isinf()
-    assert struck.any() and not struck[:, :6].any() and not struck[:, 9:].any()
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.isinf(), expected.isinf())
-
-
 def test_non_finite_padding_is_never_read() -> None:
     """The image is the middle of a larger one of NaN: no mask of the padding lets a neighbour through."""
     conv = CONVOLUTIONS["3x3"]
@@ -199,50 +184,12 @@ def test_forms_of_training(device: DeviceProperties) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32_follows_the_switch_of_torch(precision: str) -> None:
+def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) -> None:
     x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, switch.fp32_precision = switch.fp32_precision, precision
-    try:
-        with launch.collected(H100) as specs:
-            triton.conv_forward(x, w, None, UNIT)
-    finally:
-        switch.fp32_precision = before
+    convolutions.fp32_precision = precision
+    with launch.collected(H100) as specs:
+        triton.conv_forward(x, w, None, UNIT)
     assert specs[0].constants["CONV"].precision == precision
-
-
-@MODES
-def test_offsets_beyond_32_bits(training: bool) -> None:
-    """Pixels from 2^31 elements on; of the input, 4 GB, only those pages are touched that the stride reaches."""
-    channels, side, stride = 64, 5888, 2900
-    size = channels * side**2
-    assert size > 2**31
-    storage = torch.UntypedStorage(2 * size, device=DEVICE)  # not through the tests' poison, which touches all pages
-    flat = torch.tensor([], dtype=torch.float16, device=DEVICE).set_(storage)  # type: ignore[call-overload]
-    x = flat.as_strided((1, channels, side, side), (size, 1, channels * side, channels))
-    pixels = torch.randn(1, channels, 3, 3).half().to(DEVICE)
-    x[:, :, ::stride, ::stride] = pixels
-    w = torch.randn(16, channels, 1, 1).half().to(DEVICE)
-    convolution = UNIT._replace(stride=(stride, stride))
-    if training:
-        bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
-        z = triton.conv_bn_act_forward(x, w, None, convolution, bn, None, False)[1]
-    else:
-        z = triton.conv_forward(x, w, None, convolution)
-    expected = F.conv2d(pixels.double(), w.double())
-    torch.testing.assert_close(z.double(), expected, rtol=2**-10, atol=1e-2)  # sums of 64 products, rounded once
-
-
-def test_the_residual_is_overwritten_where_that_is_allowed() -> None:
-    call = conv_bn_act_call(CONVOLUTIONS["3x3"], torch.bfloat16, DEVICE, layout="nhwc", residual_layout="nhwc")
-    residual = call.tensors["residual"]
-    assert residual is not None
-    with resfuse.use_backend("triton"), torch.no_grad():
-        expected = contract.forward(contract.FUSED, call)
-        assert expected.data_ptr() != residual.data_ptr()
-        found = contract.forward(contract.FUSED, call.with_options(overwrite_residual=True))
-    assert found.data_ptr() == residual.data_ptr()
-    assert torch.equal(found, expected)
 
 
 def conv_problem(conv: Convolution) -> ConvProblem:

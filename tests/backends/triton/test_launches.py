@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import reference, triton
-from resfuse.types import BatchNorm, Convolution
+from resfuse.types import BatchNorm
 
 if triton.unavailable_reason() is not None:
     pytest.skip(f"triton: {triton.unavailable_reason()}", allow_module_level=True)
@@ -23,6 +22,7 @@ from triton import jit
 from resfuse.backends.triton import bn_act, launch, plan, reduce
 from resfuse.backends.triton.config import A100, H100
 from tests import shapes
+from tests.backends.operands import TWO_PASSES, Operands
 from tests.shapes import BOTH_FORMATS, LAYOUTS, Values
 
 (DEVICE,) = shapes.devices_of("triton")
@@ -33,70 +33,25 @@ GPUS = {gpu.name: gpu for gpu in (H100, A100)}
 ACTIVATIONS = [(n, c, size, size) for n in (1, 256) for c, size in ((64, 112), (256, 56), (512, 28), (2048, 7))]
 ACTIVATIONS += [(128, c, size, size) for c, size in ((16, 32), (64, 8))]
 
-Call = Callable[[], object]
 
-
-def bn(channels: int, training: bool, device: str | torch.device = DEVICE) -> BatchNorm:
-    zeros, ones = torch.zeros(channels, device=device), torch.ones(channels, device=device)
-    return BatchNorm(zeros, ones, ones.clone(), zeros.clone(), training, 0.1, 1e-5)
-
-
-def calls(x: Tensor) -> dict[str, tuple[Call, int]]:
-    """{what is called: (the call, the launches it is allowed)} on an activation; cooperative ones count as one."""
-    c = x.shape[1]
-    v = torch.ones(c, device=x.device)
-    w = torch.ones(c, c, 1, 1, dtype=x.dtype, device=x.device)
-    conv = Convolution((1, 1), (0, 0), (1, 1), 1)
-
-    def bn_forward(training: bool) -> Call:
-        return lambda: triton.bn_act_forward(x, bn(c, training, x.device), x, True)
-
-    def bn_backward(training: bool, needs_input: bool = True) -> Call:
-        return lambda: triton.bn_act_backward(x, x, x, v, v, v, training, needs_input, True)
-
-    def conv_forward(training: bool) -> Call:
-        return lambda: triton.conv_bn_act_forward(x, w, v, conv, bn(c, training, x.device), x, True)
-
-    return {
-        "add_relu_forward": (lambda: triton.add_relu_forward(x, x), 1),
-        "add_relu_backward": (lambda: triton.add_relu_backward(x, x), 1),
-        "bn_act_forward, train": (bn_forward(True), ONE_OR_TWO),
-        "bn_act_forward, eval": (bn_forward(False), 1),
-        "bn_act_backward, train": (bn_backward(True), ONE_OR_TWO),
-        "bn_act_backward, train, frozen input": (bn_backward(True, False), ONE_OR_TWO),
-        "bn_act_backward, eval": (bn_backward(False), ONE_OR_TWO),
-        "bn_statistics": (lambda: triton.bn_statistics(x), ONE_OR_TWO),
-        "bn_apply": (lambda: triton.bn_apply(x, v, v, v, v, x, True), 1),
-        "bn_backward_reduce": (lambda: triton.bn_backward_reduce(x, x, x, v, v), ONE_OR_TWO),
-        "bn_backward_apply": (lambda: triton.bn_backward_apply(x, x, x, v, v, v, v, v, 7), 1),
-        "conv_forward": (lambda: triton.conv_forward(x, w, v, conv), 1),
-        "conv_bn_act_forward, eval": (conv_forward(False), 1),
-        "conv_bn_act_forward, train": (conv_forward(True), ONE_OR_TWO),
-    }
-
-
-@pytest.mark.parametrize("name", calls(torch.empty(1, 1, 1, 1)))
 @pytest.mark.parametrize("layout", BOTH_FORMATS)
-def test_launches_of_a_call(layout: str, name: str) -> None:
-    call, allowed = calls(LAYOUTS[layout](Values(torch.float32, DEVICE).normal(3, 16, 9, 8)))[name]
-    with launch.recorded() as names:
-        call()
-    assert len(names) == allowed, names
+def test_every_kernel_is_one_launch(layout: str) -> None:
+    for name, call in Operands(triton, (3, 16, 9, 8), torch.float32, DEVICE, layout).calls().items():
+        with launch.recorded() as names:
+            call()
+        assert len(names) == (ONE_OR_TWO if name in TWO_PASSES else 1), name
 
 
-def test_every_kernel_is_declared_and_counted() -> None:
-    assert {name.partition(",")[0] for name in calls(torch.empty(1, 1, 1, 1))} == set(triton.KERNELS)
-    for name in triton.KERNELS:
-        assert callable(getattr(triton, name))
-    with pytest.raises(AttributeError, match="conv_backward"):
-        _ = triton.conv_backward
-
-
-def test_launches_of_a_training_step() -> None:
-    x = LAYOUTS["nhwc"](Values(torch.float32, DEVICE).normal(3, 16, 9, 8)).requires_grad_()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_launches_of_a_convolution(frozen: bool) -> None:
+    x = LAYOUTS["nhwc"](Values(torch.float32, DEVICE).normal(3, 16, 9, 8)).requires_grad_(not frozen)
     mean, var = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)
     w = torch.ones(16, 16, 1, 1, device=DEVICE, requires_grad=True)
     with resfuse.use_backend("triton"), launch.recorded() as names:
+        with torch.no_grad():
+            resfuse.conv_bn_act(x, w, mean, var, residual=x)
+        assert names == ["conv_bn_act_kernel"]
+        names.clear()
         output = resfuse.conv_bn_act(x, w, mean, var, residual=x, training=True)
         assert names == ["conv_bn_act_train_kernel"] * ONE_OR_TWO
         names.clear()
@@ -115,7 +70,7 @@ def test_reductions_take_one_launch_on_a_gpu(dtype: torch.dtype, layout: str, gp
         )
         v = torch.empty(shape[1], device="meta")
         with launch.collected(GPUS[gpu]) as specs:
-            triton.bn_act_forward(x, bn(shape[1], True, "meta"), None, True)
+            triton.bn_act_forward(x, BatchNorm(v, v, v, v, True, 0.1, 1e-5), None, True)
             triton.bn_act_backward(x, x, x, v, v, v, True, True, True)
             triton.bn_statistics(x)
         assert len(specs) == 3
@@ -199,109 +154,77 @@ def test_statistics_do_not_depend_on_the_number_of_parts(layout: str, monkeypatc
         torch.testing.assert_close(found_m2.double(), m2, rtol=5e-7, atol=0)
 
 
-@pytest.mark.parametrize("layout", BOTH_FORMATS)
-def test_a_mean_as_large_as_float32_allows(layout: str) -> None:
-    """Deviations of single units in the last place of the mean: they are exact, and so is their variance."""
-    x = LAYOUTS[layout]((4096 + torch.randint(-3, 4, (4, 6, 23, 29)) * 2.0**-11).to(DEVICE))
-    mean, m2 = reference.bn_statistics(x.double())
-    found_mean, found_m2 = triton.bn_statistics(x)
-    torch.testing.assert_close(found_mean.double(), mean, rtol=2**-24, atol=0)
-    torch.testing.assert_close(found_m2.double(), m2, rtol=5e-7, atol=0)
-
-
-@pytest.mark.parametrize("layout", BOTH_FORMATS)
-def test_nan_stays_in_its_channel(layout: str) -> None:
-    x = LAYOUTS[layout](Values(torch.float32, DEVICE).normal(3, 40, 13, 11))
-    x[1, 7, 5, 5] = torch.nan
-    norm = bn(40, training=True)
-    output, *statistics = triton.bn_act_forward(x, norm, None, True)
-    for tensor in (norm.running_mean, norm.running_var, *statistics):
-        assert tensor is not None
-        assert tensor.isnan().nonzero().flatten().tolist() == [7]
-    assert output.isnan().any((0, 2, 3)).nonzero().flatten().tolist() == [7]
-    assert output[:, 7].isnan().all()
-
-
 # --- past Triton's binder --------------------------------------------------------------------------------------------
 
 
-class Binder:
-    """Stands for a kernel under triton.jit: counts launches by Triton's own path, and calls of the compiled kernel."""
-
-    __name__ = "kernel"
-
-    def __init__(self) -> None:
-        self.fn = object()
-        self.bound: list[tuple[Any, ...]] = []
-        self.called: list[tuple[Any, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        def run(*args: Any, **options: Any) -> object:
-            self.bound.append(args)
-            return SimpleNamespace(
-                function=1, packed_metadata=(4, 1, 0), run=lambda *args: self.called.append((grid, args))
-            )
-
-        return run
+def compiled_kernel() -> MagicMock:
+    """Stands for a kernel under triton.jit: `kernel[grid]` binds and launches, its result's `run` launches directly."""
+    kernel = MagicMock(__name__="kernel")
+    kernel.bound = kernel.__getitem__.return_value
+    kernel.compiled = kernel.bound.return_value
+    return kernel
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Binder:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     if torch.cuda.is_available():
         pytest.skip("stands for a GPU")
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "HAS_DIRECT_CALL", True)
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 77)))
+    monkeypatch.setattr(launch, "driver", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as get_device() of a CPU tensor
     monkeypatch.setattr(launch, "_compiled", {})
-    return Binder()
+    return compiled_kernel()
 
 
-def test_the_same_signature_is_called_directly(kernel: Binder) -> None:
+def test_the_same_signature_is_called_directly(kernel: MagicMock) -> None:
+    """Another grid, another pointer and another float are arguments, as ever."""
     x, y = torch.empty(64), torch.empty(64)
     assert x.data_ptr() % 16 == y.data_ptr() % 16 == 0
     launch.launch(kernel, 3, x, None, 64, 0.5, BLOCK=32)
+    kernel.compiled.run.assert_not_called()
     launch.launch(kernel, 5, y, None, 64, 0.25, BLOCK=32)
-    assert (len(kernel.bound), len(kernel.called)) == (1, 1)
-    # Another grid, another pointer and another float are arguments, as ever.
-    assert kernel.called == [((3,), (5, 1, 1, 77, 1, (4, 1, 0), None, None, None, y.data_ptr(), None, 64, 0.25, 32))]
+    kernel.bound.assert_called_once()
+    stream, found = launch.driver.active.get_current_stream(-1), kernel.compiled
+    found.run.assert_called_once_with(
+        5, 1, 1, stream, found.function, found.packed_metadata, None, None, None, y.data_ptr(), None, 64, 0.25, 32
+    )
 
 
-OTHER: dict[str, Any] = {
-    "second": torch.empty(64, dtype=torch.bfloat16), "misaligned": torch.empty(65)[1:], "absent": None,
-    "n": 65, "BLOCK": 64, "num_warps": 8, "num_stages": 2, "cooperative": True, "kernel": Binder(),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", OTHER)
-def test_another_signature_is_bound_by_triton(change: str, kernel: Binder) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"second": torch.empty(64, dtype=torch.bfloat16)}, {"second": torch.empty(65)[1:]}, {"second": None}, {"n": 65},
+        {"BLOCK": 64}, {"num_warps": 8}, {"num_stages": 2}, {"cooperative": True}, {"kernel": compiled_kernel()},
+    ],
+    ids=["dtype", "misaligned", "absent", "n", "BLOCK", "num_warps", "num_stages", "cooperative", "kernel"],
+)  # fmt: skip
+def test_another_signature_is_bound_by_triton(change: dict[str, Any], kernel: MagicMock) -> None:
     x = torch.empty(64)
-    usual = {"second": torch.empty(64), "n": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 3, "cooperative": False}
-    other, changed = kernel, dict(usual)
-    if change == "kernel":
-        other = Binder()
-    else:
-        changed["second" if change in ("misaligned", "absent") else change] = OTHER[change]
+    usual = {"kernel": kernel, "second": torch.empty(64), "n": 64, "BLOCK": 32, "num_warps": 4}
 
-    def run(kernel: Binder, second: Tensor | None, n: int, **options: Any) -> None:
+    def run(kernel: Any, second: Tensor | None, n: int, **options: Any) -> None:
         launch.launch(kernel, 1, x, second, n, **options)
 
-    run(kernel, **usual)  # type: ignore[arg-type]
-    run(other, **changed)
-    assert (len(kernel.bound) + (len(other.bound) if other is not kernel else 0), kernel.called) == (2, [])
-    run(other, **changed)  # a misaligned tensor is never passed directly
-    assert len(other.called) == (change != "misaligned")
+    run(**usual)  # type: ignore[arg-type]
+    other = (usual | change)["kernel"]
+    run(**(usual | change))  # type: ignore[arg-type]
+    assert other.bound.call_count == (1 if other is not kernel else 2)
+    kernel.compiled.run.assert_not_called()
+    run(**(usual | change))  # type: ignore[arg-type]
+    second = change.get("second")
+    aligned = second is None or second.data_ptr() % 16 == 0
+    assert other.compiled.run.call_count == aligned, "a misaligned tensor is never passed directly"
 
 
-def test_profilers_see_every_launch(kernel: Binder, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.empty(64)
-    launch.launch(kernel, 1, x, BLOCK=32)
-    monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
-    launch.launch(kernel, 1, x, BLOCK=32)
-    assert (len(kernel.bound), kernel.called) == (2, [])
+def test_profilers_see_every_launch(kernel: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
+    for hooks in ([], [print]):
+        monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", hooks)
+        launch.launch(kernel, 1, torch.empty(64), BLOCK=32)
+    assert kernel.bound.call_count == 2
 
 
-def test_remembered_signatures_are_bounded(kernel: Binder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_signatures_are_bounded(kernel: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST_COMPILED", 4)
     for n in range(2, 20):
         launch.launch(kernel, 1, torch.empty(64), n, BLOCK=32)
