@@ -15,7 +15,6 @@ import torch
 from _pytest.mark import ParameterSet
 from torch import Tensor
 
-import resfuse
 from resfuse import types
 from resfuse.backends import dispatch, triton
 from resfuse.layout import conv_output_shape
@@ -228,9 +227,10 @@ def conv_bn_act_call(
 
 # Those of this machine, and the CUDA kernels in their emulator; or those that TEST_BACKENDS="cpu cuda_emulator" names.
 dispatch.register("cuda_emulator", emulator)
-BACKENDS = os.environ.get("TEST_BACKENDS", "").split() or [
-    *resfuse.available_backends(),
-    *(["cuda_emulator"] if emulator.unavailable_reason() is None else []),
+BACKENDS = [
+    name
+    for name in os.environ.get("TEST_BACKENDS", "cuda triton cpu cuda_emulator reference").split()
+    if dispatch.backend(name).unavailable_reason() is None  # which loads the backend's library
 ]
 
 KERNELS = {

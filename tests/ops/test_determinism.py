@@ -67,7 +67,7 @@ def test_any_number_of_threads(memory_format: torch.memory_format, backend: str,
         torch.set_num_threads(number)
         output = torch.empty_like(input)
         mean, invstd, sum_g, sum_g_xhat = (torch.empty(70) for _ in range(4))
-        kernels.bn_train_forward(input, *[None] * 6, 0.1, 1e-5, True, output, mean, invstd)
+        kernels.bn_train_forward(input, None, None, None, None, None, None, 0.1, 1e-5, True, output, mean, invstd)
         kernels.bn_backward_reduce(grad, input, mask, mean, invstd, sum_g, sum_g_xhat, None)
         results.append([output, mean, invstd, sum_g, sum_g_xhat])
     for other in results[1:]:
