@@ -269,7 +269,7 @@ def test_json_round_trip(explanations: tuple[Explanation, Explanation]) -> None:
 def test_the_table(explanations: tuple[Explanation, Explanation]) -> None:
     """53 convolutions, one pooling, one mean, and a matrix product with its bias.
 
-    Unfused: 53 convolutions, as many batch norms of two launches, ReLU but for four; 16 sums; two poolings; the classifier.
+    Unfused: batch norms of two launches, ReLU behind all but four of them, 16 sums, two poolings, the classifier.
     """
     layers = explanations[0].layers
     assert [layer.op for layer in layers if layer.op != "conv_bn_act"] == ["max_pool2d", "mean", "addmm"]
