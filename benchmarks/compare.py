@@ -166,8 +166,6 @@ def compare_models(sides: dict[str, Worker], args: argparse.Namespace) -> Iterat
                             errors = side.ask("prepare", Path(file.name), timeout=TIMEOUT)
                             if complaint := workload.complaint(errors):
                                 raise RuntimeError(f"{name}, {case.name}: {complaint}")
-                    for side in sides.values():
-                        side.ask("warm_up", 0.1 if args.quick else 5.0, timeout=TIMEOUT)
 
                     def turn(side: Worker) -> float:
                         times = side.ask("turn", 0.0 if args.quick else 0.25, timeout=TIMEOUT)
@@ -183,16 +181,17 @@ def compare_overhead(sides: dict[str, Worker], args: argparse.Namespace) -> Iter
         for mode in MODES:
             for side in sides.values():
                 side.ask("prepare_overhead", name, mode, args.device, timeout=TIMEOUT)
-                side.ask("host_turn", CALLS, timeout=TIMEOUT)
             turn = lambda side: side.ask("host_turn", 5 if args.quick else CALLS, timeout=TIMEOUT)  # noqa: E731
             yield _rounds(f"{name}, {mode}, host time", sides, args.rounds, turn)
 
 
 def _rounds(title: str, sides: dict[str, Worker], rounds: int, turn: Callable[[Worker], float]) -> Ratio:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds):
+    for index in range(-1, rounds):  # the first round does not count
         for name in order(list(sides), index):
-            seconds[name].append(turn(sides[name]))
+            found = turn(sides[name])
+            if index >= 0:
+                seconds[name].append(found)
     return ratio(title, seconds["base"], seconds["this"])
 
 

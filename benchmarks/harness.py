@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     turn: float
     """Seconds that a provider's turn lasts at least; short calls are repeated."""
     warmup: float
-    """Seconds at most, for each provider."""
+    """Seconds of the first turn, which does not count: a GPU's clocks need half a second under load."""
     timeout: float = 600.0
     """Seconds that a provider may take to be prepared, or for a turn."""
     deadline: float = math.inf
@@ -113,7 +113,7 @@ class Comparison:
             if self.setting.device.startswith("cuda"):
                 torch.cuda.empty_cache()
             self._each(self.providers, workers, prepare)
-            self._each(self.left, workers, lambda name: ask(name, "warm_up", self.plan.warmup))
+            self._each(self.left, workers, lambda name: ask(name, "turn", self.plan.warmup))
             for index in range(self.plan.rounds):
                 self._each(order(self.left, index), workers, turn)
             self._each(self.left, workers, finish)
@@ -314,9 +314,9 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--case", default="", metavar="TEXT", help="only the cases with this in their name")
     add("--rounds", type=_count, help="turns of each provider")
     add("--turn", type=float, metavar="SECONDS", help="a turn lasts at least")
-    add("--warmup", type=float, metavar="SECONDS", help="at most, for each provider")
+    add("--warmup", type=float, metavar="SECONDS", help="a turn that does not count, for each provider")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a provider's preparation or turn")
-    add("--graph", action=argparse.BooleanOptionalAction, default=gpu, help="time replays of CUDA graphs too")
+    add("--graph", action=argparse.BooleanOptionalAction, help="time replays of CUDA graphs too (default: on a GPU)")
     add("--threads", type=_count, default=torch.get_num_threads(), metavar="N", help="on the CPU (default %(default)s)")
     add("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
     add("--output", type=Path, default=results.RESULTS, metavar="DIR", help="where <op>.csv is (default %(default)s)")
@@ -324,13 +324,15 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit", type=float, default=math.inf, metavar="SECONDS", help="end before that; --resume goes on")
     add("--quick", action="store_true", help="few small cases and rounds: a trial, not a measurement")
     args = parser.parse_args(argv)
-    if args.graph and not args.device.startswith("cuda"):
+    on_gpu = args.device.startswith("cuda")
+    if args.graph and not on_gpu:
         parser.error("argument --graph: CUDA graphs need a GPU")
+    args.graph = on_gpu if args.graph is None else args.graph
     args.provider = args.provider or (QUICK if args.quick else DEFAULT)
     args.rounds = args.rounds or (2 if args.quick else 20)
     short = {"models": 0.25, "quick": 0.0}.get("quick" if args.quick else op, 0.03)
     args.turn = short if args.turn is None else args.turn
-    args.warmup = (0.1 if args.quick else 5.0) if args.warmup is None else args.warmup
+    args.warmup = (0.0 if args.quick else 1.0) if args.warmup is None else args.warmup
     args.model = args.model or (["cifar_resnet20"] if args.quick else ["resnet50"])
     args.batch = args.batch or ([2] if args.quick else [128 if gpu else 8])
     if args.quick:

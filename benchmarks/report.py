@@ -83,10 +83,9 @@ def ratios(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"vs eager": eager / ours, "vs fastest peer": peers.min(axis=1) / ours})
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    """The mean of ratios; NaN of none."""
-    logs = [math.log(value) for value in values if value == value]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+def geometric_means(speeds: pd.DataFrame) -> list[str]:
+    """The geometric mean of each column of ratios, in words."""
+    return [ratio(math.exp(value)) for value in speeds.map(math.log).mean()]
 
 
 def case_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -239,8 +238,8 @@ def page(rows: pd.DataFrame, plots: Sequence[str]) -> str:
             text = text.assign(**speeds.map(ratio), roofline=reached)
             text.index = [f"{key[VIEW.index('name')]} {key[VIEW.index('shape')]}" for key in shown.index]
             parts.append(markdown(text))
-            means = [ratio(geometric_mean(speeds[name])) for name in speeds]
-            parts.append(f"Geometric mean: {means[0]} eager's speed, {means[1]} the fastest peer's.")
+            eager, peer = geometric_means(speeds)
+            parts.append(f"Geometric mean: {eager} eager's speed, {peer} the fastest peer's.")
     parts += _other_tables(rows)
     parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"

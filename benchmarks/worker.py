@@ -13,7 +13,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
@@ -186,14 +185,6 @@ class Runner:
         fused, _ = overhead.calls(overhead.TINY[name], mode, torch.float32, device)
         self._calls = {"time": fused}
 
-    def warm_up(self, limit: float) -> None:
-        """Call until the time per call no longer falls, for at most `limit` seconds.
-
-        A GPU's clocks need half a second under load before they stay where they are.
-        """
-        for call in self._calls.values():
-            _warm_up(call, self._device, limit)
-
     def turn(self, seconds: float) -> dict[str, list[float]]:
         """Seconds per call, of calls that last about so many seconds together; at least one call."""
         found = {name: _times(call, self._device, self._threads, seconds) for name, call in self._calls.items()}
@@ -247,22 +238,6 @@ def _times(call: Callable[[], object], device: torch.device, threads: int, secon
     # The first call does not count: it brings back the caches that other processes have used since.
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=seconds).times
-
-
-def _warm_up(call: Callable[[], object], device: torch.device, limit: float) -> None:
-    started, before = time.perf_counter(), float("inf")
-    least = 0.5 if device.type == "cuda" else 0.0
-    while True:
-        begun = time.perf_counter()
-        for _ in range(3):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        stable = (now - begun) * 1.05 > before and now - started > min(least, limit)
-        if stable or now - started > limit:
-            return
-        before = now - begun
 
 
 def _captured(step: Callable[[], Any]) -> tuple[Any, Callable[[], object]]:

@@ -156,17 +156,15 @@ class ResumableSampler(DistributedSampler[tuple[int, int]]):
         return self.num_samples - self.start
 
 
+def images_in(folder: Path, *augmentation: nn.Module) -> ImageFolder:
+    """Normalised images of one size."""
+    to_float = (v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION))
+    return ImageFolder(str(folder), v2.Compose([*augmentation, *to_float]))
+
+
 def train_loader(options: argparse.Namespace, processes: Processes) -> tuple[DataLoader[Any], ResumableSampler]:
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(options.image_size, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, DEVIATION),
-        ]
-    )
-    images = ImageFolder(str(options.data / "train"), transform)
+    crop = v2.RandomResizedCrop(options.image_size, antialias=True)
+    images = images_in(options.data / "train", crop, v2.RandomHorizontalFlip())
     sampler = ResumableSampler(images, processes.count, processes.rank, seed=options.seed, drop_last=True)
     if sampler.num_samples < options.batch_size:
         raise SystemExit(
@@ -177,16 +175,8 @@ def train_loader(options: argparse.Namespace, processes: Processes) -> tuple[Dat
 
 
 def val_loader(options: argparse.Namespace, processes: Processes) -> DataLoader[Any]:
-    transform = v2.Compose(
-        [
-            v2.Resize(round(options.image_size * 256 / 224), antialias=True),
-            v2.CenterCrop(options.image_size),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, DEVIATION),
-        ]
-    )
-    images = ImageFolder(str(options.data / "val"), transform)
+    enlarged = v2.Resize(round(options.image_size * 256 / 224), antialias=True)
+    images = images_in(options.data / "val", enlarged, v2.CenterCrop(options.image_size))
     return _loader(Subset(images, range(processes.rank, len(images), processes.count)), options, processes)
 
 

@@ -27,7 +27,6 @@ DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
 # The stable ABI of torch 2.10: one binary then loads in every torch from 2.10 on. No -std: torch knows its own.
 MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
-HOW_TO_GET_A_COMPILER = "install g++ and run `pip install --no-build-isolation --force-reinstall --no-deps` again"
 HOW_TO_GET_A_TOOLKIT = (
     "set CUDA_HOME, put nvcc on PATH, or `pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={cuda}.*'`, "
     "then install resfuse again"
@@ -240,7 +239,8 @@ def decide(
     if torch is None:
         cpu = cuda = "torch is not installed in the build environment; install torch>=2.10, then resfuse again"
     elif compiler is None:
-        cpu = cuda = f"no C++ compiler was found; {HOW_TO_GET_A_COMPILER}"
+        again = "run `pip install --no-build-isolation --force-reinstall --no-deps` again"
+        cpu = cuda = f"no C++ compiler was found; install g++ and {again}"
     else:
         if flag_set(env, "RESFUSE_SKIP_CPU_BUILD"):
             cpu = "RESFUSE_SKIP_CPU_BUILD is set; unset it and install resfuse again"

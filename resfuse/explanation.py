@@ -13,7 +13,6 @@ import torch
 from resfuse.roofline import Device
 
 PYTORCH = "pytorch"
-_SHOWN = 20
 WIDTH = 110
 _DISPENSABLE = ("GFLOP", "MB", "backend", "n", "by", "CxHxW")  # in this order, where there is no room
 _LEFT = ("layer", "operation", "CxHxW", "backend")  # columns aligned to the left
@@ -117,7 +116,7 @@ class Explanation:
     def __str__(self) -> str:
         return self.table()
 
-    def table(self, *, every_layer: bool = False, shown: int = _SHOWN, width: int = WIDTH) -> str:
+    def table(self, *, every_layer: bool = False, shown: int = 20, width: int = WIDTH) -> str:
         """Everything as text.
 
         Args:

@@ -285,7 +285,7 @@ def conv_bn_act(
             )  # fmt: skip
             return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, shape, input, pad_residual)
-        overwrite_residual = overwrite_residual and residual.shape[1] == shape[1] and not _same_memory(residual, input)
+        overwrite_residual = overwrite_residual and _can_be_overwritten(residual, shape, input)
     needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
     if conv_weight.dtype != dtype and (needs_grad or training):
         conv_weight = conv_weight.to(dtype)  # in inference the backend reads the wider weight
@@ -340,5 +340,8 @@ def _add_promoting(output: Tensor, residual: Tensor, relu: bool, pad: bool) -> T
     return torch.relu(output) if relu else output
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def _can_be_overwritten(residual: Tensor, shape: tuple[int, ...], input: Tensor) -> bool:
+    """True if the residual has the output's shape and is not the memory that the convolution reads meanwhile."""
+    if torch.compiler.is_compiling() or residual.shape != shape:  # a registered operator returns new memory
+        return False
+    return residual.untyped_storage()._cdata != input.untyped_storage()._cdata

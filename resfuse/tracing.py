@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -112,16 +113,11 @@ class Tracer:
             for owner in _owners(module):
                 for name, tensor in owner.items():
                     if isinstance(tensor, Tensor) and not hasattr(tensor, "fake_mode"):
-                        if id(tensor) not in fakes:
-                            fakes[id(tensor)] = self._fake(tensor)
-                        owner[name] = fakes[id(tensor)]
+                        owner[name] = fakes.setdefault(id(tensor), self._fake(tensor))
 
     def _fake(self, tensor: Tensor) -> Tensor:
         with self._mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
-            if isinstance(tensor, nn.Parameter):
-                return nn.Parameter(fake, tensor.requires_grad)
-            return fake.requires_grad_(tensor.requires_grad)
+            return _empty(tensor, self._device)
 
 
 def expanded(run: Run) -> list[Run]:
@@ -160,8 +156,7 @@ class _Recorder(TorchDispatchMode):
     def module_names(self) -> Iterator[None]:
         """Follow the calls of modules: not by hooks, which would keep them from being fused."""
         names = {id(module): name for name, module in self._model.named_modules()}
-        module_class: Any = nn.Module
-        call: Callable[..., Any] = module_class.__call__
+        call: Callable[..., Any] = nn.Module.__call__
 
         def followed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._stack.append(names.get(id(module), self._stack[-1]))
@@ -170,11 +165,8 @@ class _Recorder(TorchDispatchMode):
             finally:
                 self._stack.pop()
 
-        module_class.__call__ = followed
-        try:
+        with mock.patch.object(nn.Module, "__call__", followed):
             yield
-        finally:
-            module_class.__call__ = call
 
     def _record(self, run: Run) -> None:
         node: Any = torch._C._current_autograd_node()
@@ -196,12 +188,8 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def _as_if_compiling() -> Iterator[None]:
     """Inside, resfuse's functions call their registered operators, which modes see, instead of the backends."""
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
+    with mock.patch.object(torch.compiler, "_is_compiling_flag", True):
         yield
-    finally:
-        torch.compiler._is_compiling_flag = before
 
 
 def _as_tensor(number: int, input: Any, dtype: torch.dtype) -> Tensor:
@@ -231,10 +219,8 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
     try:
         for module in model.modules():
             memo |= {id(hook): _do_nothing for name in _HOOKS for hook in getattr(module, name).values()}
-            for tensor in (value for owner in _owners(module) for value in owner.values() if isinstance(value, Tensor)):
-                empty: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+            tensors = (value for owner in _owners(module) for value in owner.values() if isinstance(value, Tensor))
+            memo |= {id(tensor): _empty(tensor, torch.device("meta")) for tensor in tensors}
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
@@ -242,6 +228,12 @@ def _copy_on_meta(model: nn.Module) -> nn.Module:
         if isinstance(module, _BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # the average would need a counter's value, and costs the same
     return copied
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(empty, tensor.requires_grad) if parameter else empty.requires_grad_(tensor.requires_grad)
 
 
 def _owners(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -198,8 +198,9 @@ def triton_rows(args: argparse.Namespace) -> list[Row]:
     for arch, dtype in itertools.product(args.arch, args.dtype):
         for layer, spec, bound in _listed_specs(args, arch, dtype):
             row = _described(arch, layer, spec, bound)
-            identity = {**row, "layer": "", "shared_bound": 0} if args.quick else spec._replace(grid=())
-            found.setdefault((arch, str(identity), str(spec.signature) if args.quick else ""), (row, spec))
+            absent = [name for name, value in spec.constants.items() if value is None]
+            identity = str(({**row, "layer": "", "shared_bound": 0}, absent) if args.quick else spec._replace(grid=()))
+            found.setdefault((arch, identity), (row, spec))
     _listed = list(found.values())
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:  # kernels cannot be pickled
         return list(pool.imap(_measured, range(len(_listed))))
@@ -230,14 +231,15 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
 def _described(arch: int, layer: str, spec: Any, bound: int) -> Row:
     constants = dict(spec.constants)
     tile = constants.get("CONV") or constants.get("TILE")
-    blocks = [tile.block_m, tile.block_n, tile.block_k] if "CONV" in constants else list(tile[1:]) if tile else []
+    blocks = ("block_m", "block_n", "block_k") if "CONV" in constants else ("block_m", "block_n") if tile else ()
+    variant = "x".join(str(getattr(tile, block)) for block in blocks)
     flags = [f"{name} {constants[name]}" for name in ("IN_REGISTERS", "PHASE") if constants.get(name)]
     if "CONV" in constants:
         flags += [f"{name} {getattr(tile, name)}" for name in ("split_k", "pack_groups") if getattr(tile, name) > 1]
         flags += [name for name in ("persistent", "pack_row") if getattr(tile, name)]
     dtype = "tf32" if "CONV" in constants and tile.precision == "tf32" else next(iter(spec.signature.values()))[1:]
     return {
-        "arch": arch, "kernel": spec.name, "variant": "x".join(map(str, blocks)), "dtype": dtype, "layer": layer,
+        "arch": arch, "kernel": spec.name, "variant": variant, "dtype": dtype, "layer": layer,
         "flags": " ".join(flags), "stages": spec.options["num_stages"],
         "cooperative": spec.options["launch_cooperative_grid"], "shared_bound": bound,
     }  # fmt: skip

@@ -9,6 +9,9 @@ void conv_typed(const ConvForward& args) {
       return conv_gemm<T, Pairs>(args);
 #endif
   if (takes_winograd(args)) return conv_winograd<T>(args);
+#if RESFUSE_ISA_LANES == 16
+  if (takes_few(args)) return conv_few(args);
+#endif
   conv_gemm<T, Floats>(args);
 }
 

@@ -75,8 +75,8 @@ RESFUSE_INLINE void transpose_words(const char* from, int64_t stride, vec (&rows
 
 // kWidth filters of `count` contiguous elements each, which begin `stride` elements apart.
 template <class Mul, class T, class Rows>
-RESFUSE_INLINE void pack_contiguous(const T* from, int64_t stride, int64_t count, float* panel, int64_t width,
-                                    Rows rows) {
+__attribute__((noinline)) void pack_contiguous(const T* from, int64_t stride, int64_t count, float* panel,
+                                               int64_t width, Rows rows) {
   constexpr bool widen = sizeof(T) == 2 && Mul::channels == 1;
   constexpr int64_t step = 16 / static_cast<int64_t>(sizeof(T));
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));

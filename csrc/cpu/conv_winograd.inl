@@ -21,14 +21,15 @@ struct WinogradPlan {
   }
 };
 
-constexpr int64_t kWinogradChannels = 256;
+constexpr int64_t kWinogradChannels = 512;
 
 inline bool takes_winograd(const ConvForward& args) {
   const Convolution& conv = args.conv;
   const int64_t tiles = conv.batch * ceil_div(conv.out_height, 2) * ceil_div(conv.out_width, 2);
   return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 && conv.dilation_h == 1 &&
          conv.dilation_w == 1 && conv.groups == 1 && conv.channels % kWidth == 0 && conv.filters % kPanel == 0 &&
-         conv.channels <= kWinogradChannels && args.input_strides[1] == 1 && tiles >= 49 &&
+         conv.channels <= kWinogradChannels && args.input_strides[1] == 1 &&
+         tiles >= (conv.channels <= 256 ? 49 : 98) &&  // fewer do not make up for transforming the filters
          (args.residual == nullptr || args.residual_channels == conv.filters);
 }
 

@@ -16,6 +16,9 @@ namespace {
 #include "conv_tile.inl"
 
 #include "conv_gemm.inl"
+#if RESFUSE_ISA_LANES == 16
+#include "conv_few.inl"
+#endif
 #include "conv_lanes.inl"
 #include "conv_winograd.inl"
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from resfuse.models.network import Network
 from resfuse.nn import BasicBlock, PlainBlock
-from resfuse.nn.fused_call import conv_bn_act
 
 
 class CifarResNet(Network):
@@ -49,15 +45,7 @@ class CifarResNet(Network):
         **options: Any,
     ) -> None:
         options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
-        super().__init__(block, three_stages(blocks), **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
+        super().__init__(block, (blocks,) * 3, **options)
 
 
 def cifar_resnet(depth: int, **options: Any) -> CifarResNet:
@@ -87,13 +75,6 @@ def cifar_plain(depth: int, **options: Any) -> CifarResNet:
     Source: He et al. 2016 (arXiv:1512.03385), section 4.2 and figure 6.
     """
     return CifarResNet(PlainBlock, blocks_per_stage(depth, 6), **options)
-
-
-def three_stages(blocks: int) -> tuple[int, int, int]:
-    """The numbers of blocks of all stages."""
-    if blocks < 1:
-        raise ValueError(f"blocks: expected at least 1, got {blocks}")
-    return blocks, blocks, blocks
 
 
 def blocks_per_stage(depth: int, layers_per_n: int) -> int:

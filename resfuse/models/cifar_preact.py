@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from resfuse.models.cifar import blocks_per_stage, three_stages
+from resfuse.models.cifar import blocks_per_stage
 from resfuse.models.network import Network
 from resfuse.nn import PreActBasicBlock, PreActBottleneck
-from resfuse.nn.fused_call import bn_act, conv_bn_act
 
 _BLOCKS: dict[str, type[PreActBasicBlock] | type[PreActBottleneck]] = {
     "basic": PreActBasicBlock,
@@ -60,16 +56,7 @@ class CifarPreActResNet(Network):
         **options: Any,
     ) -> None:
         options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
-        super().__init__(block, three_stages(blocks), preactivated=True, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = bn_act(self.bn2, x, None, self.relu)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
+        super().__init__(block, (blocks,) * 3, preactivated=True, **options)
 
 
 def cifar_preact_resnet(depth: int, block: str | None = None, **options: Any) -> CifarPreActResNet:

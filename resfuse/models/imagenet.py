@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from resfuse.models.network import Network
 from resfuse.nn import BasicBlock, Bottleneck, BottleneckV1, PlainBlock
-from resfuse.nn.fused_call import conv_bn_act
 
 _BOTTLENECKS: dict[str, type[Bottleneck]] = {"v1": BottleneckV1, "v1.5": Bottleneck}
 
@@ -62,16 +58,6 @@ class ResNet(Network):
         options["block_options"] = {"groups": groups, "base_width": width_per_group}
         options |= {"num_classes": num_classes, "width": width, "shortcut": shortcut}
         super().__init__(block, layers, stem=(7, 2, 3), pool=True, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        x = self.maxpool(x)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
-        x = self.avgpool(x)
-        return self.fc(torch.flatten(x, 1))
 
 
 def resnet18(**options: Any) -> ResNet:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from resfuse.models.stage import Stage
 from resfuse.nn import PlainBlock, Projection, ZeroPadShortcut
+from resfuse.nn.fused_call import bn_act, conv_bn_act
 
 
 class Network(nn.Module):
-    """The children of a network; its `forward` is that of a subclass.
+    """A network of residual blocks; the subclasses say which.
 
     Children: `conv1`, `bn1` and `relu` of the stem, `maxpool` where there is one, a `Stage` `layer1`, `layer2`, ... for
     each stage, of which all but the first halve the size and double the channels, `bn2` of a pre-activation network,
@@ -37,14 +39,6 @@ class Network(nn.Module):
         ValueError: `shortcut` is none of "A", "B" and "C", or a size is not positive.
     """
 
-    conv1: nn.Conv2d
-    bn1: nn.Module
-    relu: nn.ReLU
-    layer1: Stage
-    layer2: Stage
-    layer3: Stage
-    layer4: Stage
-
     def __init__(
         self,
         block: Any,
@@ -65,7 +59,8 @@ class Network(nn.Module):
         super().__init__()
         if shortcut not in ("A", "B", "C"):
             raise ValueError(f'shortcut: expected "A", "B" or "C", got {shortcut!r}')
-        for name, size in {"num_classes": num_classes, "in_channels": in_channels, "width": width}.items():
+        sizes = {"blocks": min(counts), "num_classes": num_classes, "in_channels": in_channels, "width": width}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
         norm_layer = norm_layer or nn.BatchNorm2d
@@ -73,8 +68,7 @@ class Network(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, width, *stem, bias=False)
         self.bn1 = norm_layer(width)
         self.relu = nn.ReLU(inplace=True)
-        if pool:
-            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if pool else None
         self.inplanes = width
         for i, count in enumerate(counts):
             blocks = []
@@ -91,11 +85,21 @@ class Network(nn.Module):
                 blocks.append(block(self.inplanes, planes, stride, downsample, **options))
                 self.inplanes = outplanes
             self.add_module(f"layer{i + 1}", Stage(blocks, checkpoint))
-        if preactivated:
-            self.bn2 = norm_layer(self.inplanes)
+        self.stages = [f"layer{i + 1}" for i in range(len(counts))]
+        self.bn2 = norm_layer(self.inplanes) if preactivated else None
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
         initialize(self, zero_init_residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
+        if self.maxpool is not None:
+            x = self.maxpool(x)
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+        if self.bn2 is not None:
+            x = bn_act(self.bn2, x, None, self.relu)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def make_shortcut(

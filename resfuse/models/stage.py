@@ -5,16 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from resfuse.nn.sequential import sequential_forward, sequential_item
+from resfuse.nn.sequential import FusedSequential, sequential_forward
 
 
-class Stage(nn.Sequential):
+class Stage(FusedSequential):
     """A Sequential of residual blocks; in inference a block may write its output over an input without other readers.
 
     Shapes: those of its blocks, each taking the output of the one before.
@@ -37,9 +36,6 @@ class Stage(nn.Sequential):
         if checkpoint < 0:
             raise ValueError(f"checkpoint: expected a number of blocks, 0 for none, got {checkpoint}")
         self.checkpoint = int(checkpoint)
-
-    def __getitem__(self, index: Any) -> Any:
-        return sequential_item(self, index)
 
     def forward(self, input: Tensor) -> Tensor:
         blocks = list(self._modules.values())

@@ -1,4 +1,4 @@
-"""BasicBlock and Bottleneck as in torchvision, and the fused forward that `fuse_` gives to other libraries' blocks.
+"""The blocks of torchvision and of the paper, and the fused forward that `fuse_` gives to other libraries' blocks.
 
 Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
 the residual where that has no other reader: behind a projection and, in a Sequential that passes the output of one
@@ -246,6 +246,18 @@ class Bottleneck(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return bottleneck_forward(self, x, "relu", "relu", "relu")
+
+
+class BottleneckV1(Bottleneck):
+    """`Bottleneck` with the stride on the first 1x1 convolution instead of the 3x3 (ResNet v1).
+
+    Shapes, arguments, children and state_dict keys are those of `Bottleneck`.  The weights of either load into the
+    other, but compute something else where the stride is not 1.
+
+    Source: He et al. 2016 (arXiv:1512.03385), table 1 and its authors' released models.
+    """
+
+    stride_first: ClassVar[bool] = True
 
 
 CHAINS[BasicBlock.forward] = Chain(lambda block, x: basic_block_forward(block, x, "relu", "relu", True), "bn2", "relu")

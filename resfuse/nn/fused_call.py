@@ -209,7 +209,11 @@ def _own_conv_bn_act(
         return None
     if conv_weight is None or (type(conv_weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
         return None
-    if kind.frozen and not _same_dtype_without_autocast(input, conv_weight, state.weight):
+    if kind.frozen and not (
+        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
+        input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
+        and not torch.is_autocast_enabled(input.device.type)
+    ):
         return None
     if not kind.frozen:
         count_batch(bn)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
@@ -370,12 +374,6 @@ def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str 
         return None
     activation = activation_of(modules.get("act"))
     return None if activation == "relu" and residual is not None else activation
-
-
-def _same_dtype_without_autocast(*tensors: Any) -> bool:
-    """True if a frozen batch norm, which is pointwise arithmetic with type promotion, keeps the convolution's dtype."""
-    dtype = tensors[0].dtype
-    return all(tensor.dtype is dtype for tensor in tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def _symmetric_padding(conv: nn.Conv2d) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from resfuse.nn.blocks import SEQUENTIAL_FORWARDS, conv1x1
-from resfuse.nn.sequential import sequential_forward, sequential_item
+from resfuse.nn.blocks import conv1x1
+from resfuse.nn.sequential import FusedSequential
 
 
-class Projection(nn.Sequential):
+class Projection(FusedSequential):
     """1x1 convolution and batch norm as one fused call, with the state_dict keys of torchvision's `downsample`.
 
     Shapes: input (N, in_channels, H, W), output (N, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -35,12 +34,3 @@ class Projection(nn.Sequential):
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
         super().__init__(conv1x1(in_channels, out_channels, stride), (norm_layer or nn.BatchNorm2d)(out_channels))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return sequential_forward(self._modules.values(), input)
-
-    def __getitem__(self, index: Any) -> Any:
-        return sequential_item(self, index)
-
-
-SEQUENTIAL_FORWARDS.add(Projection.forward)

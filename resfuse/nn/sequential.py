@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from resfuse.nn.batch_norm import batch_norm_kind
-from resfuse.nn.blocks import CHAINS, Chain, class_forward, ends_unseen
+from resfuse.nn.blocks import CHAINS, SEQUENTIAL_FORWARDS, Chain, class_forward, ends_unseen
 from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, unobserved
 
 
@@ -65,11 +65,19 @@ def sequential_forward(modules: Iterable[nn.Module], input: Tensor) -> Tensor:
     return input
 
 
-def sequential_item(module: nn.Sequential, index: Any) -> Any:
-    """`module[index]` for a subclass with a constructor of its own: a slice is a plain Sequential."""
-    if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(module._modules.items())[index]))
-    return nn.Sequential.__getitem__(module, index)
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` with fused calls; subclasses have constructors of their own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sequential_forward(self._modules.values(), input)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):  # which is a plain Sequential
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+SEQUENTIAL_FORWARDS.add(FusedSequential.forward)
 
 
 def _chain(module: nn.Module) -> Chain | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resfuse.backends import dispatch
 from resfuse.backends.dispatch import backend_for, through_dispatcher
-from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.ops.library import define, must_differentiate
 
 
 def run(input: Tensor, residual: Tensor) -> Tensor:
@@ -35,15 +35,14 @@ class AddReLUFunction(torch.autograd.Function):
     """Saves the output alone: its sign is the mask of the gradient, which both summands share."""
 
     @staticmethod
-    def forward(ctx: FunctionContext, input: Tensor, residual: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, residual: Tensor) -> Tensor:
         output = run(input, residual)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         ctx.save_for_backward(output)
         return output
 
     @staticmethod
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         (output,) = ctx.saved_tensors
         if must_differentiate(grad_output):
             grad = torch.where(output.detach() <= 0, 0, grad_output)

@@ -10,7 +10,7 @@ from torch import Tensor
 from resfuse.backends import dispatch, reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
-from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.ops.library import define, must_differentiate
 from resfuse.types import BatchNorm
 
 
@@ -134,7 +134,7 @@ define(
 )
 
 
-def gradient_of_residual(ctx: FunctionContext, grad: Tensor) -> Tensor:
+def gradient_of_residual(ctx: Any, grad: Tensor) -> Tensor:
     """The masked gradient in the channels that the residual has."""
     return grad if ctx.residual_channels == grad.shape[1] else grad[:, : ctx.residual_channels]
 
@@ -146,11 +146,10 @@ class BNActFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionContext, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, mean, invstd = run(input, bn, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.relu, ctx.eps = bn.training, relu, bn.eps
@@ -159,15 +158,14 @@ class BNActFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd = ctx.saved_tensors
         needs_input, needs_residual, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         args = (grad_output, input, output, weight, mean, invstd, ctx.training)
         if must_differentiate(grad_output):
             grads: Any = differentiable_backward(*args, ctx.eps)
         else:  # without a ReLU the residual's gradient is grad_output itself
-            request = None if torch.compiler.is_compiling() else ctx.request
-            grads = backward(*args, needs_input, needs_residual and ctx.relu, request)
+            grads = backward(*args, needs_input, needs_residual and ctx.relu, ctx.request)
         grad_input, grad_weight, grad_bias, grad_residual = grads
         return (
             grad_input if needs_input else None,

@@ -11,7 +11,7 @@ from resfuse.backends import dispatch, reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act
-from resfuse.ops.library import FunctionContext, define, must_differentiate
+from resfuse.ops.library import define, must_differentiate
 from resfuse.types import BatchNorm, Convolution
 
 NeedsGrad = tuple[bool, ...]
@@ -164,7 +164,7 @@ class ConvBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionContext,
+        ctx: Any,
         input: Tensor,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
@@ -175,8 +175,7 @@ class ConvBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, z, mean, invstd = run(input, conv_weight, conv_bias, convolution, bn, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.relu, ctx.eps, ctx.convolution = bn.training, relu, bn.eps, convolution
@@ -185,7 +184,7 @@ class ConvBNActFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
         input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
@@ -193,18 +192,17 @@ class ConvBNActFunction(torch.autograd.Function):
         if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
-            request = None if torch.compiler.is_compiling() else ctx.request
             if z is None and needs_weight:
-                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, request)
+                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, ctx.request)
             elif z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
                 z = grad_output
             # Without a ReLU the residual's gradient is grad_output itself.
             grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
                 grad_output, z, output, weight, mean, invstd, ctx.training,
-                any(needs_conv), needs_residual and ctx.relu, request,
+                any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
             if grad_z is not None:
-                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), request)
+                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), ctx.request)
         return (
             *(grad if needed else None for grad, needed in zip(grads, needs_conv, strict=True)),
             bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs_residual else None,
@@ -220,7 +218,7 @@ class ConvBNActFunction(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(ctx: FunctionContext, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
+def _differentiable_backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations, from the inputs themselves."""
     input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
     z = reference.conv_forward(input, conv_weight, conv_bias, ctx.convolution)

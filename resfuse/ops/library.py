@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-from resfuse.types import Convolution
 
 _LIBRARY = torch.library.Library("resfuse", "DEF")
 
@@ -33,19 +31,3 @@ def must_differentiate(grad_output: torch.Tensor) -> bool:
         or functorch.is_batchedtensor(grad_output)
         or functorch.is_legacy_batchedtensor(grad_output)
     )
-
-
-class FunctionContext(Protocol):
-    """The part of PyTorch's context that is used, and the attributes that `forward` leaves in it for `backward`."""
-
-    saved_tensors: tuple[Any, ...]
-    needs_input_grad: tuple[bool, ...]
-    request: str | None
-    training: bool
-    relu: bool
-    eps: float
-    group: Any
-    convolution: Convolution
-    residual_channels: int | None
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...

@@ -19,7 +19,7 @@ from resfuse.backends import dispatch
 from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import FunctionContext, define
+from resfuse.ops.library import define
 from resfuse.types import BatchNorm
 
 Group = Any
@@ -165,7 +165,7 @@ class SyncBNActFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionContext,
+        ctx: Any,
         input: Tensor,
         mean: Tensor,
         invstd: Tensor,
@@ -177,25 +177,23 @@ class SyncBNActFunction(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
-        if not torch.compiler.is_compiling():
-            ctx.request = dispatch.requested_backend()
+        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         ctx.relu, ctx.group = relu, group
         ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionContext, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, output, weight, mean, invstd, count = ctx.saved_tensors
-        request = IN_FORCE if torch.compiler.is_compiling() else ctx.request
         args = (grad_output, input, output, mean, invstd)
-        grad_bias, grad_weight, masked = _run("bn_backward_reduce", *args, request=request)
+        grad_bias, grad_weight, masked = _run("bn_backward_reduce", *args, request=ctx.request)
         masked = grad_output if output is None else masked  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
             mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / count).chunk(2)
             vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
-            grad_input = _run_backward_apply(masked, input, *vectors, request=request)
+            grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (
             grad_input,
             None,

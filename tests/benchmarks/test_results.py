@@ -104,8 +104,8 @@ def test_ratios_are_against_channels_last_and_the_fastest_peer() -> None:
 
 
 def test_means_of_ratios_are_geometric() -> None:
-    assert report.geometric_mean([2.0, 0.5, math.nan, 8.0]) == pytest.approx(2.0)
-    assert math.isnan(report.geometric_mean([]))
+    found = pd.DataFrame({"a": [2.0, 0.5, math.nan, 8.0], "b": [math.nan] * 4})
+    assert report.geometric_means(found) == ["2.00x", "-"]
 
 
 def test_graph_times_stand_for_calls_where_there_are_any() -> None:

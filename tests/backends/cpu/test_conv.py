@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ PATHS = {
     "in_place_by_rows": ((1, 24, 28, 28), 40, 1, 2, 0, 1, 1),
     "aliasing_channels": ((1, 1024, 7, 7), 64, 1, 1, 0, 1, 1),
     "few_pixels": ((1, 512, 7, 7), 512, 3, 1, 1, 1, 1),
+    "few_pixels_1x1": ((1, 512, 7, 7), 2048, 1, 1, 0, 1, 1),
+    "few_pixels_of_two_images": ((2, 128, 9, 9), 64, 3, 2, 1, 1, 1),
     "one_pixel": ((2, 256, 1, 1), 64, 3, 1, 1, 1, 1),
     "strided_1x1": ((2, 64, 15, 13), 128, 1, 2, 0, 1, 1),
     "stem": ((1, 3, 61, 59), 64, 7, 2, 3, 1, 1),
@@ -54,7 +57,12 @@ def path_call(name: str, dtype: torch.dtype, *, residual: bool = True) -> Call:
     input = randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
     fan = shape[1] // groups * kernel**2
     weight = (randn(filters, shape[1] // groups, kernel, kernel) * (2 / fan) ** 0.5).to(dtype)
-    settings = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (dilation,) * 2, "groups": groups}
+    settings: dict[str, Any] = {
+        "stride": (stride,) * 2,
+        "padding": (padding,) * 2,
+        "dilation": (dilation,) * 2,
+        "groups": groups,
+    }
     output = F.conv2d(input, weight, None, *settings.values())
     return Call(
         input,
@@ -174,7 +182,7 @@ def by_optimizer(weight: Tensor) -> None:
 ROUTES: dict[str, Callable[[Tensor], object]] = {
     "data": lambda weight: weight.data[3].zero_(),
     "numpy": lambda weight: weight.detach().numpy().__setitem__(3, 0),
-    "one value": lambda weight: weight.data[3, 1].fill_(9.0),
+    "one value": lambda weight: weight.data[3, 0, 0].fill_(9.0),
     "strides": lambda weight: setattr(weight, "data", weight.data.transpose(2, 3)),
     "optimizer": by_optimizer,
 }

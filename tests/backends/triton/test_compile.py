@@ -31,6 +31,9 @@ SPILL = {"80": 16, "90": 16, "100": 512}
 """Bytes of stack per thread, at most.  On sm_100 main loops need few registers, for their sums are in tensor memory;
 the epilogue spills, which takes all of them at once."""
 
+SPILL_OF_SEVERAL_TILES = 32
+"""In training, where a program merges the statistics of several tiles: 128x128 with 8 warps needs it on sm_90."""
+
 LAYERS = ("--network", "resnet50", "--batch", "32")
 
 for_hours = pytest.mark.skipif(
@@ -62,7 +65,8 @@ def objections(row: dict[str, str]) -> list[str]:
     """The faults of a compiled kernel."""
     found = []
     shared, limit = int(row["shared"]), SHARED_MEMORY[row["arch"]]
-    if int(row["spill"]) > SPILL[row["arch"]]:
+    several_tiles = row["kernel"] == "conv_bn_act_train_kernel" and "IN_REGISTERS" not in row["flags"]
+    if int(row["spill"]) > max(SPILL[row["arch"]], SPILL_OF_SEVERAL_TILES if several_tiles else 0):
         found.append(f"spills {row['spill']} bytes")
     if shared > limit:
         found.append(f"{shared} bytes of shared memory, of {limit}")
