@@ -150,12 +150,12 @@ def one_collective_each_way_per_layer() -> None:
     input = share(models.random_input(IMAGE))
     with recorded_traffic() as traffic:
         output = fused(input)
-    assert {name for name, _ in traffic.calls} == {"all_gather_into_tensor"}
-    assert sorted(size for _, size in traffic.calls) == sorted(2 * count + 1 for count in channels)
+    assert {name for name, _ in traffic} == {"all_gather_into_tensor"}
+    assert sorted(size for _, size in traffic) == sorted(2 * count + 1 for count in channels)
     with recorded_traffic() as traffic:
         output.sum().backward()
-    assert {name for name, _ in traffic.calls} == {"all_reduce"}
-    assert sorted(size for _, size in traffic.calls) == sorted(2 * count for count in channels)
+    assert {name for name, _ in traffic} == {"all_reduce"}
+    assert sorted(size for _, size in traffic) == sorted(2 * count for count in channels)
 
 
 @scenario
@@ -166,7 +166,7 @@ def no_communication_in_eval() -> None:
     input = share(models.random_input(IMAGE))
     with recorded_traffic() as traffic, models.counted_calls() as calls:
         models.assert_same(fused.double().eval(), eager.double().eval(), input.double())
-    assert traffic.calls == []
+    assert traffic == []
     assert calls.conv_bn_act == report.fused_ops  # and convolutions are fused, too
 
 
@@ -197,7 +197,7 @@ def group_of_one() -> None:
     report = resfuse.fuse_(fused)
     with recorded_traffic() as traffic, models.counted_calls() as calls:
         models.assert_same(fused.double(), eager.double(), share(models.random_input(IMAGE)).double())
-    assert traffic.calls == []
+    assert traffic == []
     assert calls.conv_bn_act == report.fused_ops
     call = bn_act_call((3, 4, 5, 5), training=True)
     found = sync_bn_act(call.input, None, None, process_group=groups[rank()])
