@@ -117,11 +117,11 @@ def equals_torch_sync_batchnorm_on_gpus() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for layout in ("nchw", "nhwc"):
             call = bn_act_call((5, 13, 6, 7), dtype, layout=layout, residual_layout=None, training=True)
-            call = contract.dataclasses.replace(call, options={**call.options, "activation": "identity"})
+            call = call.with_options(activation="identity")
             grad_output = contract.random_grad_output(call, torch.Generator().manual_seed(1))
             torch_bn = nn.SyncBatchNorm(13).to(device)
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                getattr(torch_bn, name).data.copy_(call.tensors[name])  # type: ignore[arg-type]
+            names = ("weight", "bias", *contract.RUNNING)
+            torch_bn.load_state_dict({name: call.tensors[name] for name in names}, strict=False)
             own_bn = to_sync(rnn.BNAct2d(13, activation="identity")).to(device)
             own_bn.load_state_dict(torch_bn.state_dict())
             results = []
