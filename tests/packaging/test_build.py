@@ -134,17 +134,16 @@ def test_arch_list_jobs_and_debug_come_from_the_environment(compiler_only: dict[
     assert "-O3" in _build.compile_flags("_cpu", debug=False)["cxx"]
 
 
-def test_flags_serve_every_cpu_and_every_torch() -> None:
-    for name in _build.LIBRARIES:
-        for flags in _build.compile_flags(name, debug=False).values():
+def test_flags_serve_every_cpu_and_every_torch(tmp_path: Path) -> None:
+    """Only toolkits that can compress are asked to."""
+    found = {}
+    for name, major in (("_cpu", 12), ("_cuda", 12), ("_cuda", 13)):
+        found[name, major] = _build.compile_flags(name, debug=False, toolkit=_build.Toolkit(tmp_path, f"{major}.6"))
+        for flags in found[name, major].values():
             assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags
             assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-std", "-ffast-math"))]
-
-
-def test_only_toolkits_that_can_compress_are_asked_to(tmp_path: Path) -> None:
-    flags = {major: _build.compile_flags("_cuda", False, _build.Toolkit(tmp_path, f"{major}.6")) for major in (12, 13)}
-    assert set(flags[13]["nvcc"]) - set(flags[12]["nvcc"]) == {"--compress-mode=size"}
-    assert flags[13]["cxx"] == flags[12]["cxx"]
+    assert set(found["_cuda", 13]["nvcc"]) - set(found["_cuda", 12]["nvcc"]) == {"--compress-mode=size"}
+    assert found["_cuda", 13]["cxx"] == found["_cuda", 12]["cxx"]
 
 
 def test_cudart_of_a_pip_toolkit_is_bridged(tmp_path: Path) -> None:
