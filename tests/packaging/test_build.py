@@ -91,6 +91,7 @@ def test_nvcc_on_path_and_a_toolkit_from_pip_are_found(compiler_only: dict[str, 
         ({"CUDA_HOME": "/nowhere"}, {}, {"_cuda": "has no bin/nvcc"}),
         ({"CUDA_HOME": "incomplete"}, {}, {"_cuda": "lacks crt/host_config.h"}),
         ({"CUDA_HOME": ""}, {}, {"_cuda": "no CUDA toolkit was found; set CUDA_HOME"}),
+        ({"CUDA_HOME": ""}, {}, {"_cuda": "cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]==13.0.*"}),
     ],
 )
 def test_every_skipped_library_has_a_reason(
@@ -112,7 +113,7 @@ def test_every_skipped_library_has_a_reason(
         (line,) = (line for line in str(settings).splitlines() if name in line)
         assert "NOT built: " in line and reason in line
     if "_cuda" in skipped:
-        with pytest.raises(_build.BuildError, match=f"FORCE_CUDA=1.*{re.escape(skipped['_cuda'])}"):
+        with pytest.raises(_build.BuildError, match=f"(?s)FORCE_CUDA=1.*{re.escape(skipped['_cuda'])}"):
             decide({**env, "FORCE_CUDA": "1"}, **facts)
 
 
