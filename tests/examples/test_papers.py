@@ -55,28 +55,22 @@ def test_experiment(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert sum(row["quantity"] == "initial_gradient_norm" for row in rows) == 7 * 4
 
 
-def test_responses() -> None:
-    """The outputs of the batch norms, before the addition and the ReLU, which are in place."""
-    model = models.seeded(lambda: zoo.cifar_resnet(8, width=4)).eval()
-    input = models.random_input((2, 3, 16, 16))
-    found = responses(model, input)
-    assert len(found) == 7
+def test_responses_and_gradient_norms() -> None:
+    """The outputs of the batch norms, before the addition and the ReLU, which are in place; every weight's gradient."""
+    model = models.seeded(lambda: zoo.cifar_resnet(8, width=4))
+    input, labels = models.random_input((4, 3, 16, 16)), torch.arange(4)
+    norms = gradient_norms(model, input, labels)
+    nn.functional.cross_entropy(model(input), labels).backward()
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert norms == pytest.approx([weight.grad.norm().item() for weight in weights], rel=1e-4)
+    found = responses(model.eval(), input)
     block = model.layer1[0]
     with torch.no_grad():
         stem = model.bn1(model.conv1(input))
         second = block.bn2(block.conv2(block.bn1(block.conv1(stem.relu())).relu()))
-    assert found[0] == pytest.approx(stem.std().item(), rel=1e-5)
-    assert found[2] == pytest.approx(second.std().item(), rel=1e-5)
+    assert len(found) == 7
+    assert (found[0], found[2]) == pytest.approx((stem.std().item(), second.std().item()), rel=1e-5)
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_gradient_norms() -> None:
-    model = models.seeded(lambda: zoo.cifar_plain(8, width=4))
-    input, labels = models.random_input((4, 3, 16, 16)), torch.arange(4)
-    found = gradient_norms(model, input, labels)
-    nn.functional.cross_entropy(model(input), labels).backward()
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert found == pytest.approx([weight.grad.norm().item() for weight in weights], rel=1e-4)
 
 
 def records(count: int, seed: int) -> Tensor:

@@ -110,17 +110,14 @@ def test_a_fused_model_is_explained_as_it_is() -> None:
 # Backends
 
 
-@pytest.mark.parametrize(
-    ("device", "convolution", "normalisation"),
-    [("h200", "triton", "cuda"), ("H100", "triton", "cuda"), ("b200", "triton", "cuda"), ("a100", "cuda", "cuda")],
-)
-def test_the_backend_of_a_gpu_that_is_not_there(device: str, convolution: str, normalisation: str) -> None:
+@pytest.mark.parametrize(("device", "convolution"), [("H100", "triton"), ("a100", "cuda")])
+def test_the_backend_of_a_gpu_that_is_not_there(device: str, convolution: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.ReLU()
     )
     found = resfuse.explain(model.bfloat16().train(), (4, 8, 16, 16), device=device)
     layers = {layer.op: layer for layer in found.layers if layer.op != "add"}
-    assert [layer.backend for layer in layers.values()] == [convolution, "pytorch", normalisation]
+    assert [layer.backend for layer in layers.values()] == [convolution, "pytorch", "cuda"]
     assert layers["conv_bn_act"].backward_backend in ("cuda", "reference")  # either way cuDNN's gradients
     assert layers["bn_act"].backward_backend == "cuda" and layers["bn_act"].reason == "first in the order of preference"
     assert layers["max_pool2d"].reason == "PyTorch's own operator"
@@ -133,9 +130,6 @@ def test_why_a_backend_is_passed_over() -> None:
     (layer,) = resfuse.explain(model, (4, 8, 16, 16), device="a100").layers
     assert layer.backend == "reference" and layer.launches == 3, "convolution, bias, batch norm of cuDNN"
     assert "cuda computes in float32, bfloat16 and float16, not torch.float64" in layer.reason
-    old = dataclasses.replace(DEVICES["a100"], name="NVIDIA V100", capability=(7, 0))
-    (layer,) = resfuse.explain(model.float(), (4, 8, 16, 16), device=old).layers
-    assert layer.backend == "reference" and "compute capability 8.0 or newer" in layer.reason
 
 
 def test_a_requested_backend_counts() -> None:
@@ -195,15 +189,13 @@ def test_devices_that_cannot_be() -> None:
             resfuse.explain(model, (2, 3), device=absent, measure=True)
 
 
-def test_without_a_device_it_is_the_models_own(module: Any) -> None:
+def test_without_a_device_it_is_the_models_own(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of `DEVICES` that is in this machine is that GPU."""
     for model in (nn.Linear(3, 4), on_meta(nn.Linear, 3, 4), nn.ReLU()):
         resfuse.explain(model, (2, 3))
     resfuse.explain(nn.ReLU(), (2, 3), device=torch.device("cpu"))
     resfuse.explain(nn.ReLU(), (2, 3), device="cpu")
     assert module.asked == [torch.device("cpu")] * 5
-
-
-def test_a_described_gpu_that_is_there_is_that_gpu(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ("NVIDIA T4", "NVIDIA H200")[gpu.index])
     assert module._find("h200", nn.ReLU()) == (DEVICES["h200"], torch.device("cuda:1"))
@@ -269,7 +261,7 @@ def test_json_round_trip(explanations: tuple[Explanation, Explanation]) -> None:
 def test_the_table(explanations: tuple[Explanation, Explanation]) -> None:
     """53 convolutions, one pooling, one mean, and a matrix product with its bias.
 
-    Unfused: 53 convolutions, as many batch norms of two launches, ReLU but for four; 16 sums; two poolings; the classifier.
+    Unfused: batch norms of two launches, ReLU behind all but four of them, 16 sums, two poolings, the classifier.
     """
     layers = explanations[0].layers
     assert [layer.op for layer in layers if layer.op != "conv_bn_act"] == ["max_pool2d", "mean", "addmm"]
@@ -287,15 +279,11 @@ def test_the_table(explanations: tuple[Explanation, Explanation]) -> None:
 
 @pytest.mark.parametrize("width", [70, 80, 110])
 def test_the_table_fits(explanations: tuple[Explanation, Explanation], width: int) -> None:
-    for found in explanations:
+    for found, measured in zip(explanations, (False, True), strict=True):
         lines = found.table(width=width).splitlines()
-        assert max(map(len, lines)) <= width
         head = lines[2].split()
-        assert (
-            head[0] == "layer"
-            and ("GFLOP" in head) == (width == 110)
-            and ("lost" in head) == (found.slowest[0].lost is not None)
-        )
+        assert max(map(len, lines)) <= width
+        assert (head[0], "GFLOP" in head, "lost" in head) == ("layer", width == 110, measured)
 
 
 def test_equal_layers_stand_together_the_worst_first(explanations: tuple[Explanation, Explanation]) -> None:

@@ -84,24 +84,6 @@ def test_passes_over_an_activation(function: Callable[..., Any], forward: int, b
         assert expected * SIZE <= count <= expected * SIZE + SMALL
 
 
-@pytest.mark.parametrize(
-    ("dtype", "training", "forward", "backward"),
-    [
-        (torch.bfloat16, True, 4, 3),
-        (torch.bfloat16, False, 2, 1),
-        (torch.float32, True, 1, 1),
-        (torch.float32, False, 1, 1),
-    ],
-)
-def test_launches_of_batch_norm(dtype: torch.dtype, training: bool, forward: int, backward: int) -> None:
-    """ATen's own kernels in bfloat16, cuDNN's in float32."""
-    norm = Apply(batch_norm(training))
-    inputs = [torch.empty(shape, device="meta", dtype=dtype, requires_grad=True) for shape in (SHAPE, SHAPE, SHAPE)]
-    runs = [run for call in Tracer(norm, inputs).calls(backward=True) for run in (*call.forward, *call.backward)]
-    found = [len(roofline.kernels(*run, GPU)) for run in runs if "batch_norm" in str(run.func)]
-    assert found == [forward, backward]
-
-
 def test_bytes_of_pooling_and_of_a_convolution() -> None:
     pooled = SIZE // 4
     indices = 8 * (pooled // 2)

@@ -125,7 +125,6 @@ GROUPED = {
     "resnext_4d": (Convolution((1, 128, 6, 5), 128, (3, 3), padding=(1, 1), groups=32), 8),
     "wide_groups": (Convolution((1, 96, 5, 5), 64, (3, 3), padding=(1, 1), groups=2), 1),
     "odd_number_of_groups": (Convolution((2, 55, 5, 5), 33, (1, 1), groups=11), 4),
-    "more_outputs_than_inputs": (Convolution((2, 6, 5, 5), 60, (3, 3), padding=(1, 1), groups=6), 2),
 }
 
 
