@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,21 @@ def measure(
         eager_max=error_max,
         limit_max=ELEMENT_FACTOR * error_max + max(floor, rounding) * largest,
     )
+
+
+def check(
+    quantity: str,
+    fused: Tensor,
+    eager: Tensor | Sequence[Tensor],
+    reference: Tensor,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Deviation:
+    """`measure`, and raise ContractError where the contract is broken."""
+    deviation = measure(quantity, fused, eager, reference, dtype, **options)
+    if deviation.violated:
+        raise ContractError(str(deviation))
+    return deviation
 
 
 def decided_by_rounding(preactivation: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,6 +59,7 @@ def cifar_resnet(depth: int, **options: Any) -> CifarResNet:
     Source: He et al. 2016 (arXiv:1512.03385), section 4.2 and table 6.
 
     Example:
+        >>> import torch
         >>> model = cifar_resnet(20, in_channels=1)
         >>> model(torch.randn(2, 1, 8, 8)).shape
         torch.Size([2, 10])

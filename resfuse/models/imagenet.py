@@ -66,6 +66,7 @@ def resnet18(**options: Any) -> ResNet:
     1.8 G multiply-adds at 224x224, 11.7 M parameters.  Loads torchvision's `resnet18`.
 
     Example:
+        >>> import torch
         >>> model = resnet18(num_classes=10, width=8)
         >>> model(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
