@@ -39,14 +39,9 @@ VECTORS, SCALARS = (3, 48, 14, 12), (3, 17, 5, 7)  # read 16 bytes at a time, an
 
 
 @pytest.fixture
-def resident(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+def resident() -> Callable[[int], AbstractContextManager[None]]:
     """Run inside on a device that holds so many blocks at once; a GPU stays what it is."""
-
-    def enter(blocks: int) -> AbstractContextManager[None]:
-        monkeypatch.setattr(cuda, "_workspace_sizes", {})
-        return emulator.device(resident_blocks=blocks) if "cpu" in DEVICES else nullcontext()
-
-    return enter
+    return lambda blocks: emulator.device(resident_blocks=blocks) if "cpu" in DEVICES else nullcontext()
 
 
 @EMULATED
