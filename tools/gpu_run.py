@@ -76,7 +76,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         modes = words(f"benchmarks.{name} --mode inference full --batch {2 if quick else 128}")
         return Command(name, (*modes, *few, *bench), 2.5, 0.7, resumes=True)
 
-    hardware = test_file("test_cuda_hardware.py") if device == "cuda" else test_file("test_layout.py")
+    hardware = test_file("test_cuda_hardware.py") if device == "cuda" else test_file("test_contract.py")
     suite = (
         [hardware] if quick else [f"tests/{name}" for name in ("ops", "backends") if (ROOT / "tests" / name).is_dir()]
     )

@@ -63,10 +63,3 @@ def test_memory_is_measured_in_processes(tmp_path: Path, capsys: pytest.CaptureF
     assert len(rows[rows["metric"] == "peak_memory"]) == 2
     assert (rows["p50"] > 0).all()
     assert "kept MB per image" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", [overhead, memory])
-def test_help(script: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        script.main(["--help"])  # type: ignore[attr-defined]
-    assert ended.value.code == 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -237,24 +235,6 @@ def test_the_fastest_plan_that_can_be_built_is_taken() -> None:
         cudnn.fastest(0, build, times.__getitem__, (ValueError,))
 
 
-@pytest.mark.parametrize(
-    ("allowed", "dtype", "notes"), [(False, torch.float32, 1), (True, torch.float32, 0), (False, torch.half, 0)]
-)
-def test_float32_without_tf32_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch, allowed: bool, dtype: torch.dtype, notes: int
-) -> None:
-    asked: list[Any] = []
-    graph = SimpleNamespace(
-        validate=lambda: None, build_operation_graph=lambda: None, create_execution_plans=lambda modes: None,
-        check_support=lambda: asked.append("check"), deselect_numeric_notes=asked.append,
-    )  # fmt: skip
-    notes_of = SimpleNamespace(TENSOR_CORE="tensor cores", DOWN_CONVERT_INPUTS="narrower")
-    fake = SimpleNamespace(heur_mode=SimpleNamespace(A="A", FALLBACK="F"), numerical_note=notes_of)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    cudnn.plan(fake, graph, dtype)
-    assert asked == [["tensor cores", "narrower"]] * notes + ["check"]
-
-
 def test_cudnn_accepts_the_graphs() -> None:
     """cuDNN itself validates them and infers the output, for an H200 that is not there."""
     frontend = pytest.importorskip("cudnn", reason="nvidia-cudnn-frontend is not installed")
@@ -268,89 +248,3 @@ def test_cudnn_accepts_the_graphs() -> None:
     graph.validate()
     graph.build_operation_graph()
     assert tuple(tensors["y"].get_dim()) == group.output_shape
-
-
-# TensorRT
-
-
-class Flags(set[str]):
-    """TensorRT's builder configuration."""
-
-    set_flag, clear_flag = set.add, set.discard
-    builder_optimization_level = 3
-
-    def create_timing_cache(self, content: bytes) -> bytes:
-        return content + b"+"
-
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
-        self.cache = cache
-
-    def get_timing_cache(self) -> Any:
-        return SimpleNamespace(serialize=lambda: self.cache)
-
-
-def tensorrt(config: Flags, plan: Any = b"plan", readable: bool = True, **more: Any) -> Any:
-    parser = SimpleNamespace(
-        parse=lambda model: readable, num_errors=1, get_error=lambda index: "node 3: no such thing"
-    )
-    builder = SimpleNamespace(
-        create_network=lambda flags: flags, create_builder_config=lambda: config,
-        build_serialized_network=lambda network, config: plan,
-    )  # fmt: skip
-    return SimpleNamespace(
-        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}), Builder=lambda logger: builder,
-        OnnxParser=lambda network, logger: parser, BuilderFlag=SimpleNamespace(TF32="tf32"),
-        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1), TensorIOMode=SimpleNamespace(INPUT="input"),
-        **more,
-    )  # fmt: skip
-
-
-def test_tensorrt_keeps_its_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "below" / "timings"
-    for allowed, content in ((True, b"+"), (False, b"++")):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        config = Flags({"tf32"})
-        assert exported.build_engine(tensorrt(config), b"model", cache) == b"plan"
-        assert cache.read_bytes() == content
-        assert ("tf32" in config) == allowed
-    with pytest.raises(RuntimeError, match="cannot read the model: node 3"):
-        exported.build_engine(tensorrt(Flags(), readable=False), b"", cache)
-    with pytest.raises(RuntimeError, match="found no engine"):
-        exported.build_engine(tensorrt(Flags(), plan=None), b"", cache)
-
-
-def test_an_engine_is_given_the_addresses_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    modes, addresses, launched = (
-        {"input": "input", "residual": "input", "output": "output"},
-        dict[str, int](),
-        list[int](),
-    )
-    context = SimpleNamespace(
-        set_tensor_address=addresses.__setitem__, execute_async_v3=lambda stream: launched.append(stream) or True
-    )
-    engine = SimpleNamespace(
-        num_io_tensors=3, get_tensor_name=list(modes).__getitem__, get_tensor_mode=modes.__getitem__,
-        create_execution_context=lambda: context,
-    )  # fmt: skip
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: engine)
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", tensorrt(Flags(), Runtime=lambda logger: runtime))
-    monkeypatch.setattr(exported, "build_engine", lambda trt, model, cache: b"plan")
-    monkeypatch.setattr(exported, "onnx_model", lambda module, examples: b"model")
-    stream = SimpleNamespace(address=7, ordered=contextlib.nullcontext)
-    monkeypatch.setattr(exported, "SideStream", lambda device: stream)
-    op, *inputs = calibrated(conv_bn_act.build(4, 8, 1, 1, 0, 1, (5, 6), True, True), (2, 4, 5, 6), (2, 8, 5, 6))
-    output = PROVIDERS["tensorrt"].prepare(op, tuple(inputs), setting())(*inputs)
-    assert addresses == {"output": output.data_ptr(), "input": inputs[0].data_ptr(), "residual": inputs[1].data_ptr()}
-    assert launched == [7] and output.shape == inputs[1].shape
-
-
-def test_a_side_stream_works_between_what_is_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    current = SimpleNamespace(wait_stream=lambda other: events.append("torch waits"))
-    side = SimpleNamespace(cuda_stream=140, wait_stream=lambda other: events.append("the library waits"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    stream = exported.SideStream("cuda")
-    with stream.ordered():
-        events.append(f"work on {stream.address}")
-    assert events == ["the library waits", "work on 140", "torch waits"]

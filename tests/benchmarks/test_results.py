@@ -124,13 +124,6 @@ def test_the_latest_run_of_a_case_counts() -> None:
     assert report.times(pd.concat([later, rows({"resfuse": 9.0})])).iloc[0]["resfuse"] == 5e-3
 
 
-def test_numbers() -> None:
-    assert [report.number(value) for value in (1.2345, 123.4, 0.01234, math.nan)] == ["1.23", "123", "0.0123", "-"]
-    assert [report.label(name) for name in ("inductor_max_autotune", "eager_nchw", "cudnn_graph", "resfuse")] == [
-        "torch.compile max autotune", "eager NCHW", "cuDNN graph", "resfuse",
-    ]  # fmt: skip
-
-
 # README
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-import torchvision
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -122,19 +121,6 @@ def test_block_called_with_keywords() -> None:
     fused, eager, _ = both(lambda: BasicBlock(8, 8))
     input = models.random_input((2, 8, 6, 6))
     torch.testing.assert_close(fused(x=input), eager(x=input), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, lambda channels: nn.BatchNorm2d(channels, eps=0.1, momentum=None)])
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_other_norms(norm: Callable[[int], nn.Module], block: type[nn.Module]) -> None:
-    fused, eager, report = both(lambda: torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=5, norm_layer=norm))
-    assert report.left == []
-    for training in (True, False):
-        with models.counted_calls() as calls:
-            models.assert_same(
-                fused.double().train(training), eager.double().train(training), models.random_input(IMAGE)
-            )
-        assert calls.conv_bn_act == report.fused_ops
 
 
 def test_frozen_layers_of_a_model_in_training() -> None:

@@ -14,7 +14,6 @@ from torchvision.models.resnet import BasicBlock
 
 import resfuse.nn as rnn
 from resfuse import fuse_
-from resfuse.surgery import known
 from tests import models
 from tests.models import conv_bn_relu, state
 
@@ -121,11 +120,3 @@ def test_part_of_a_sequential_is_left_alone() -> None:
     with models.counted_calls() as calls:
         model(models.random_input((2, 8, 6, 6)))
     assert calls.conv_bn_act == len(seen) == 1
-
-
-def test_a_class_is_known_once() -> None:
-    found = known.find_known(BasicBlock)
-    assert found is not None
-    with pytest.raises(ValueError, match="BasicBlock is known already"):
-        known.register(BasicBlock, found[0])
-    assert known.find_known(BasicBlock) == found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from timm.layers import BlurPool2d, DropBlock2d, DropPath, StdConv2d, create_attn, create_conv2d
 from timm.layers.norm_act import BatchNormAct2d, GroupNormAct
@@ -16,7 +14,6 @@ from timm.models import resnetv2 as v2
 from timm.models.sknet import SelectiveKernelBasic
 from torch import Tensor, nn
 
-from resfuse import fuse_
 from tests import models
 from tests.models import both, calls_by_kind
 
@@ -109,16 +106,21 @@ def test_family_equals_eager(family: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"norm_layer": GroupNormAct}, "GroupNormAct is not exactly BatchNorm2d"),
-        ({"conv_layer": StdConv2d}, "conv1 + norm2: StdConv2d is not exactly Conv2d"),
-    ],
-)
+OTHER_LAYERS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"norm_layer": lambda channels, **options: GroupNormAct(channels, num_groups=4, **options)},
+        "GroupNormAct is not exactly BatchNorm2d",
+    ),
+    (
+        {"norm_layer": lambda channels, **options: BatchNormAct2d(channels, act_layer=nn.SiLU, **options)},
+        "has an activation other than ReLU",
+    ),
+    ({"conv_layer": StdConv2d}, "conv1 + norm2: StdConv2d is not exactly Conv2d"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), OTHER_LAYERS, ids=[reason for _, reason in OTHER_LAYERS])
 def test_resnetv2_with_other_layers_is_left_with_a_reason(options: dict[str, Any], reason: str) -> None:
-    if options.get("norm_layer") is GroupNormAct:
-        options = {"norm_layer": lambda channels, **others: GroupNormAct(channels, num_groups=4, **others)}
     fused, eager, report = both(lambda: resnetv2(**options))
     reasons = [module.reason for module in report.left if module.name.startswith("stages")]
     assert len(reasons) == 5
@@ -140,16 +142,6 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         16,
     ),
 }
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", BLOCKS)
-def test_block_keeps_the_contract(name: str, training: bool) -> None:
-    build, channels = BLOCKS[name]
-    eager = models.seeded(build).train(training)
-    fused = copy.deepcopy(eager)
-    fuse_(fused)
-    models.assert_contract(fused, eager, models.decided_input(eager, (2, channels, 9, 9)))
 
 
 def inner_modules() -> list[tuple[str, str]]:
@@ -213,16 +205,6 @@ def test_input_of_a_block_is_not_overwritten() -> None:
         assert torch.equal(input, kept)
 
 
-def test_norm_with_another_activation_is_left_alone() -> None:
-    def norm(channels: int, **options: Any) -> nn.Module:
-        return BatchNormAct2d(channels, act_layer=nn.SiLU, **options)
-
-    fused, eager, report = both(lambda: resnetv2(norm_layer=norm))
-    assert report.fused == []
-    assert "has an activation other than ReLU" in str(report)
-    models.assert_same(fused.double(), eager.double(), models.random_input(IMAGE))
-
-
 def test_preactivation_block_under_vmap() -> None:
     """If the shortcut alone has the extra dimension, nothing can be added to the convolution's output in place."""
     fused, eager, _ = both(BLOCKS["preact-projection"][0])
@@ -236,10 +218,3 @@ def test_preactivation_block_under_vmap() -> None:
 
     for output in torch.vmap(call)(torch.ones(2)):
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_name_of_the_library_is_enough() -> None:
-    """The narrow models above stand for those that timm registers under a family's name."""
-    with torch.device("meta"):
-        report = fuse_(timm.create_model("resnetv2_50"))
-    assert calls_by_kind(report) == {V2: 1, PRE: 16 * 3}

@@ -14,7 +14,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.regnet import BlockParams, RegNet, ResBottleneckBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
@@ -144,8 +144,7 @@ def test_faster_rcnn_detects_the_same() -> None:
     fused, eager, report = both(detector)
     with models.counted_calls() as calls, torch.no_grad():
         found = fused.double().eval()(pictures(torch.float64))
-    assert calls.total == report.fused_ops == 20
-    with torch.no_grad():
+        assert calls.total == report.fused_ops == 20
         expected = eager.double().eval()(pictures(torch.float64))
     assert sum(len(image["boxes"]) for image in expected) > 0
     torch.testing.assert_close(found, expected)
@@ -175,15 +174,6 @@ def test_faster_rcnn_training_step() -> None:
 
 def regnet_block(stride: int = 1, se_ratio: float | None = 0.25) -> nn.Module:
     return ResBottleneckBlock(16, 16 * stride, stride, nn.BatchNorm2d, nn.ReLU, 8, 1.0, se_ratio)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_regnet_block_keeps_the_contract(stride: int, training: bool) -> None:
-    eager = models.seeded(lambda: regnet_block(stride)).train(training)
-    fused = copy.deepcopy(eager)
-    fuse_(fused)
-    models.assert_contract(fused, eager, models.decided_input(eager, (2, 16, 9, 9)))
 
 
 @pytest.mark.parametrize("name", ["f", "f.c", "f.c.0", "f.c.1", "f.b", "f.a.0", "proj", "proj.1", "activation"])
@@ -221,13 +211,3 @@ def test_shared_last_convolution_of_a_regnet_block() -> None:
         return nn.Sequential(block, block.f.c)
 
     models.assert_equal_before_and_after(build, (2, 16, 9, 9))
-
-
-def test_aspp_pooling_keeps_the_contract() -> None:
-    eager = models.seeded(lambda: ASPPPooling(12, 8)).eval()
-    fused = copy.deepcopy(eager)
-    report = fuse_(fused)
-    assert report.fused[0].ops == ("1 + 2 + 3",)
-    models.assert_contract(fused, eager, models.decided_input(eager, (2, 12, 5, 5)))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fused.train()(models.random_input((1, 12, 5, 5)))

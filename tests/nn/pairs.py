@@ -75,6 +75,23 @@ class OnlyNorm(nn.Module):
         return self.bn(input, residual)
 
 
+class Everything(nn.Module):
+    """Every module of resfuse.nn that has no other class behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = rnn.ConvBNAct2d(3, 16, 7, 2, 3)
+        projection = models.projection(16, 32, 2)
+        self.blocks = nn.Sequential(rnn.BasicBlock(16, 16), rnn.Bottleneck(16, 8, 2, projection))
+        self.preact = nn.Sequential(rnn.PreActBasicBlock(32, 32), rnn.PreActBottleneck(32, 8))
+        self.bn, self.add = rnn.BNAct2d(32), rnn.AddReLU()
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.preact(self.blocks(self.stem(input)))
+        return self.head(self.add(self.bn(hidden, hidden), hidden))
+
+
 def pair(conv: nn.Module | None = None, bn: nn.Module | None = None, act: nn.Module | None = None) -> tuple[Any, Any]:
     """(eager, fused) with equal but separate modules."""
     eager = models.seeded(

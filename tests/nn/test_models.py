@@ -208,38 +208,29 @@ def test_multiply_adds_of_table_1(name: str, options: dict[str, Any], paper: flo
     assert paper in (None, round(billions, 1), math.floor(10 * billions) / 10)
 
 
-# Section 4.2 and table 6; "A" has no parameters, so the plain twin has as many.
-@pytest.mark.parametrize(
-    ("depth", "millions", "exact"),
-    [
-        (20, 0.27, 269_722),
-        (32, 0.46, 464_154),
-        (44, 0.66, 658_586),
-        (56, 0.85, 853_018),
-        (110, 1.7, 1_727_962),
-        (1202, 19.4, 19_421_274),
-    ],
-)
-def test_parameters_of_table_6(depth: int, millions: float, exact: int) -> None:
-    with torch.device("meta"):
-        model = zoo.cifar_resnet(depth)
-    assert sum(parameter.numel() for parameter in model.parameters()) == exact
-    assert round(exact / 1e6, 2 if depth < 100 else 1) == millions
-    assert convolutions(model) + 1 == depth
+# He et al., section 4.2 and table 6 ("A" has no parameters, so the plain twin has as many); for preactivation
+# (arXiv:1603.05027) Zagoruyko & Komodakis 2016 (arXiv:1605.07146), table 4.  The counts are in units of 1e6.
+PARAMETERS = [
+    (zoo.cifar_resnet, 20, 0.27, 269_722),
+    (zoo.cifar_resnet, 32, 0.46, 464_154),
+    (zoo.cifar_resnet, 44, 0.66, 658_586),
+    (zoo.cifar_resnet, 56, 0.85, 853_018),
+    (zoo.cifar_resnet, 110, 1.7, 1_727_962),
+    (zoo.cifar_resnet, 1202, 19.4, 19_421_274),
+    (zoo.cifar_preact_resnet, 110, 1.7, 1_730_522),
+    (zoo.cifar_preact_resnet, 164, 1.7, 1_703_258),
+    (zoo.cifar_preact_resnet, 1001, 10.2, 10_327_706),
+]
 
 
-# arXiv:1603.05027; the counts in units of 1e6 are those of Zagoruyko & Komodakis 2016 (arXiv:1605.07146), table 4.
-@pytest.mark.parametrize(
-    ("depth", "millions", "exact"), [(110, 1.7, 1_730_522), (164, 1.7, 1_703_258), (1001, 10.2, 10_327_706)]
-)
-def test_parameters_of_preactivation_networks(depth: int, millions: float, exact: int) -> None:
+@pytest.mark.parametrize(("network", "depth", "millions", "exact"), PARAMETERS)
+def test_parameters_of_the_papers(network: Callable[..., nn.Module], depth: int, millions: float, exact: int) -> None:
     with torch.device("meta"):
-        model = zoo.cifar_preact_resnet(depth)
+        model = network(depth)
     assert sum(parameter.numel() for parameter in model.parameters()) == exact
     assert exact / 1e6 == pytest.approx(millions, rel=0.02)
-    bottleneck = depth > 110
-    layers = convolutions(model) + 1 - 2 - bottleneck  # projections do not count
-    assert layers == depth
+    projections = 0 if network is zoo.cifar_resnet else 2 + (depth > 110)  # they do not count
+    assert convolutions(model) + 1 - projections == depth
 
 
 def test_shortcut_options() -> None:

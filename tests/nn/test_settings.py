@@ -62,16 +62,6 @@ def test_statistics_switched_off_after_construction() -> None:
     assert_module_matches(fused, eager, models.random_input((2, 6, 5, 5)))
 
 
-def test_frozen_norm_inside_of_a_model_in_training() -> None:
-    eager, fused = pair()
-    for model in (eager, fused):
-        model.double().train()
-        model.bn.eval().requires_grad_(False)
-    models.assert_same(fused, eager, models.random_input((2, 6, 5, 5)))
-    assert fused.bn.num_batches_tracked == 0
-    assert fused.bn.weight.grad is None
-
-
 def test_one_value_per_channel() -> None:
     _, fused = pair()
     with pytest.raises(ValueError, match="more than 1 value per channel"):

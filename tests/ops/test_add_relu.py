@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -89,19 +88,6 @@ def test_expanded_argument_and_gradient(which: str, dtype: torch.dtype) -> None:
         assert torch.equal(output, torch.relu(row + full)), backend
         assert full.grad is not None
         assert torch.equal(full.grad, (output > 0).to(dtype)), backend
-
-
-@FAST
-def test_gradient_layouts(dtype: torch.dtype) -> None:
-    for layout, lay_out in itertools.product(shapes.BOTH_FORMATS, LAYOUTS.values()):
-        call = add_relu_call((3, 10, 4, 5), dtype, layout=layout)
-        grad_output = lay_out(Values(dtype, seed=1).normal(3, 10, 4, 5))
-        eager = contract.results(contract.EAGER, call, grad_output)
-        for backend, device in running("add_relu", dtype):
-            with resfuse.use_backend(backend):
-                there = call.map(lambda tensor: contract.to_device(tensor, device))  # noqa: B023
-                fused = contract.results(contract.FUSED, there, contract.to_device(grad_output, device))
-            assert all(torch.equal(fused[name].cpu(), eager[name]) for name in eager), backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

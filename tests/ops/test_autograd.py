@@ -10,132 +10,70 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck
 
 import resfuse
 from tests import contract, shapes
+from tests.contract import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Function = Callable[..., Tensor]
-Case = tuple[Function, Function, list[Tensor]]
-
-
-def float64(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-
-def bn_case(training: bool, activation: str, affine: bool, with_residual: bool) -> Case:
-    """A fused call and its eager equivalent as functions of the differentiable inputs."""
-    channels = 3
-    inputs = [float64(2, channels, 3, 2)]
-    inputs += [float64(channels, seed=1), float64(channels, seed=2)] if affine else []
-    inputs += [float64(2, channels, 3, 2, seed=3)] if with_residual else []
-
-    def unpack(rest: tuple[Tensor, ...]) -> dict[str, Any]:
-        options: dict[str, Any] = {"residual": rest[-1] if with_residual else None}
-        options |= {"weight": rest[0], "bias": rest[1]} if affine else {}
-        # New ones each time: training updates them, and a numerical derivative calls many times.
-        mean = torch.linspace(-1, 1, channels, dtype=torch.float64)
-        return options | {"running_mean": mean, "running_var": mean + 2, "training": training}
-
-    def fused(input: Tensor, *rest: Tensor) -> Tensor:
-        return resfuse.bn_act(input, **unpack(rest), activation=activation)
-
-    def eager(input: Tensor, *rest: Tensor) -> Tensor:
-        return contract.eager_bn_act(input, **unpack(rest), activation=activation)
-
-    return fused, eager, inputs
-
-
-def conv_case(training: bool, activation: str, conv_bias: bool, with_residual: bool) -> Case:
-    conv: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "dilation": 1, "groups": 2}
-    inputs = [float64(2, 4, 5, 4), float64(6, 2, 3, 2, seed=1), float64(6, seed=2), float64(6, seed=3)]
-    inputs += [float64(6, seed=4)] if conv_bias else []
-    shape = F.conv2d(inputs[0], inputs[1], **conv).shape
-    inputs += [float64(*shape, seed=5)] if with_residual else []
-
-    def running() -> dict[str, Any]:
-        mean = torch.linspace(-1, 1, 6, dtype=torch.float64)
-        return {"running_mean": mean, "running_var": mean + 2, "training": training}
-
-    def call(function: Function) -> Function:
-        def run(input: Tensor, conv_weight: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
-            return function(
-                input, conv_weight, weight=weight, bias=bias, conv_bias=rest[0] if conv_bias else None,
-                residual=rest[-1] if with_residual else None, activation=activation, **conv, **running(),
-            )  # fmt: skip
-
-        return run
-
-    fused, eager = call(resfuse.conv_bn_act), call(contract.eager_conv_bn_act)
-    return fused, eager, inputs
-
-
-FLAGS = list(itertools.product([True, False], ["relu", "identity"], [True, False], [True, False]))
-CASES = [("bn", *flags) for flags in FLAGS] + [("conv", *flags) for flags in FLAGS]
+OPTIONS = tuple(itertools.product([True, False], ["relu", "identity"], [True, False], [True, False]))
+CASES = [("add_relu",), *((op, *options) for op in ("bn_act", "conv_bn_act") for options in OPTIONS)]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-SOME_CASES = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] if number % 5 else []) for number, case in enumerate(CASES)],
-    ids=lambda case: "-".join(map(str, case)),
-)
 
 
-def make(case: tuple[Any, ...]) -> Case:
-    return (bn_case if case[0] == "bn" else conv_case)(*case[1:])
+def make(op: str, training: bool = True, activation: str = "relu", extra: bool = True, residual: bool = True) -> Call:
+    """A small call in float64; `extra` are the affine parameters, or the convolution's bias."""
+    options: dict[str, Any] = {"training": training, "activation": activation}
+    options["residual_layout"] = "nchw" if residual else None
+    if op == "add_relu":
+        return shapes.add_relu_call((2, 3, 4), torch.float64)
+    if op == "bn_act":
+        return shapes.bn_act_call((2, 3, 3, 2), torch.float64, affine=extra, **options)
+    conv = shapes.Convolution((2, 4, 5, 4), 6, (3, 2), (2, 1), (1, 0), groups=2)
+    return shapes.conv_bn_act_call(conv, torch.float64, conv_bias=extra, **options)
+
+
+def as_function(functions: contract.Functions, call: Call) -> tuple[Function, list[Tensor]]:
+    """A call as a function of its differentiable tensors, and those."""
+    inputs = [call.tensors[name].detach().requires_grad_() for name in call.differentiable]  # type: ignore[union-attr]
+
+    def run(*tensors: Tensor) -> Tensor:
+        fresh = call.map(torch.clone)  # a numerical derivative calls many times, and training updates statistics
+        return contract.forward(functions, fresh.replace(**dict(zip(call.differentiable, tensors, strict=True))))
+
+    return run, inputs
 
 
 @EACH_CASE
 def test_gradcheck(case: tuple[Any, ...]) -> None:
-    fused, _, inputs = make(case)
-    assert gradcheck(fused, inputs)
+    assert gradcheck(*as_function(contract.FUSED, make(*case)))
 
 
-def test_gradcheck_add_relu() -> None:
-    inputs = [float64(2, 3, 4), float64(2, 3, 4, seed=1)]
-    assert gradcheck(resfuse.add_relu, inputs)
-    assert gradgradcheck(resfuse.add_relu, inputs)
-
-
-@SOME_CASES
-def test_gradgradcheck(case: tuple[Any, ...]) -> None:
-    fused, _, inputs = make(case)
-    assert gradgradcheck(fused, inputs)
+def second(functions: contract.Functions, call: Call) -> tuple[Tensor, ...]:
+    run, inputs = as_function(functions, call)
+    first = torch.autograd.grad(run(*inputs).pow(2).sum(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(grad.pow(3).sum() for grad in first), inputs, allow_unused=True)  # type: ignore[arg-type]
 
 
 @EACH_CASE
 def test_second_derivatives_equal_eager(case: tuple[Any, ...]) -> None:
-    fused, eager, inputs = make(case)
-
-    def second(function: Function) -> tuple[Tensor, ...]:
-        output = function(*inputs)
-        first = torch.autograd.grad(output.pow(2).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(sum(grad.pow(3).sum() for grad in first), inputs, allow_unused=True)  # type: ignore[arg-type]
-
-    torch.testing.assert_close(second(fused), second(eager))
+    call = make(*case)
+    torch.testing.assert_close(second(contract.FUSED, call), second(contract.EAGER, call))
 
 
 def test_second_derivatives_on_the_backend_in_float32() -> None:
     """create_graph=True leaves the kernels, which have no derivative of their own, for differentiable operations."""
-    input, weight = (float64(*shape).detach().float().requires_grad_() for shape in ((2, 4, 5, 4), (6, 2, 3, 2)))
-    running = (torch.zeros(6), torch.ones(6))
-    conv: dict[str, Any] = {"stride": (2, 1), "padding": (1, 0), "groups": 2}
-
-    def second(output: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(output.pow(2).sum(), [input, weight], create_graph=True)
-        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in first), [input, weight])  # type: ignore[arg-type]
-
-    fused = resfuse.conv_bn_act(input, weight, *running, training=True, **conv)
-    eager = torch.relu(F.batch_norm(F.conv2d(input, weight, **conv), *running, training=True))
-    torch.testing.assert_close(second(fused), second(eager), rtol=1e-3, atol=1e-3)
+    call = make("conv_bn_act", extra=False).map(Tensor.float)
+    torch.testing.assert_close(second(contract.FUSED, call), second(contract.EAGER, call), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_every_subset_of_gradients(training: bool) -> None:
     """Unneeded gradients are not computed, needed ones do not depend on which others are."""
-    fused, _, inputs = conv_case(training, "relu", True, True)
+    fused, inputs = as_function(contract.FUSED, make("conv_bn_act", training))
     full = torch.autograd.grad(fused(*inputs).sum(), inputs)
     for subset in itertools.product([True, False], repeat=len(inputs)):
         leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, subset, strict=True)]
@@ -171,15 +109,6 @@ def test_statistics_of_an_eval_forward_survive_training(layer: tuple[Tensor, ...
     torch.testing.assert_close(torch.autograd.grad(output.sum(), [input, scale]), expected)
 
 
-def test_retain_graph(layer: tuple[Tensor, ...]) -> None:
-    input, weight, mean, var = layer
-    output = resfuse.conv_bn_act(input, weight, mean, var, training=True, padding=1)
-    expected = torch.autograd.grad(output.sum(), [input, weight], retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(output.sum(), [input, weight]), expected)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        output.sum().backward()
-
-
 @pytest.mark.parametrize("activation", ["relu", "identity"])
 def test_output_modified_in_place(activation: str, layer: tuple[Tensor, ...]) -> None:
     """As in eager: an error if backward needs the output (the ReLU's mask), the right gradient if it does not."""
@@ -193,14 +122,6 @@ def test_output_modified_in_place(activation: str, layer: tuple[Tensor, ...]) ->
         (grad,) = torch.autograd.grad(output.square().sum(), input)
         eager = F.batch_norm(input, None, None, training=True).mul_(2)
         torch.testing.assert_close(grad, torch.autograd.grad(eager.square().sum(), input)[0], rtol=1e-4, atol=1e-5)
-
-
-def test_no_graph_without_need(layer: tuple[Tensor, ...]) -> None:
-    input, weight, mean, var = layer
-    with torch.no_grad():
-        assert not resfuse.conv_bn_act(input, weight, mean, var).requires_grad
-    frozen = resfuse.conv_bn_act(input.detach(), weight.detach(), mean, var)
-    assert frozen.grad_fn is None
 
 
 @pytest.mark.parametrize("training", [True, False])

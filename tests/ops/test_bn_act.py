@@ -118,26 +118,6 @@ def test_not_finite(where: str, layout: str, dtype: torch.dtype, training: bool)
             assert torch.equal(fused["output"].cpu().isnan(), eager["output"].isnan()), f"{backend}, {value}"
 
 
-@FAST
-@FORMATS
-@pytest.mark.parametrize("grad", ["expanded", "nhwc", "nchw", "transposed", "nhwc_slice_of_channels"])
-def test_gradient_layouts(grad: str, layout: str, dtype: torch.dtype) -> None:
-    for backend, device in running("bn_act", dtype):
-        call = bn_act_call((3, 11, 6, 5), dtype, device, layout=layout, residual_layout=layout, training=True)
-        grad_output = Values(dtype, device, 1).normal(3, 11, 6, 5)
-        if grad == "expanded":
-            grad_output = grad_output[:1, :, :1].expand_as(grad_output)
-        same = grad_output.contiguous()
-        if grad != "expanded":
-            grad_output = LAYOUTS[grad](grad_output)
-        with resfuse.use_backend(backend):
-            found = contract.results(contract.FUSED, call, grad_output)
-            expected = contract.results(contract.FUSED, call, LAYOUTS[layout](same))
-        for name, tensor in expected.items():
-            # The same kernels on the same values: only the order of sums may differ, and not on our kernels.
-            torch.testing.assert_close(found[name], tensor, msg=f"{backend}: {name}")
-
-
 @MODES
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16])
@@ -174,11 +154,3 @@ def test_statistics_that_are_views_are_updated_where_they_lie() -> None:
         torch.testing.assert_close(mean[:, 1].float(), expected[0], rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(var[:, 0].float(), expected[1], rtol=1e-2, atol=1e-2)
         assert (mean[:, 0] == 0).all() and (var[:, 1] == 1).all()
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
-def test_momentum(momentum: float) -> None:
-    call = bn_act_call((3, 6, 5, 4), training=True, momentum=momentum)
-    for found in check_all(call).values():
-        if momentum == 0:
-            assert all(torch.equal(found[name], call.tensors[name]) for name in contract.RUNNING)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import resfuse
 from tests import contract, shapes
@@ -126,25 +125,6 @@ def test_not_finite(where: str, dtype: torch.dtype, training: bool) -> None:
             assert torch.equal(fused.isinf(), eager.isinf()), f"{backend}, {conv}, {value}"
 
 
-@FAST
-@pytest.mark.parametrize("grad", ["expanded", "nhwc", "nchw", "transposed", "nhwc_slice_of_channels"])
-def test_gradient_layouts(grad: str, dtype: torch.dtype) -> None:
-    conv = CONVOLUTIONS["3x3"]
-    for layout, (backend, device) in itertools.product(shapes.BOTH_FORMATS, running("conv_bn_act", dtype)):
-        call = conv_bn_act_call(conv, dtype, device, layout=layout, residual_layout=layout, training=True)
-        grad_output = Values(dtype, device, 1).normal(*conv.output)
-        if grad == "expanded":
-            grad_output = grad_output[:1, :, :1].expand_as(grad_output)
-        same = LAYOUTS[layout](grad_output.contiguous())
-        if grad != "expanded":
-            grad_output = LAYOUTS[grad](grad_output)
-        with resfuse.use_backend(backend):
-            found = contract.results(contract.FUSED, call, grad_output)
-            expected = contract.results(contract.FUSED, call, same)
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, msg=f"{backend}: {name}")
-
-
 @MODES
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual_dtype", [None, torch.float32, torch.bfloat16])
@@ -183,17 +163,6 @@ def test_autocast_leaves_float64_alone(training: bool) -> None:
     call = conv_bn_act_call(CONVOLUTIONS["3x3"], torch.float64, training=training)
     with torch.autocast("cpu", torch.bfloat16):
         contract.check(call)
-
-
-@pytest.mark.parametrize("value", [2, [2, 2], (2, 2)], ids=["int", "list", "pair"])
-def test_forms_of_the_geometry(value: int | list[int] | tuple[int, int]) -> None:
-    """stride, padding and dilation as F.conv2d takes them."""
-    input, weight = torch.randn(2, 4, 9, 9), torch.randn(5, 4, 3, 3)
-    running_statistics = torch.zeros(5), torch.ones(5)
-    geometry = {"stride": value, "padding": value, "dilation": value}
-    fused = resfuse.conv_bn_act(input, weight, *running_statistics, **geometry)  # type: ignore[arg-type]
-    eager = torch.relu(F.batch_norm(F.conv2d(input, weight, **geometry), *running_statistics))  # type: ignore[arg-type]
-    torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-5)  # sums of 36 products of order one
 
 
 def test_a_residual_may_be_overwritten_only_where_allowed() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,19 +16,6 @@ COMPLETE = [
 ]
 
 
-@pytest.fixture(params=COMPLETE, autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with resfuse.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def run(dtype: torch.dtype, memory_format: torch.memory_format, backend: str) -> list[Tensor]:
     torch.manual_seed(0)
     (device, *_) = shapes.devices_of(backend)
@@ -41,12 +26,14 @@ def run(dtype: torch.dtype, memory_format: torch.memory_format, backend: str) ->
     conv_weight = torch.randn(70, 70, 1, 1).to(device, dtype).requires_grad_()
     weight, bias = (torch.randn(70, device=device).requires_grad_() for _ in range(2))
     mean, var = torch.zeros(70, device=device), torch.ones(70, device=device)
-    output = resfuse.bn_act(input, mean, var, weight, bias, residual=residual, training=True)
-    deep = resfuse.conv_bn_act(output, conv_weight, mean, var, weight, bias, residual=residual, training=True)
+    with resfuse.use_backend(backend):
+        output = resfuse.bn_act(input, mean, var, weight, bias, residual=residual, training=True)
+        deep = resfuse.conv_bn_act(output, conv_weight, mean, var, weight, bias, residual=residual, training=True)
     grads = torch.autograd.grad(deep.square().sum(), [input, residual, weight, bias, conv_weight])
     return [output.detach(), deep.detach(), mean, var, *grads]
 
 
+@pytest.mark.parametrize("backend", COMPLETE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_two_runs(dtype: torch.dtype, memory_format: torch.memory_format, backend: str) -> None:
@@ -54,11 +41,11 @@ def test_two_runs(dtype: torch.dtype, memory_format: torch.memory_format, backen
         assert torch.equal(first, second)
 
 
+@pytest.mark.skipif("cpu" not in COMPLETE, reason="a promise of the cpu backend")
+@pytest.mark.usefixtures("one_thread")  # which restores the number
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_any_number_of_threads(memory_format: torch.memory_format, backend: str, threads: None) -> None:
+def test_any_number_of_threads(memory_format: torch.memory_format) -> None:
     """Our kernels partition by shape alone; oneDNN's convolutions make no such promise."""
-    if backend != "cpu":
-        pytest.skip("a promise of the cpu backend")
     kernels = torch.ops.resfuse_cpu
     input = torch.randn(5, 70, 37, 41).to(memory_format=memory_format)
     mask, grad = torch.randn_like(input), torch.randn_like(input)

@@ -137,23 +137,3 @@ def test_conv_bn_act(conv: str, weight_layout: str, layout: str) -> None:
     check("conv_bn_act_eval", (input, weight, *vectors(shape[0]), None, None, True, *geometry, 1e-5))
     for needs in ([True, True, True], [False, True, False], [True, False, True]):
         check("conv_backward", (z if needs[1] else z.contiguous(), input, weight, *geometry, needs))
-
-
-# What Dynamo does to every autograd.Function.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_functions_under_aot_autograd(backend: str, training: bool) -> None:
-    """opcheck's last test, on what users call: forward and backward, traced with dynamic shapes, equal eager."""
-    mean, var, weight, bias = vectors(8)
-    input = tensor("nhwc" if training else "nchw").requires_grad_()
-    parameters = (weight.requires_grad_(), bias.requires_grad_())
-
-    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return resfuse.bn_act(x, mean.clone(), var.clone(), w, b, residual=x, training=training)
-
-    with resfuse.use_backend(backend):
-        expected = torch.autograd.grad(run(input, *parameters).square().sum(), [input, *parameters])
-        traced = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
-        found = torch.autograd.grad(traced(input, *parameters).square().sum(), [input, *parameters])
-    torch.testing.assert_close(found, expected)

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models import resnet
 
 import resfuse
 from resfuse.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, ZeroPadShortcut
 from tests import contract, models, shapes
 from tests.contract import Call
-from tests.nn import twins
 from tests.shapes import check_all
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,19 +164,6 @@ def test_the_shortcut_costs_no_tensor(cls: Any, mode: str) -> None:
         module(input)
     assert calls.total > 0
     assert pads.count == 0
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    ("cls", "torchvision_class"), [(BasicBlock, resnet.BasicBlock), (Bottleneck, resnet.Bottleneck)]
-)
-@MODES
-def test_block_keeps_the_contract(cls: Any, torchvision_class: Any, memory_format: Any, training: bool) -> None:
-    fused = block(cls).train(training)
-    eager = torchvision_class(16, 32 // cls.expansion, 2, twins.ZeroPad(16, 32, 2)).train(training)
-    eager.load_state_dict(fused.state_dict())
-    input = models.decided_input(eager, (3, 16, 11, 9)).to(memory_format=memory_format)
-    models.assert_contract(fused, eager, input)
 
 
 @pytest.mark.parametrize("cls", [BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck])

@@ -17,6 +17,7 @@ import resfuse
 import resfuse.nn as rnn
 from resfuse.ops import decompositions
 from tests import models
+from tests.nn.pairs import Everything
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -36,25 +37,7 @@ def torchvision_model() -> nn.Module:
 
 
 def own_modules() -> nn.Module:
-    """Everything of resfuse.nn that has no other class behind it."""
-
-    class All(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = rnn.ConvBNAct2d(3, 16, 7, 2, 3)
-            self.blocks = nn.Sequential(
-                rnn.BasicBlock(16, 16),
-                rnn.Bottleneck(16, 8, 2, models.projection(16, 32, 2)),
-                rnn.PreActBottleneck(32, 8),
-            )
-            self.bn, self.add = rnn.BNAct2d(32), rnn.AddReLU()
-            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-
-        def forward(self, input: Tensor) -> Tensor:
-            hidden = self.blocks(self.stem(input))
-            return self.head(self.add(self.bn(hidden, hidden), hidden))
-
-    return models.seeded(All).eval()
+    return models.seeded(Everything).eval()
 
 
 def fused_model() -> nn.Module:

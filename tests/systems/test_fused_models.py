@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 import torchvision
@@ -47,36 +45,6 @@ def test_compile_fullgraph(training: bool) -> None:
     for name, buffer in eager.named_buffers():
         torch.testing.assert_close(fused.get_buffer(name), buffer, rtol=1e-3, atol=1e-4)
     assert fused.layer1[0].bn1.num_batches_tracked == int(training)
-
-
-@models.compiles
-@pytest.mark.slow
-def test_compile_with_inductor() -> None:
-    torch._dynamo.reset()
-    fused, eager, _ = both(models.small_resnet)
-    compiled = torch.compile(fused, fullgraph=True)
-    input = models.random_input(IMAGE)
-    for training in (True, False, True):
-        output, expected = compiled.train(training)(input), eager.train(training)(input)
-        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
-        output.sum().backward()
-    torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-4)
-
-
-def test_export() -> None:
-    fused, eager, _ = both(lambda: nn.Sequential(BasicBlock(8, 8)))
-    input = models.random_input((2, 8, 6, 6))
-    program = torch.export.export(fused.eval(), (input,))
-    torch.testing.assert_close(program.module()(input), eager.eval()(input), rtol=1e-4, atol=1e-4)
-
-
-def test_onnx_export_sees_pytorchs_operators() -> None:
-    block = models.block("basic").eval()
-    fuse_(block)
-    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):  # as inside of torch.onnx.export
-        program = torch.export.export(block, (models.block_input("basic"),), strict=False)
-    assert not [node for node in program.graph.nodes if "resfuse" in str(node.target)]
-    assert [node for node in program.graph.nodes if "conv2d" in str(node.target)]
 
 
 def test_meta_device() -> None:

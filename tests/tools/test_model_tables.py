@@ -24,7 +24,7 @@ from resfuse import functional, fuse_, use_backend
 from resfuse.backends import reference
 from tests import models
 from tools import model_equality, model_tables
-from tools.model_equality import compare, imposed, recorded
+from tools.model_equality import compare, imposed
 from tools.model_tables import Entry
 
 QUANTITIES = ["a ReLU's argument", "output", "gradient of the input", "gradients of parameters"]
@@ -168,21 +168,6 @@ def test_a_wrong_call_is_found(mistake: str, broken: set[str], monkeypatch: pyte
 def violated() -> set[str]:
     """Quantities of a training step that break the contract."""
     return {found.quantity for found in next(compare(network, model_tables.flat)).deviations if found.violated}
-
-
-def test_signs_are_recorded_alike_fused_and_eager() -> None:
-    eager, fused = models.small_resnet().double(), models.small_resnet().double()
-    fuse_(fused)
-    signs = []
-    for model in (fused, eager):
-        with recorded() as found:
-            model(models.random_input((2, 3, 32, 32)).double())
-        signs.append(found)
-    assert len(signs[0]) == 9
-    assert model_equality.equal(*signs)
-    signs[1][3].view(-1)[5] ^= True
-    assert not model_equality.equal(*signs)
-    assert not model_equality.equal(signs[0][:-1], signs[0])
 
 
 def test_imposed_signs_decide_and_are_judged() -> None:
