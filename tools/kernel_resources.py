@@ -7,7 +7,6 @@ generation.  `cuda` reads the installed library `resfuse/_cuda.abi3.so`.  Neithe
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import multiprocessing
@@ -76,31 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = cuda_rows(args.library) if args.command == "cuda" else triton_rows(args)
     errors = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
-    _print_summary(rows)
     for row in errors:
         print(f"sm_{row['arch']} {row['kernel']}, {row['layer']}: {row['error']}", file=sys.stderr)
     path = args.output or RESULTS / args.command / "resources.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(path, rows)
     print(f"{len(rows)} kernels, a row each in {path}; {len(errors)} could not be compiled")
     return 1 if errors else 0
 
 
-def _print_summary(rows: Sequence[Row]) -> None:
-    """The most that any layer needs, a line per architecture, kernel and variant."""
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The CSV, and in print the most that any layer needs, a line per architecture, kernel and variant."""
+    import pandas as pd
 
-    def variant(row: Row) -> tuple[int, str, str]:
-        return row["arch"], row["kernel"], row["variant"]
-
-    print(f"{'kernel':>60} {'registers':>10} {'spill':>6} {'shared':>7} {'blocks':>6}")
-    for (arch, kernel, name), found in itertools.groupby(sorted(rows, key=variant), key=variant):
-        group = list(found)
-        registers, spill, shared = (max(row[column] for row in group) for column in ("registers", "spill", "shared"))
-        blocks = min(row["blocks"] for row in group)
-        print(f"{f'sm_{arch} {kernel} {name}':>60} {registers:10} {spill:6} {shared:7} {blocks:6}")
+    frame = pd.DataFrame(rows)
+    frame.to_csv(path, index=False, lineterminator="\n")
+    if rows:
+        needs = {"registers": "max", "spill": "max", "shared": "max", "blocks": "min"}
+        print(frame.groupby(["arch", "kernel", "variant"]).agg(needs).to_string())
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
