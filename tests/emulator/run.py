@@ -44,7 +44,7 @@ def _run_here(seeds: Sequence[int], match: str, verbose: bool) -> int:
     failed = ran = 0
     start = time.perf_counter()
     for seed in seeds:
-        for name, case in cases.cases().items():
+        for name, case in cases.cases():
             if match not in name:
                 continue
             ran += 1

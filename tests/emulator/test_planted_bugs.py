@@ -90,23 +90,23 @@ BUGS = {
     ),
     "missing_grid_barrier_is_a_race": Bug(
         "reduce.cuh", r"cooperative_groups::this_grid\(\)\.sync\(\)", "__syncthreads()", "tsan",
-        "bn train bf16 vectors nhwc launches=1", FORWARD, "data race",
+        "bn_act_forward train bf16 vectors nhwc launches=1", FORWARD, "data race",
     ),
     "grid_barrier_of_some_blocks": Bug(
         "reduce.cuh", r"if \(parts > 1\) {", "if (parts > 1 && blockIdx.x > 0) {", "emulator",
-        "bn train bf16 vectors nhwc launches=1", FORWARD, "grid.sync()",
+        "bn_act_forward train bf16 vectors nhwc launches=1", FORWARD, "grid.sync()",
     ),
     "all_blocks_write_the_statistics": Bug(
-        "bn_act_forward.cu", r"if \(share\.part == 0\) {", "{", "tsan", "bn train bf16 vectors nhwc launches=1",
-        FORWARD, "data race",
+        "bn_act_forward.cu", r"if \(share\.part == 0\) {", "{", "tsan",
+        "bn_act_forward train bf16 vectors nhwc launches=1", FORWARD, "data race",
     ),
     "terms_read_before_they_are_there": Bug(
         "bn_act_forward.cu", r"__syncthreads\(\);(\s*normalise<T, N, false>)", r"\1", "numbers",
-        "bn eval bf16 vectors nhwc", FORWARD,
+        "bn_act_forward eval bf16 vectors nhwc", FORWARD,
     ),
     "scratch_overwritten_too_early": Bug(
         "reduce.cuh", r"__syncthreads\(\);([^\n]*\n\s*if \(member >= half)", r"\1", "tsan",
-        "bn train bf16 vectors nhwc launches=1", BACKWARD, "data race",
+        "bn_act_backward train bf16 vectors nhwc launches=1", BACKWARD, "data race",
     ),
 }  # fmt: skip
 
