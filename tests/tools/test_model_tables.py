@@ -179,10 +179,7 @@ def test_signs_are_recorded_alike_fused_and_eager() -> None:
             model(models.random_input((2, 3, 32, 32)).double())
         signs.append(found)
     assert len(signs[0]) == 9
-    assert model_equality.equal(*signs)
-    signs[1][3].view(-1)[5] ^= True
-    assert not model_equality.equal(*signs)
-    assert not model_equality.equal(signs[0][:-1], signs[0])
+    assert all(map(torch.equal, *signs))
 
 
 def test_imposed_signs_decide_and_are_judged() -> None:
