@@ -4,7 +4,7 @@ Only the standard library is imported here: a summary comes back even where resf
 built or installed; the compiled libraries lie in the tree, and Python and torch are the machine's own.
 
 OUT has state.json (how each command ended), summary.txt and files.tar.gz (everything that the pieces wrote).  They are
-renewed while pieces run, and the same command goes on from them, on the same machine or on another.
+renewed after each command, and the same call goes on from them, on the same machine or on another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ RESERVE = 25.0
 """Seconds that are kept for the report, the files and the end of processes."""
 GRACE = 10.0
 """Seconds that a command has after Ctrl-C before it is killed."""
-PACK_EVERY = 30.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 STATE, SUMMARY, ARCHIVE = "state.json", "summary.txt", "files.tar.gz"
 LONGEST = 40
@@ -156,7 +155,6 @@ class Run:
             if (archive := self.output / ARCHIVE).is_file():
                 with tarfile.open(archive) as packed:
                     packed.extractall(self.work, filter="data")
-        self._packed = 0.0
         digest = sources()
         if self.state.pop("sources", digest) != digest:
             print("The sources have changed since: what was tested is tested again")
@@ -213,33 +211,26 @@ class Run:
             except OSError as error:
                 output.write(str(error).encode())
                 return 127
-        stop, interrupted = time.monotonic() + limit, False
         try:
-            while process.poll() is None and time.monotonic() < stop + GRACE:
-                if time.monotonic() > stop and not interrupted:
-                    interrupted = True
-                    _signal(process, signal.SIGINT)
-                if time.monotonic() - self._packed > PACK_EVERY:
-                    self.pack()
-                time.sleep(0.2)
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            return None
         finally:
             _signal(process, signal.SIGKILL)
             process.wait()
-        return None if interrupted else process.returncode
+        return process.returncode
 
     def save(self) -> None:
-        """Write state, summary and archive."""
+        """Write state, summary, and the archive of everything that the pieces wrote."""
         (self.output / STATE).write_text(json.dumps({"sources": self._sources, **self.state}, indent=1) + "\n")
         (self.output / SUMMARY).write_text("\n".join(self.summary()) + "\n")
-        self.pack()
-
-    def pack(self) -> None:
-        """Write the archive of everything that the pieces wrote."""
         partial = self.output / f"{ARCHIVE}.tmp"
-        with tarfile.open(partial, "w:gz") as packed, contextlib.suppress(FileNotFoundError):
+        with tarfile.open(partial, "w:gz") as packed:
             packed.add(self.work, ".")
         partial.replace(self.output / ARCHIVE)
-        self._packed = time.monotonic()
 
     def summary(self) -> list[str]:
         """At most 40 lines: how each piece ended, the tests that failed, the last lines of what else failed."""
