@@ -106,7 +106,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
             for kind, batch in (("forward", 128), ("train", 256))
         ],
         "sanitize": [
-            Command(f"{tool} {backend}", ("tests.sanitized", backend, "bfloat16"), 2, 1.0,
+            Command(f"{tool} {backend}", ("tests.emulator.cases", backend, "bfloat16"), 2, 1.0,
                     program=(sanitizer, "--tool", tool, "--error-exitcode", "99"))
             for backend in ("cuda", "triton") for tool in SANITIZERS
         ] if device == "cuda" else [],

@@ -3,12 +3,16 @@ kernels with planted bugs.  Each compares a backend's kernels with the reference
 
 Bounds are a few roundings of the dtype: the numerical contract, which is stricter, is held by the tests of the
 operators, on problems of more sizes.
+
+`python -m tests.emulator.cases cuda`, or `triton bfloat16`, is what compute-sanitizer watches: no PyTorch kernel of any
+size runs beside ours, for tensors are made and compared on the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -90,7 +94,7 @@ def _conv(
     def case() -> None:
         options: Any = {"layout": "nhwc", "residual_layout": "nhwc", "conv_bias": True, "training": training}
         call = conv_bn_act_call(conv, DTYPES[dtype], **options)
-        with cuda_conv.use_config(config), _fp32_precision("tf32" if dtype == "tf32" else "ieee"):
+        with cuda_conv.use_config(config), fp32_precision("tf32" if dtype == "tf32" else "ieee"):
             found = convolved(kernels, call.map(lambda tensor: to_device(tensor, device)))
         _compare(found, convolved(reference, call.truth()), EPS[dtype])
 
@@ -98,11 +102,14 @@ def _conv(
 
 
 @contextlib.contextmanager
-def _fp32_precision(value: str) -> Iterator[None]:
+def fp32_precision(value: str) -> Iterator[Any]:
+    """Torch's switch for TF32, with a value of its `fp32_precision`; a test may set others."""
     switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before, switch.fp32_precision = switch.fp32_precision, value
-    yield
-    switch.fp32_precision = before
+    try:
+        yield switch
+    finally:
+        switch.fp32_precision = before
 
 
 def _named(results: Tensor | tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
@@ -119,3 +126,23 @@ def _compare(found: Any, expected: Any, eps: float) -> None:
         error = (other.cpu().double() - tensor).abs() / (tensor.abs() + tensor.abs().mean() + 1e-3)
         worst = error.max().item() if not error.isnan().any() else float("nan")
         assert worst <= 2 * eps, f"{name}: {worst:.2e} of {2 * eps:.2e}, {int((error > 2 * eps).sum())} elements"
+
+
+def main(backend: str, dtypes: Iterable[torch.dtype] = cuda.DTYPES) -> int:
+    """Run them all; stops at the first that fails."""
+    reason = dispatch.backend(backend).unavailable_reason()
+    if reason is not None:
+        print(reason)
+        return 2
+    found = dict(cases(backend, dtypes))
+    for name, case in found.items():
+        try:
+            case()
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    print(f"{len(found)} problems")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or cuda.DTYPES))
