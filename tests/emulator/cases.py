@@ -10,10 +10,12 @@ size runs beside ours, for tensors are made and compared on the CPU.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,7 @@ from resfuse.backends import cuda, cuda_conv, dispatch, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig
 from tests.backends.operands import TWO_PASSES, Operands, convolved
 from tests.contract import to_device
+from tests.emulator import backend as emulator
 from tests.shapes import Convolution, conv_bn_act_call, devices_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -46,13 +49,13 @@ SMALL = {
 Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
-def cases(backend: str = "cuda_emulator", dtypes: Iterable[torch.dtype] = cuda.DTYPES) -> Cases:
+def cases(backend: str, dtypes: Collection[str]) -> Cases:
     """(name, case), such as "conv train bf16 128x64"; a case raises an AssertionError where a kernel is wrong.
 
     Those that differ in csrc's own settings alone are left out for Triton.
     """
     kernels, device = dispatch.backend(backend), devices_of(backend)[0]
-    for dtype in (name for name in DTYPES if DTYPES[name] in dtypes):
+    for dtype in (name for name, dtype in DTYPES.items() if str(dtype)[6:] in dtypes):
         if dtype != "tf32":
             yield from _pointwise(kernels, device, dtype)
         for label, *problem in _convolutions():
@@ -128,21 +131,30 @@ def _compare(found: Any, expected: Any, eps: float) -> None:
         assert worst <= 2 * eps, f"{name}: {worst:.2e} of {2 * eps:.2e}, {int((error > 2 * eps).sum())} elements"
 
 
-def main(backend: str, dtypes: Iterable[torch.dtype] = cuda.DTYPES) -> int:
-    """Run them all; stops at the first that fails."""
-    reason = dispatch.backend(backend).unavailable_reason()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a case failed, or none has the name; 2 where the backend does not run here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", nargs="?", default="cuda_emulator")
+    parser.add_argument("dtype", nargs="*", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("-k", dest="match", default="", help="only cases with this in their name")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the emulator; 0 runs all in order")
+    args = parser.parse_args(argv)
+    reason = dispatch.backend(args.backend).unavailable_reason()
     if reason is not None:
         print(reason)
         return 2
-    found = dict(cases(backend, dtypes))
-    for name, case in found.items():
+    found = [(name, case) for name, case in cases(args.backend, args.dtype) if args.match in name]
+    failed, start = 0, time.perf_counter()
+    for seed, (name, case) in itertools.product(args.seed, found):
         try:
-            case()
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-    print(f"{len(found)} problems")
-    return 0
+            with emulator.device(seed=seed) if args.backend == "cuda_emulator" else contextlib.nullcontext():
+                case()
+        except (AssertionError, RuntimeError) as error:
+            failed += 1
+            print(f"FAILED {name} (seed {seed}): {error}", flush=True)
+    print(f"{len(args.seed) * len(found)} cases, {failed} failed, {time.perf_counter() - start:.1f} s")
+    return int(failed > 0 or not found)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]] or cuda.DTYPES))
+    sys.exit(main())

@@ -24,7 +24,7 @@ def measure() -> Lines:
     library = build.library(build.COVERAGE)
     counts: Lines = collections.defaultdict(dict)
     with tempfile.TemporaryDirectory() as scratch:
-        done = run(build.COVERAGE, library, [0, 1], environment={"GCOV_PREFIX": scratch})
+        done = run(build.COVERAGE, library, "--seed", "0", "1", environment={"GCOV_PREFIX": scratch})
         if done.returncode != 0:
             raise RuntimeError(done.stdout + done.stderr)
         for data in Path(scratch).rglob("*.gcda"):

@@ -19,7 +19,7 @@ from tests.emulator.run import run
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
 QUICK = ("grid_barrier_of_some_blocks", "terms_read_before_they_are_there")
 
-SEEDS = (1, 2, 3)
+SEEDS = ("--seed", "1", "2", "3")
 CONVOLUTION, FORWARD, BACKWARD = ("conv_bf16.cu",), ("bn_act_forward.cu",), ("bn_act_backward.cu",)
 
 
@@ -120,7 +120,7 @@ def test_every_bug_has_its_place() -> None:
 @pytest.mark.parametrize("bug", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in BUGS])
 def test_is_caught(bug: str, tmp_path: Path) -> None:
     planted = BUGS[bug]
-    done = run(planted.variant, planted.plant(tmp_path), SEEDS, planted.cases)
+    done = run(planted.variant, planted.plant(tmp_path), *SEEDS, "-k", planted.cases)
     assert done.returncode != 0, "nobody noticed"
     if planted.caught_by in ("asan", "tsan"):
         assert planted.message in done.stderr
