@@ -1,7 +1,7 @@
 """This tree against another commit: both in processes of their own, in turns, on one machine.
 
-BASE is checked out into a temporary git worktree, which is removed whatever happens.  Its C++ and CUDA libraries are
-this tree's where the sources are the same; else they are built there once and kept in build/compare.
+The tree of BASE is kept in build/compare.  Its C++ and CUDA libraries are copies of this tree's where the sources are
+the same; else they are built there, once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import models
-from benchmarks.case import DTYPES, Setting, dtype_name
+from benchmarks.case import DTYPES, Setting
 from benchmarks.harness import order, say
 from benchmarks.overhead import MODES, TINY
 from benchmarks.steps import make_workload
@@ -75,9 +76,8 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[max(below - 1, 0)], ordered[n - max(below, 1)]
 
 
-@contextlib.contextmanager
-def checked_out(base: str, cuda: bool) -> Iterator[tuple[Path, str]]:
-    """(folder, short commit) of a commit in a temporary worktree with its libraries.
+def checked_out(base: str, cuda: bool) -> tuple[Path, str]:
+    """(folder, short commit) of a commit's tree with its libraries.
 
     Raises:
         ValueError: there is no such commit.
@@ -87,49 +87,38 @@ def checked_out(base: str, cuda: bool) -> Iterator[tuple[Path, str]]:
     if found.returncode:
         raise ValueError(f"BASE: expected a commit, got {base!r}")
     commit = found.stdout.strip()
-    scratch = Path(tempfile.mkdtemp(prefix="resfuse-compare-"))
-    folder = scratch / commit
-    try:
-        added = _git("worktree", "add", "--detach", str(folder), commit)
-        if added.returncode:
-            raise RuntimeError(f"no worktree of {commit}: {added.stderr.strip()}")
-        provide_libraries(folder, cuda)
-        yield folder, commit
-    finally:
-        _git("worktree", "remove", "--force", str(folder))
-        shutil.rmtree(scratch, ignore_errors=True)
-        _git("worktree", "prune")
+    folder = CACHE / f"{commit}{'-cuda' * cuda}"
+    if not folder.is_dir() or (_built(ROOT) and not _built(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            archive, tree = Path(scratch, "tree.tar"), Path(scratch, "tree")
+            _git("archive", "--output", str(archive), commit)
+            with tarfile.open(archive) as packed:
+                packed.extractall(tree, filter="data")
+            provide_libraries(tree, cuda)
+            tree.rename(folder)  # which is complete, then
+    return folder, commit
 
 
 def provide_libraries(folder: Path, cuda: bool) -> None:
-    """Give a tree the libraries of its sources: this tree's, those of an earlier build, or a new build in place."""
+    """Give a tree the libraries of its sources: this tree's, or a build in place; none where this tree has none."""
     ours = _built(ROOT)
-    if not ours:
-        return  # this tree runs as Python alone, and so does the other
-    key = native_digest(folder)
-    if key == native_digest(ROOT):
-        _copy(ours, folder)
-        return
-    store = CACHE / f"{key}{'-cuda' * cuda}" / "resfuse"
-    if not store.is_dir():
+    if ours and native_digest(folder) == native_digest(ROOT):
+        for path in ours:
+            shutil.copy2(path, folder / "resfuse")
+    elif ours:
         say("The C++ and CUDA sources differ: building BASE (minutes; once)")
         environment = os.environ | ({} if cuda else {"RESFUSE_SKIP_CUDA_BUILD": "1", "FORCE_CUDA": "0"})
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode or not _built(folder):
             raise RuntimeError(f"BASE cannot be built:\n{(done.stdout + done.stderr)[-4000:]}")
-        partial = store.parent.with_name(f"{store.parent.name}.{os.getpid()}")
-        (partial / "resfuse").mkdir(parents=True)
-        _copy(_built(folder), partial)
-        with contextlib.suppress(OSError):  # another process may have been first
-            partial.rename(store.parent)
-        return
-    _copy(sorted(store.iterdir()), folder)
 
 
 def native_digest(folder: Path) -> str:
     """Hash of everything that the libraries of a tree depend on."""
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]}".encode())
+    digest = hashlib.sha256()
     for name in NATIVE:
         start = folder / name
         for path in sorted(start.rglob("*")) if start.is_dir() else [start]:
@@ -143,36 +132,28 @@ def _built(folder: Path) -> list[Path]:
     return [*libraries, *(folder / "resfuse").glob("_build_info.json")] if libraries else []
 
 
-def _copy(files: Sequence[Path], folder: Path) -> None:
-    for path in files:
-        shutil.copy2(path, folder / "resfuse" / path.name)
-
-
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
 
 
 def compare_models(sides: dict[str, Worker], args: argparse.Namespace) -> Iterator[Ratio]:
     """Steps of models, after a check of both sides against float64."""
-    for mode in args.mode:
-        for batch in args.batch:
-            for case in models.cases(args.model, batch, args.size):
-                for dtype in args.dtype:
-                    setting = Setting(mode, DTYPES[dtype], args.device, args.threads)
-                    workload = make_workload(case, setting)
-                    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-                        torch.save(workload, file.name)
-                        for name, side in sides.items():
-                            errors = side.ask("prepare", Path(file.name), timeout=TIMEOUT)
-                            if complaint := workload.complaint(errors):
-                                raise RuntimeError(f"{name}, {case.name}: {complaint}")
+    for mode, batch, dtype in itertools.product(args.mode, args.batch, args.dtype):
+        setting = Setting(mode, DTYPES[dtype], args.device, args.threads)
+        for case in models.cases(args.model, batch, args.size):
+            workload = make_workload(case, setting)
+            with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+                torch.save(workload, file.name)
+                for name, side in sides.items():
+                    errors = side.ask("prepare", Path(file.name), timeout=TIMEOUT)
+                    if complaint := workload.complaint(errors):
+                        raise RuntimeError(f"{name}, {case.name}: {complaint}")
 
-                    def turn(side: Worker) -> float:
-                        times = side.ask("turn", 0.0 if args.quick else 0.25, timeout=TIMEOUT)
-                        return statistics.median(times["time"])
+            def turn(side: Worker) -> float:
+                times = side.ask("turn", 0.0 if args.quick else 0.25, timeout=TIMEOUT)
+                return statistics.median(times["time"])
 
-                    title = f"{case.name}, {mode}, {dtype_name(setting.dtype)}, {case.shape}"
-                    yield _rounds(title, sides, args.rounds, turn)
+            yield _rounds(f"{case.name}, {mode}, {dtype}, {case.shape}", sides, args.rounds, turn)
 
 
 def compare_overhead(sides: dict[str, Worker], args: argparse.Namespace) -> Iterator[Ratio]:
@@ -206,25 +187,17 @@ def line(found: Ratio) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 where something is slower by more than --fail-over; 2 where BASE cannot be compared with."""
     args = _parse(argv)
-    # `finally` clauses remove the worktree on these too; a shell may have set Ctrl-C to be ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     slower = []
     try:
-        with (
-            checked_out(args.base, args.device.startswith("cuda")) as (folder, commit),
-            contextlib.ExitStack() as stack,
-        ):
+        folder, commit = checked_out(args.base, args.device.startswith("cuda"))
+        trees = {"base": folder, "this": ROOT}
+        with contextlib.ExitStack() as stack:
             threads = 1 if args.overhead else args.threads
-            sides = {
-                name: stack.enter_context(Worker("resfuse", tree, threads))
-                for name, tree in (("base", folder), ("this", ROOT))
-            }
+            sides = {name: stack.enter_context(Worker("resfuse", tree, threads)) for name, tree in trees.items()}
             for name, side in sides.items():
                 found = side.ask("versions", timeout=TIMEOUT)
-                expected = (folder if name == "base" else ROOT) / "resfuse"
-                if Path(found["path"]).resolve() != expected.resolve():
-                    raise RuntimeError(f"{name}: expected {expected}, imported {found['path']}")
+                if Path(found["path"]).parent.resolve() != trees[name].resolve():
+                    raise RuntimeError(f"{name}: expected {trees[name]}, imported {found['path']}")
                 say(f"{name}: {commit if name == 'base' else 'this tree'}, backends {', '.join(found['backends'])}")
             say(f"{'':<48} {'base ms':>10} {'this ms':>10} {'ratio':>7} and 95 % interval; below 1 is faster")
             for one in (compare_overhead if args.overhead else compare_models)(sides, args):

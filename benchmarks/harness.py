@@ -306,16 +306,17 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{op}", description=module.__doc__.splitlines()[0])
     add = parser.add_argument
     add("--mode", nargs="+", choices=MODES[op], default=["inference"], help="default %(default)s")
-    add("--model", nargs="+", metavar="NAME", help="networks: torchvision's, or cifar_resnet20 and so on")
-    add("--batch", nargs="+", type=_count, metavar="N", help="batch sizes")
+    add("--model", nargs="+", metavar="NAME", default=["resnet50"], help="torchvision's, or cifar_resnet20 and so on")
+    add("--batch", nargs="+", type=_count, metavar="N", default=[128 if gpu else 8], help="default %(default)s")
     add("--size", type=_count, metavar="N", help="height and width of the images (default: the network's own)")
     add("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16" if gpu else "float32"])
-    add("--provider", nargs="+", choices=list(PROVIDERS), metavar="NAME", help=f"of {', '.join(PROVIDERS)}")
+    add("--provider", nargs="+", choices=list(PROVIDERS), metavar="NAME", default=DEFAULT, help=", ".join(PROVIDERS))
     add("--case", default="", metavar="TEXT", help="only the cases with this in their name")
-    add("--rounds", type=_count, help="turns of each provider")
-    add("--turn", type=float, metavar="SECONDS", help="a turn lasts at least")
-    add("--warmup", type=float, metavar="SECONDS", help="a turn that does not count, for each provider")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a provider's preparation or turn")
+    add("--rounds", type=_count, default=20, help="turns of each provider (default %(default)s)")
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
+    add("--turn", **seconds, default=0.25 if op == "models" else 0.03, help="a turn lasts at least")
+    add("--warmup", **seconds, default=1.0, help="a turn that does not count, for each provider")
+    add("--timeout", **seconds, default=600.0, help="for a provider's preparation or turn")
     add("--graph", action=argparse.BooleanOptionalAction, help="time replays of CUDA graphs too (default: on a GPU)")
     add("--threads", type=_count, default=torch.get_num_threads(), metavar="N", help="on the CPU (default %(default)s)")
     add("--device", default="cuda" if gpu else "cpu", help="default %(default)s")
@@ -323,20 +324,15 @@ def _parse(op: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="leave out the cases that the file has of this commit and machine")
     add("--limit", type=float, default=math.inf, metavar="SECONDS", help="end before that; --resume goes on")
     add("--quick", action="store_true", help="few small cases and rounds: a trial, not a measurement")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(
+            provider=QUICK, rounds=2, turn=0.0, warmup=0.0, model=["cifar_resnet20"], batch=[2], size=32
+        )
     args = parser.parse_args(argv)
     on_gpu = args.device.startswith("cuda")
     if args.graph and not on_gpu:
         parser.error("argument --graph: CUDA graphs need a GPU")
     args.graph = on_gpu if args.graph is None else args.graph
-    args.provider = args.provider or (QUICK if args.quick else DEFAULT)
-    args.rounds = args.rounds or (2 if args.quick else 20)
-    short = {"models": 0.25, "quick": 0.0}.get("quick" if args.quick else op, 0.03)
-    args.turn = short if args.turn is None else args.turn
-    args.warmup = (0.0 if args.quick else 1.0) if args.warmup is None else args.warmup
-    args.model = args.model or (["cifar_resnet20"] if args.quick else ["resnet50"])
-    args.batch = args.batch or ([2] if args.quick else [128 if gpu else 8])
-    if args.quick:
-        args.size = args.size or 32
     try:
         found = [case for batch in args.batch for case in module.cases(args.model, batch, args.size)]
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -116,31 +117,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=results.RESULTS, metavar="DIR", help="where memory.csv is (default %(default)s)")
     args = parser.parse_args(argv)
     conditions = results.conditions(args.device, torch.get_num_threads())
-    for name in args.model:
-        for dtype in args.dtype:
-            setting = Setting("train", DTYPES[dtype], args.device, torch.get_num_threads())
-            rows, table = [], {}
-            for provider in args.provider:
-                fixed, per_image = kept(name, provider, DTYPES[dtype], args.size)
-                line = {"kept MB per image": per_image / 1e6}
-                for batch in args.batch:
-                    case = models.cases([name], batch, args.size)[0]._replace(op="memory")
-                    quantities = {"saved_bytes": fixed + batch * per_image}
+    for name, dtype in itertools.product(args.model, args.dtype):
+        setting = Setting("train", DTYPES[dtype], args.device, torch.get_num_threads())
+        rows, table = [], {}
+        for provider in args.provider:
+            fixed, per_image = kept(name, provider, DTYPES[dtype], args.size)
+            line = table[report.label(provider)] = {"kept MB per image": per_image / 1e6}
+            for batch in args.batch:
+                quantities = {"saved_bytes": fixed + batch * per_image}
+                try:
                     if args.peak:
-                        try:
-                            peak = in_a_process(measured_peak, name, provider, batch, setting, args.size)
-                        except Exception as error:  # too large a batch must not lose the others
-                            say(f"{name}, {provider}, batch {batch}: {type(error).__name__}: {error}".splitlines()[0])
-                        else:
-                            quantities["peak_memory"] = peak
-                            line[f"peak GB, batch {batch}"] = peak / 1e9
-                    rows += [
-                        results.row(case, setting, provider, key, "B", [value]) for key, value in quantities.items()
-                    ]
-                table[report.label(provider)] = line
-            results.update(args.output / "memory.csv", [row | conditions for row in rows])
-            say(f"{name}, training step, {dtype}")
-            say(pd.DataFrame(table).to_string(float_format=lambda value: f"{value:.4g}"))
+                        peak = in_a_process(measured_peak, name, provider, batch, setting, args.size)
+                        quantities["peak_memory"], line[f"peak GB, batch {batch}"] = peak, peak / 1e9
+                except Exception as error:  # too large a batch must not lose the others
+                    say(f"{name}, {provider}, batch {batch}: {type(error).__name__}: {error}".splitlines()[0])
+                case = models.cases([name], batch, args.size)[0]._replace(op="memory")
+                rows += [results.row(case, setting, provider, key, "B", [value]) for key, value in quantities.items()]
+        results.update(args.output / "memory.csv", [row | conditions for row in rows])
+        say(f"{name}, training step, {dtype}")
+        say(pd.DataFrame(table).to_string(float_format=lambda value: f"{value:.4g}"))
     return 0
 
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import dataclasses
 import functools
 import importlib.util
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -125,9 +123,7 @@ def layout_for(version: str, images: Tensor) -> Tensor:
     return images if version == EAGER else images.contiguous(memory_format=torch.channels_last)
 
 
-def interleave(
-    calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, advance: Callable[[], object]
-) -> dict[str, list[float]]:
+def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each call, which take turns, so that a disturbance hits all of them; the first round is a warm-up.
 
     At least three rounds are timed, and none begins after `BUDGET`.
@@ -141,9 +137,7 @@ def interleave(
             started = time.perf_counter()
             call()
             synchronize(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-            advance()
+            seconds[name] += [time.perf_counter() - started] * (turn > 0)
     return seconds
 
 
@@ -164,7 +158,7 @@ def set_threads(requested: int | None, step: Callable[[], object], device: torch
     times = {}
     for count in sorted({1, THREADS}, reverse=True):
         torch.set_num_threads(count)
-        times[count] = statistics.median(interleave({"": step}, 5, device, lambda: None)[""])
+        times[count] = statistics.median(interleave({"": step}, 5, device)[""])
     fastest = sorted(times, key=times.__getitem__)
     listed = ", ".join(f"{times[count] * 1e3:.1f} ms on {count}" for count in fastest)
     console.print(f"Threads: {fastest[0]} (one step of eager: {listed}; --threads sets the number)")
@@ -219,47 +213,29 @@ def network(blocks: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-@dataclasses.dataclass
 class Training:
     """The training of one version of the network."""
 
-    name: str
-    model: nn.Module
-    seconds: float = 0.0
-    images: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """The mean loss of each epoch."""
+    def __init__(self, name: str, model: nn.Module, total_steps: int) -> None:
+        self.name, self.model = name, model.train()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.2, total_steps=total_steps)
+        self.seconds, self.images = 0.0, 0
+        self.losses: list[float] = []
+        """The mean loss of each epoch."""
 
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
-
-
-def steps(training: Training, images: Tensor, labels: Tensor, epochs: int) -> Iterator[float]:
-    """Train; yields the mean loss of the epoch so far after each batch."""
-    count = len(labels) // BATCH
-    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=epochs * count)
-    training.model.train()
-    for epoch in range(epochs):
-        total = 0.0
-        # The order depends on the epoch alone, so every version sees the same batches.  A smaller last batch is left
-        # out: its batch statistics would be unlike all others.
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
-        for index, batch in enumerate(order[: count * BATCH].to(images.device).split(BATCH)):
-            started = time.perf_counter()
-            loss = F.cross_entropy(training.model(images[batch]), labels[batch])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            synchronize(images.device)
-            training.seconds += time.perf_counter() - started
-            training.images += len(batch)
-            total += loss.item()
-            if index == count - 1:
-                training.losses.append(total / count)
-            yield total / (index + 1)
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """The loss of a batch."""
+        started = time.perf_counter()
+        loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        synchronize(images.device)
+        self.seconds += time.perf_counter() - started
+        self.images += len(labels)
+        return loss.item()
 
 
 def train(device: torch.device, options: argparse.Namespace, console: Console) -> tuple[list[Training], list[Any]]:
@@ -269,23 +245,27 @@ def train(device: torch.device, options: argparse.Namespace, console: Console) -
     trial, noise = network(blocks).to(device), torch.rand(BATCH, 1, 16, 16, device=device)
     threads = set_threads(options.threads, lambda: trial(noise).square().mean().backward(), device, console)
     images, labels, test_images, test_labels = load_digits(device)
+    count = len(labels) // BATCH  # a smaller last batch is left out: its statistics would be unlike all others
     torch.manual_seed(0)
     models = versions(network(blocks).to(device), console)
-    trainings = [Training(name, model) for name, model in models.items()]
+    trainings = [Training(name, model, epochs * count) for name, model in models.items()]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("epoch {task.fields[epoch]:2d}  loss {task.fields[loss]:.4f}  {task.fields[speed]:5.0f} images/s"),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        count = len(labels) // BATCH
         fields: dict[str, Any] = {"epoch": 0, "loss": math.nan, "speed": 0.0}
         tasks = [progress.add_task(training.name, total=epochs * count, **fields) for training in trainings]
-        runs = [steps(training, images, labels, epochs) for training in trainings]
         for epoch in range(epochs):
-            for task, training, run in zip(tasks, trainings, runs, strict=True):
-                for loss in itertools.islice(run, count):
-                    progress.update(task, advance=1, epoch=epoch + 1, loss=loss, speed=training.images_per_second)
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch)).to(device)
+            for task, training in zip(tasks, trainings, strict=True):
+                total = 0.0
+                for index, batch in enumerate(order[: count * BATCH].split(BATCH), 1):
+                    total += training.step(images[batch], labels[batch])
+                    speed = training.images / training.seconds
+                    progress.update(task, advance=1, epoch=epoch + 1, loss=total / index, speed=speed)
+                training.losses.append(total / count)
     table = table_of(
         "version", "test\naccuracy", "same class\nas eager", "training\ntime", "images/s", "against\neager"
     )
@@ -295,11 +275,10 @@ def train(device: torch.device, options: argparse.Namespace, console: Console) -
     for training, found in zip(trainings, classes, strict=True):
         accuracy = (found == test_labels).float().mean().item()
         same = f"{int((found == classes[0]).sum())} of {len(found)}"
-        speed, ratio = training.images_per_second, trainings[0].seconds / training.seconds
-        table.add_row(
-            training.name, f"{accuracy:.1%}", same, f"{training.seconds:.1f} s", f"{speed:.0f}", f"{ratio:.2f}x"
-        )
-        values = {"test_accuracy": accuracy, "training_seconds": training.seconds, "training_images_per_second": speed}
+        seconds, speed = training.seconds, training.images / training.seconds
+        ratio = f"{trainings[0].seconds / seconds:.2f}x"
+        table.add_row(training.name, f"{accuracy:.1%}", same, f"{seconds:.1f} s", f"{speed:.0f}", ratio)
+        values = {"test_accuracy": accuracy, "training_seconds": seconds, "training_images_per_second": speed}
         rows += [("digits", training.name, BATCH, name, f"{value:.6g}", threads) for name, value in values.items()]
     console.print(table)
     return trainings, rows
@@ -356,14 +335,12 @@ def infer(device: torch.device, options: argparse.Namespace, console: Console) -
     outputs = {name: version(layout_for(name, images)) for name, version in models.items()}
     console.print(comparison_table(outputs, copy.deepcopy(model).double()(images.double())))
     timings: Timings = {}
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-    with Progress(*columns, console=console, expand=True) as progress, torch.inference_mode():
+    with torch.inference_mode():
         for batch, count in rounds.items():
             inputs = photographs(batch, size).to(device)
             calls = {name: functools.partial(version, layout_for(name, inputs)) for name, version in models.items()}
-            task = progress.add_task(f"timing, batch {batch:2d}", total=len(calls) * (count + 1))
-            timings[batch] = interleave(calls, count, device, functools.partial(progress.advance, task))
-            progress.update(task, total=progress.tasks[task].completed)
+            with console.status(f"timing, batch {batch}"):
+                timings[batch] = interleave(calls, count, device)
     counts = ", ".join(f"{len(group[EAGER])} at batch {batch}" for batch, group in timings.items())
     table = table_of(
         "batch", "version", "ms", "p20-p80", "images/s", "against\neager", "against\nch._last",
@@ -375,8 +352,8 @@ def infer(device: torch.device, options: argparse.Namespace, console: Console) -
     for batch, group in timings.items():
         medians = {name: statistics.median(seconds) for name, seconds in group.items()}
         for name, seconds in group.items():
-            ordered, median, speed = sorted(seconds), medians[name], batch / medians[name]
-            low, high = ordered[int(0.2 * len(ordered))], ordered[int(0.8 * len(ordered))]
+            median, speed = medians[name], batch / medians[name]
+            low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive")
             table.add_row(
                 str(batch) if name == EAGER else "", name, f"{median * 1e3:.1f}", f"{low * 1e3:.0f}-{high * 1e3:.0f}",
                 f"{speed:.1f}", *(f"{medians[base] / median:.2f}x" for base in (EAGER, CHANNELS_LAST)),
@@ -412,7 +389,7 @@ def plot(path: Path, trainings: Sequence[Training], timings: Timings, conditions
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for training in trainings:
-        times = [training.seconds * (index + 1) / len(training.losses) for index in range(len(training.losses))]
+        times = [training.seconds * (i + 1) / len(training.losses) for i in range(len(training.losses))]
         left.plot(times, training.losses, label=training.name, color=COLORS[training.name], marker="o", markersize=3)
     left.set(
         title="Digits: a small ResNet, trained", xlabel="training time in seconds", ylabel="mean loss of the epoch"

@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torchvision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -424,11 +423,7 @@ def finish_epoch(training: Training, val: DataLoader[Any], seconds: float, conso
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
         writer.writerows(training.history)
-    table = Table()
-    for name in row:
-        table.add_column(name, justify="right")
-    table.add_row(*(str(value) if isinstance(value, int) else f"{value:.4f}" for value in row.values()))
-    console.print(table)
+    console.print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ Only the standard library is imported here: a summary comes back even where resf
 built or installed; the compiled libraries lie in the tree, and Python and torch are the machine's own.
 
 OUT has state.json (how each command ended), summary.txt and files.tar.gz (everything that the pieces wrote).  They are
-renewed while pieces run, and the same command goes on from them, on the same machine or on another.
+renewed after each command, and the same call goes on from them, on the same machine or on another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,6 @@ RESERVE = 25.0
 """Seconds that are kept for the report, the files and the end of processes."""
 GRACE = 10.0
 """Seconds that a command has after Ctrl-C before it is killed."""
-PACK_EVERY = 30.0
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 STATE, SUMMARY, ARCHIVE = "state.json", "summary.txt", "files.tar.gz"
 LONGEST = 40
@@ -62,6 +60,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
     """The commands of each piece; `quick` rehearses them with the smallest arguments that run the same code."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     bench = words("--output {work}/results --resume --limit {limit} --device {device}")
     peers = words("--provider eager_channels_last inductor inductor_max_autotune cudnn_aten tensorrt resfuse")
     few = words("--provider eager_channels_last resfuse resfuse_cuda resfuse_triton")
@@ -76,10 +75,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         modes = words(f"benchmarks.{name} --mode inference full --batch {2 if quick else 128}")
         return Command(name, (*modes, *few, *bench), 2.5, 0.7, resumes=True)
 
-    hardware = test_file("test_cuda_hardware.py") if device == "cuda" else test_file("test_contract.py")
-    suite = (
-        [hardware] if quick else [f"tests/{name}" for name in ("ops", "backends") if (ROOT / "tests" / name).is_dir()]
-    )
+    hardware = "tests/backends/test_cuda_hardware.py" if device == "cuda" else "tests/ops/test_contract.py"
     return {
         "check": [
             Command("libraries", ("resfuse._extension",), 1),
@@ -102,7 +98,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
             Command("overhead", words("benchmarks.overhead --output {work}/results --device {device}")
                     + (("--quick",) if quick else ()), 1.5),
         ],
-        "suite": [tests("suite", suite or ["tests"], 6)],
+        "suite": [tests("suite", [hardware] if quick else ["tests/ops", "tests/backends"], 6)],
         "tune": [
             Command(kind, words(f"resfuse tune --model cifar_resnet --kind {kind} --batch 2 --dry-run" if quick else
                                 f"resfuse tune --model resnet50 --kind {kind} --batch {batch} --candidates 6"
@@ -110,7 +106,8 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
             for kind, batch in (("forward", 128), ("train", 256))
         ],
         "sanitize": [
-            Command(f"{tool} {backend}", (sanitized(), backend, "bfloat16"), 2, 1.0, program=sanitizer(tool))
+            Command(f"{tool} {backend}", ("tests.emulator.cases", backend, "bfloat16"), 2, 1.0,
+                    program=(sanitizer, "--tool", tool, "--error-exitcode", "99"))
             for backend in ("cuda", "triton") for tool in SANITIZERS
         ] if device == "cuda" else [],
         "memory": [
@@ -125,29 +122,12 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
 
 def tests(name: str, paths: Sequence[str], minutes: float) -> Command:
     """pytest over paths, by several processes and with a limit per test where the machine has the plugins."""
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={{work}}/{name}.xml"]
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(max(1, min(14, len(os.sched_getaffinity(0)) - 2))), "--dist", "worksteal"]
     if importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "90"]
     return Command(name, ("pytest", *options, *paths), minutes, 1.0)
-
-
-def test_file(name: str) -> str:
-    """The path of a test file, wherever it lies below tests/."""
-    found = sorted((ROOT / "tests").rglob(name))
-    return str(found[0].relative_to(ROOT)) if found else f"tests/{name}"
-
-
-def sanitized() -> str:
-    """The module whose problems compute-sanitizer watches."""
-    return test_file("sanitized.py").removesuffix(".py").replace("/", ".")
-
-
-def sanitizer(tool: str) -> tuple[str, ...]:
-    """The command line of compute-sanitizer up to the program that it watches."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    return program, "--tool", tool, "--error-exitcode", "99"
 
 
 def sources() -> str:
@@ -175,7 +155,6 @@ class Run:
             if (archive := self.output / ARCHIVE).is_file():
                 with tarfile.open(archive) as packed:
                     packed.extractall(self.work, filter="data")
-        self._packed = 0.0
         digest = sources()
         if self.state.pop("sources", digest) != digest:
             print("The sources have changed since: what was tested is tested again")
@@ -208,7 +187,7 @@ class Run:
         begun = time.monotonic()
         status = self._wait(line, log, limit, bool(command.program))
         seconds = round(time.monotonic() - begun, 1)
-        tail = log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+        tail = log.read_text(errors="replace")[-4000:] if log.is_file() else ""
         unfinished = (status is None and command.resumes) or "The time is up" in tail
         found = "unfinished" if unfinished else "done" if status == 0 else "failed"
         entry = {"status": found, "exit": status, "seconds": seconds, "tail": tail}
@@ -232,33 +211,26 @@ class Run:
             except OSError as error:
                 output.write(str(error).encode())
                 return 127
-        stop, interrupted = time.monotonic() + limit, False
         try:
-            while process.poll() is None and time.monotonic() < stop + GRACE:
-                if time.monotonic() > stop and not interrupted:
-                    interrupted = True
-                    _signal(process, signal.SIGINT)
-                if time.monotonic() - self._packed > PACK_EVERY:
-                    self.pack()
-                time.sleep(0.2)
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            return None
         finally:
             _signal(process, signal.SIGKILL)
             process.wait()
-        return None if interrupted else process.returncode
+        return process.returncode
 
     def save(self) -> None:
-        """Write state, summary and archive."""
+        """Write state, summary, and the archive of everything that the pieces wrote."""
         (self.output / STATE).write_text(json.dumps({"sources": self._sources, **self.state}, indent=1) + "\n")
         (self.output / SUMMARY).write_text("\n".join(self.summary()) + "\n")
-        self.pack()
-
-    def pack(self) -> None:
-        """Write the archive of everything that the pieces wrote."""
         partial = self.output / f"{ARCHIVE}.tmp"
-        with tarfile.open(partial, "w:gz") as packed, contextlib.suppress(FileNotFoundError):
+        with tarfile.open(partial, "w:gz") as packed:
             packed.add(self.work, ".")
         partial.replace(self.output / ARCHIVE)
-        self._packed = time.monotonic()
 
     def summary(self) -> list[str]:
         """At most 40 lines: how each piece ended, the tests that failed, the last lines of what else failed."""
@@ -268,34 +240,18 @@ class Run:
             states = [known.get(command.name, {}).get("status", "left") for command in commands]
             seconds = sum(entry["seconds"] for entry in known.values())
             found.append(f"{piece:<9} {', '.join(dict.fromkeys(states)) or 'nothing to do'} ({seconds:.0f} s)")
-            for name, entry in known.items():
+            for command in commands:
+                entry = known.get(command.name, {"status": "left"})
+                lines = [line.strip() for line in entry.get("tail", "").splitlines() if line.strip()]
                 if entry["status"] == "failed":
                     how = "its time was over" if entry["exit"] is None else f"exit status {entry['exit']}"
-                    last = [line.strip() for line in entry["tail"].splitlines() if line.strip()][-2:]
-                    found.append(f"  {name}: {how}: {' | '.join(last)}"[:240])
-            found += self._failures(piece)
+                    found.append(f"  {command.name}: {how}: {' | '.join(lines[-2:])}"[:240])
+                elif command.arguments[0] == "pytest":
+                    found += [f"  {line}" for line in lines[-1:]]
+                found += [f"  {line}"[:200] for line in lines if line.startswith(("FAILED ", "ERROR "))][:10]
         if len(found) > LONGEST:
             found = [*found[: LONGEST - 1], f"... {len(found) - LONGEST + 1} more lines: see {STATE}"]
         return found
-
-    def _failures(self, piece: str) -> list[str]:
-        """The tests of a piece that failed, from pytest's report."""
-        report = self.work / f"{piece}.xml"
-        if piece not in self.state or not report.is_file():
-            return []
-        try:
-            cases = list(ElementTree.parse(report).iter("testcase"))
-        except ElementTree.ParseError:
-            return [f"  {report.name} is incomplete"]
-        bad = [
-            (case, case.find(kind)) for kind in ("failure", "error") for case in cases if case.find(kind) is not None
-        ]
-        skipped = sum(case.find("skipped") is not None for case in cases)
-        lines = [f"  {len(cases) - len(bad) - skipped} passed, {len(bad)} failed, {skipped} skipped"]
-        for case, how in bad[:10]:
-            message = (how.get("message") or "").splitlines() if how is not None else []
-            lines.append(f"  {case.get('classname')}::{case.get('name')}: {(message or [''])[0]}"[:200])
-        return lines
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

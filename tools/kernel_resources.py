@@ -7,8 +7,6 @@ generation.  `cuda` reads the installed library `resfuse/_cuda.abi3.so`.  Neithe
 from __future__ import annotations
 
 import argparse
-import csv
-import functools
 import itertools
 import multiprocessing
 import os
@@ -16,27 +14,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from resfuse import _build, models
-from resfuse.backends.triton import INTERPRETED, config
-from resfuse.backends.triton.config import A100, H100, ConvConfig, ConvProblem, DeviceProperties, Precision
+from resfuse import _build
+from resfuse.backends.triton import INTERPRETED
+from resfuse.backends.triton.config import A100, H100, ConvConfig, ConvProblem, DeviceProperties
+from resfuse.cli import tune
 from resfuse.types import BatchNorm, Convolution
 from tools import cubin
 
 RESULTS = Path("benchmarks/results")
 LIBRARY = Path(_build.__file__).with_name("_cuda.abi3.so")
-NETWORKS = {
-    "resnet18": (models.resnet18, 224),
-    "resnet50": (models.resnet50, 224),
-    "cifar_resnet": (functools.partial(models.cifar_resnet, 20, shortcut="B"), 32),
-}
+NETWORKS = ("resnet18", "resnet50", "cifar_resnet")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 BATCHES = tuple(2**exponent for exponent in range(10))
 B200 = DeviceProperties("NVIDIA B200", (10, 0), 148, 232448)
@@ -55,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     triton = commands.add_parser("triton", help="compile the Triton kernels")
     add = triton.add_argument
-    add("--network", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS))
+    add("--network", nargs="+", choices=NETWORKS, default=NETWORKS)
     add("--arch", type=int, nargs="+", choices=tuple(DEVICES), default=list(DEVICES))
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bfloat16"])
     add("--batch", type=int, nargs="+", default=list(BATCHES), metavar="N", help="default 1 2 4 ... 512")
@@ -76,60 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = cuda_rows(args.library) if args.command == "cuda" else triton_rows(args)
     errors = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
-    _print_summary(rows)
     for row in errors:
         print(f"sm_{row['arch']} {row['kernel']}, {row['layer']}: {row['error']}", file=sys.stderr)
     path = args.output or RESULTS / args.command / "resources.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(path, rows)
     print(f"{len(rows)} kernels, a row each in {path}; {len(errors)} could not be compiled")
     return 1 if errors else 0
 
 
-def _print_summary(rows: Sequence[Row]) -> None:
-    """The most that any layer needs, a line per architecture, kernel and variant."""
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The CSV, and in print the most that any layer needs, a line per architecture, kernel and variant."""
+    import pandas as pd
 
-    def variant(row: Row) -> tuple[int, str, str]:
-        return row["arch"], row["kernel"], row["variant"]
-
-    print(f"{'kernel':>60} {'registers':>10} {'spill':>6} {'shared':>7} {'blocks':>6}")
-    for (arch, kernel, name), found in itertools.groupby(sorted(rows, key=variant), key=variant):
-        group = list(found)
-        registers, spill, shared = (max(row[column] for row in group) for column in ("registers", "spill", "shared"))
-        blocks = min(row["blocks"] for row in group)
-        print(f"{f'sm_{arch} {kernel} {name}':>60} {registers:10} {spill:6} {shared:7} {blocks:6}")
+    frame = pd.DataFrame(rows)
+    frame.to_csv(path, index=False, lineterminator="\n")
+    if rows:
+        needs = {"registers": "max", "spill": "max", "shared": "max", "blocks": "min"}
+        print(frame.groupby(["arch", "kernel", "variant"]).agg(needs).to_string())
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
-
-
-class _Convolutions(TorchDispatchMode):
-    """Records the shapes and settings of all convolutions inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[tuple[torch.Size, torch.Size, Convolution], None] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution.default:
-            pairs = map(tuple, args[3:6])
-            self.found[args[0].shape, args[1].shape, Convolution(*pairs, args[8])] = None
-        return func(*args, **(kwargs or {}))
-
-
-def problems(network: str, batches: Iterable[int], dtype: str) -> list[ConvProblem]:
-    """The convolutions of a network, inference first."""
-    make, size = NETWORKS[network]
-    with torch.device("meta"), torch.no_grad(), _Convolutions() as mode:
-        make().eval()(torch.empty(1, 3, size, size))
-    precision: Precision = "tf32" if dtype == "tf32" else "ieee"
-    return [
-        ConvProblem(kind, DTYPES[dtype], n, x[2], x[3], x[1], w[0], w[2], w[3], *convolution, precision)
-        for n, kind, (x, w, convolution) in itertools.product(batches, config.KINDS, mode.found)
-    ]
 
 
 def convolution_specs(problem: ConvProblem, device: DeviceProperties) -> list[Any]:
@@ -213,14 +174,14 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
     """(layer, kernel, bound of its shared memory) of everything asked for."""
     from resfuse.backends.triton import plan
 
-    device = DEVICES[arch]
-    for problem in dict.fromkeys(p for network in args.network for p in problems(network, args.batch, dtype)):
-        p, tiled = problem, plan.tile_problem(problem)
-        layer = f"{p.kind} {p.n}x{p.h}x{p.w}x{p.c} > {p.k}, {p.r}x{p.s} /{p.stride[0]} {dtype}"
-        for spec in convolution_specs(problem, device):
+    device, precision = DEVICES[arch], "tf32" if dtype == "tf32" else "ieee"
+    layers = (p for network in args.network for p in tune.layer_problems(network, args.batch, DTYPES[dtype]))
+    for p in dict.fromkeys(layer._replace(precision=precision) for layer in layers):
+        tiled = plan.tile_problem(p)
+        for spec in convolution_specs(p, device):
             tile = spec.constants["CONV"][13:16]
             bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
-            yield layer, spec, bound
+            yield tune.describe(p), spec, bound
         if p.kind == "forward" and dtype != "tf32" and not args.convolutions:
             for memory_format in (torch.channels_last, torch.contiguous_format):
                 x = torch.empty((p.n, p.k, p.oh, p.ow), dtype=p.dtype, device="meta", memory_format=memory_format)

@@ -24,11 +24,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
-from resfuse.contract import Deviation
 from resfuse.nn.batch_norm import batch_norm_kind
 from resfuse.surgery import FuseReport
 from tools import model_equality
-from tools.model_equality import Comparison, Evaluate
+from tools.model_equality import Evaluate
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 PACKAGES = ("torchvision", "timm")
@@ -214,41 +213,34 @@ def equality(patterns: Sequence[str], output: Path | None) -> int:
     if not chosen:
         print(f"no model has {' or '.join(patterns)} in its name")
         return 1
-    found: list[tuple[Entry, Comparison]] = []
+    rows: list[dict[str, Any]] = []
     problems: list[str] = []
     started = time.perf_counter()
     for entry in chosen:
         try:
             for comparison in model_equality.compare(entry.build, entry.evaluate):
-                found.append((entry, comparison))
                 title = f"{entry} ({comparison.calls} fused calls), {comparison.mode}"
                 print(f"{title:<72} {comparison.worst.used:4.0%} used, {comparison.worst.quantity}", flush=True)
                 problems += [f"{title}: {one}" for one in comparison.deviations if one.violated]
+                case = {"family": entry.family, "model": entry.name, "mode": comparison.mode}
+                case |= {"fused_calls": comparison.calls, "flipped_signs": comparison.flips}
+                for one in comparison.deviations:
+                    numbers = {name: f"{getattr(one, name):.3g}" for name in NUMBERS}
+                    rows.append({**case, "quantity": one.quantity, **numbers})
         except Exception as error:  # the other models are still compared
             problems.append(f"{entry} failed: {type(error).__name__}: {error}".partition("\n")[0])
-    if output is not None:
-        write_csv(output, found)
+    if output is not None and rows:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
         print(f"Wrote {output}")
     for problem in problems:
         print(problem)
     outcome = "All keep the contract." if not problems else f"{len(problems)} violations and failures."
     print(f"{len(chosen)} models compared in {time.perf_counter() - started:.0f} s. {outcome}")
     return 1 if problems else 0
-
-
-def write_csv(path: Path, found: Sequence[tuple[Entry, Comparison]]) -> None:
-    """One line per model, mode and quantity."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("family", "model", "mode", "fused_calls", "flipped_signs", "quantity", *NUMBERS))
-        for entry, (mode, calls, flips, deviations) in found:
-            for one in deviations:
-                writer.writerow((entry.family, entry.name, mode, calls, flips, one.quantity, *numbers(one)))
-
-
-def numbers(deviation: Deviation) -> list[str]:
-    return [f"{getattr(deviation, name):.3g}" for name in NUMBERS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,52 +18,46 @@ LEAST_HOP = {LL: 1e-6, SIMPLE: 3e-6}  # of a ring across nodes
 TREE = 0.92  # the bandwidth of a tree, of a ring's
 FIRST_BUCKET, BUCKET = 1 << 20, 25 << 20  # bytes at which DDP closes its buckets
 IMAGES, EPOCHS, JPEG = 1_281_167, 90, 147_897_477_120 / 1_281_167  # of ImageNet
+GPUS_PER_NODE = 8
+NODE, NETWORK = 0.8 * 450e9, 0.8 * 50e9  # B/s out of one GPU within a node, and out of its network adapter
 
 
-class Cluster(NamedTuple):
-    """Nodes of `size` GPUs; B/s out of one GPU within a node, and out of its network adapter."""
-
-    size: int = 8
-    node: float = 0.8 * 450e9
-    network: float = 0.8 * 50e9
-
-    def bandwidth(self, gpus: int) -> float:
-        """B/s of a ring; with several nodes there are as many rings as a node has adapters."""
-        return self.node if gpus <= self.size else min(self.node, self.size * self.network)
-
-    def ring_latency(self, steps: int, between: int, gpus: int, protocol: tuple[float, ...]) -> float:
-        """Seconds of `steps` hops, of which `between` go from node to node."""
-        hop = protocol[1] if gpus <= self.size else max(protocol[1], LEAST_HOP[protocol])
-        return (steps - between) * hop + between * protocol[2]
+def bandwidth(gpus: int) -> float:
+    """B/s of a ring; with several nodes there are as many rings as a node has adapters."""
+    return NODE if gpus <= GPUS_PER_NODE else min(NODE, GPUS_PER_NODE * NETWORK)
 
 
-def all_reduce(size: float, gpus: int, cluster: Cluster) -> float:
+def ring_latency(steps: int, between: int, gpus: int, protocol: tuple[float, ...]) -> float:
+    """Seconds of `steps` hops, of which `between` go from node to node."""
+    hop = protocol[1] if gpus <= GPUS_PER_NODE else max(protocol[1], LEAST_HOP[protocol])
+    return (steps - between) * hop + between * protocol[2]
+
+
+def all_reduce(size: float, gpus: int) -> float:
     """Seconds to sum `size` bytes over GPUs, by the quickest of ring and tree and of two protocols."""
     if gpus == 1:
         return 0.0
-    nodes, bandwidth, found = -(-gpus // cluster.size), cluster.bandwidth(gpus), []
+    nodes, found = -(-gpus // GPUS_PER_NODE), []
     for protocol in (LL, SIMPLE):
         base, node_hop, _, tree_hop, share = protocol
-        ring = cluster.ring_latency(2 * (gpus - 1), 2 * nodes if nodes > 1 else 0, gpus, protocol)
-        tree = 2 * ((min(gpus, cluster.size) - 1) * node_hop + math.ceil(math.log2(nodes)) * tree_hop)
-        found += [
-            base + ring + 2 * (gpus - 1) / gpus * size / (share * bandwidth),
-            base + tree + 2 * size / (share * TREE * bandwidth),
-        ]
+        rate = share * bandwidth(gpus)
+        ring = ring_latency(2 * (gpus - 1), 2 * nodes if nodes > 1 else 0, gpus, protocol)
+        tree = 2 * ((min(gpus, GPUS_PER_NODE) - 1) * node_hop + math.ceil(math.log2(nodes)) * tree_hop)
+        found += [base + ring + 2 * (gpus - 1) / gpus * size / rate, base + tree + 2 * size / (TREE * rate)]
     return min(found)
 
 
-def all_gather(size: float, gpus: int, cluster: Cluster) -> float:
+def all_gather(size: float, gpus: int) -> float:
     """Seconds until each GPU has `size` bytes of each: a ring of n - 1 steps."""
-    between = -(-gpus // cluster.size) - 1
+    between = -(-gpus // GPUS_PER_NODE) - 1
     return min(
-        protocol[0] + cluster.ring_latency(gpus - 1, between, gpus, protocol)
-        + (gpus - 1) * size / (protocol[4] * cluster.bandwidth(gpus))
+        protocol[0] + ring_latency(gpus - 1, between, gpus, protocol)
+        + (gpus - 1) * size / (protocol[4] * bandwidth(gpus))
         for protocol in (LL, SIMPLE)
     )  # fmt: skip
 
 
-def exposed(model: nn.Module, backward: float, gpus: int, cluster: Cluster) -> tuple[float, float]:
+def exposed(model: nn.Module, backward: float, gpus: int) -> tuple[float, float]:
     """(seconds of all all-reduces, seconds of them after the end of backward).
 
     Gradients get ready in the reverse order of the layers, each layer taking its part of backward by FLOPs, and DDP
@@ -80,17 +73,17 @@ def exposed(model: nn.Module, backward: float, gpus: int, cluster: Cluster) -> t
     for index, (work, nbytes) in enumerate(reversed(gradients)):
         now, size = now + backward * work / total, size + nbytes
         if size >= limit or index == len(gradients) - 1:
-            seconds = all_reduce(size, gpus, cluster)
+            seconds = all_reduce(size, gpus)
             communication, end = communication + seconds, max(end, now) + seconds
             size, limit = 0, BUCKET
     return communication, max(0.0, end - backward) if gpus > 1 else 0.0
 
 
-def sync_bn(channels: Sequence[int], gpus: int, cluster: Cluster) -> float:
+def sync_bn(channels: Sequence[int], gpus: int) -> float:
     """Seconds of synchronised batch norm: per layer an all-gather of 2C + 1 float32 values and an all-reduce of 2C."""
     if gpus == 1:
         return 0.0
-    return sum(all_gather(4 * (2 * c + 1), gpus, cluster) + all_reduce(8 * c, gpus, cluster) for c in channels)
+    return sum(all_gather(4 * (2 * c + 1), gpus) + all_reduce(8 * c, gpus) for c in channels)
 
 
 def resnet50() -> nn.Module:
@@ -118,13 +111,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 1024], help="default %(default)s")
     parser.add_argument("--sync-bn", type=int, default=1, metavar="GPUS", help="that share batch statistics")
     args = parser.parse_args()
-    model, cluster = resnet50(), Cluster()
+    model = resnet50()
     channels = [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     print("| GPUs | reduce | exposed | SyncBN | step | effic. | k img/s | GB/s | min |")
     for gpus in args.gpus:
         # Backward is two thirds of a step: two products for each of forward's.
-        communication, after = exposed(model, args.step_time * 2 / 3, gpus, cluster)
-        synced = sync_bn(channels, min(gpus, args.sync_bn), cluster)
+        communication, after = exposed(model, args.step_time * 2 / 3, gpus)
+        synced = sync_bn(channels, min(gpus, args.sync_bn))
         total = args.step_time + after + synced
         images = gpus * args.batch / total
         cells = [*(f"{1e3 * value:.2f}" for value in (communication, after, synced, total))]

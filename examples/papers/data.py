@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from examples import demo
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """Normalised images (N, C, H, W) and their classes (N,)."""
 
     name: str
@@ -33,9 +32,8 @@ class Images:
 
     def limited(self, count: int | None) -> Images:
         """The first `count` images of each part."""
-        parts = {field: getattr(self, field)[:count] for field in ("train_images", "train_labels")}
-        parts |= {field: getattr(self, field)[:count] for field in ("test_images", "test_labels")}
-        return dataclasses.replace(self, **parts)
+        parts = [tensor[:count] for tensor in self[1:5]]
+        return Images(self.name, *parts, self.augmented)
 
 
 def load(cifar10: Path | None, device: torch.device) -> Images:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
 import torch
 from rich import box
 from rich.console import Console
@@ -24,18 +24,9 @@ from examples.papers.training import Run, sample, train_all
 
 Build = Callable[..., nn.Module]
 Measure = Callable[[nn.Module, Tensor, Tensor], list[float]]
+Row = tuple[str, int, int, str, float]
+"""Network, seed, epoch or layer (from 1), quantity and value: a line of the CSV."""
 COLORS = ("#1b6ca8", "#d9622b", "#6aa84f", "#8e63b0", "#b58900", "#7f7f7f")
-
-
-class Value(NamedTuple):
-    """One line of the CSV."""
-
-    network: str
-    seed: int
-    position: int
-    """The epoch, or the layer."""
-    quantity: str
-    value: float
 
 
 class Panel(NamedTuple):
@@ -78,23 +69,29 @@ class Experiment(NamedTuple):
             for name, build in self.networks(depth).items()
             for seed in range(options.seeds)
         ]
-        values = self._measured(self.before, runs, images)
+        rows = self._measured(self.before, runs, images)
         train_all(runs, images, options.epochs, options.learning_rate, console)
         show_results(runs, console)
-        values += curves(runs) + self._measured(self.after, runs, images)
-        facts = conditions(options, images)
+        rows += curves(runs) + self._measured(self.after, runs, images)
+        facts = {
+            "data": images.name, "epochs": options.epochs, "width": options.width,
+            "learning_rate": options.learning_rate, "device": options.device,
+            "torch": torch.__version__, "resfuse": resfuse.__version__,
+        }  # fmt: skip
+        values = pd.DataFrame(rows, columns=["network", "seed", "position", "quantity", "value"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(path.with_suffix(".csv"), values, facts)
+        table = values.assign(**facts)
+        table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g", na_rep="nan")
         plot(path.with_suffix(".png"), values, facts, self.panels)
         console.print(f"Wrote {path}.csv and .png")
 
     @staticmethod
-    def _measured(measures: Mapping[str, Measure], runs: Sequence[Run], images: data.Images) -> list[Value]:
+    def _measured(measures: Mapping[str, Measure], runs: Sequence[Run], images: data.Images) -> list[Row]:
         return [
-            Value(run.network, run.seed, i + 1, quantity, value)
+            (run.network, run.seed, i, quantity, value)
             for run in runs
             for quantity, measure in measures.items()
-            for i, value in enumerate(measure(run.model or run.make(images.device), *sample(images, 512)))
+            for i, value in enumerate(measure(run.model or run.make(images.device), *sample(images, 512)), 1)
         ]
 
 
@@ -116,45 +113,27 @@ def parser(description: str, experiments: Mapping[str, Experiment]) -> argparse.
     return found
 
 
-def conditions(arguments: argparse.Namespace, images: data.Images) -> dict[str, object]:
-    """Conditions of the figures, for the CSV and the plot."""
-    return {
-        "data": images.name,
-        "epochs": arguments.epochs,
-        "width": arguments.width,
-        "learning_rate": arguments.learning_rate,
-        "device": arguments.device,
-        "torch": torch.__version__,
-        "resfuse": resfuse.__version__,
-    }
-
-
-def curves(runs: Iterable[Run]) -> list[Value]:
+def curves(runs: Iterable[Run]) -> list[Row]:
     """Loss and errors of every epoch."""
-    values = []
-    for run in runs:
-        for index, epoch in enumerate(run.epochs):
-            for quantity in ("train_loss", "train_error", "test_error"):
-                values.append(Value(run.network, run.seed, index + 1, quantity, getattr(epoch, quantity)))
-    return values
+    return [
+        (run.network, run.seed, index, quantity, value)
+        for run in runs
+        for index, epoch in enumerate(run.epochs, 1)
+        for quantity, value in epoch._asdict().items()
+    ]
 
 
-def write_csv(path: Path, values: Iterable[Value], facts: dict[str, object]) -> None:
-    """One line per value."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow((*Value._fields, *facts))
-        writer.writerows((*value[:-1], f"{value.value:.6g}", *facts.values()) for value in values)
+def plot(path: Path, values: pd.DataFrame, facts: Mapping[str, object], panels: Sequence[Panel]) -> None:
+    """The diagrams side by side, and the conditions below: the means over seeds, in the range that they span.
 
-
-def plot(path: Path, values: Sequence[Value], facts: dict[str, object], panels: Sequence[Panel]) -> None:
-    """The diagrams side by side, and the conditions below; a color for each kind, a line style for each depth."""
+    Each kind of network has its color, each depth its line style.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    networks = list(dict.fromkeys(value.network for value in values))
+    networks = list(dict.fromkeys(values["network"]))
     kinds, depths = (list(dict.fromkeys(re.sub(part, "", name) for name in networks)) for part in (r"\d+", r"\D+"))
     size = {"figsize": (5.2 * len(panels), 4.2), "layout": "constrained"}
     same_scale = len({panel.ylabel or panel.title for panel in panels}) == 1
@@ -163,8 +142,11 @@ def plot(path: Path, values: Sequence[Value], facts: dict[str, object], panels: 
         one.spines[["top", "right"]].set_visible(False)
         for name in (name for name in networks if name.startswith(panel.only)):
             kind, depth = kinds.index(re.sub(r"\d+", "", name)), depths.index(re.sub(r"\D+", "", name))
-            style = {"color": COLORS[kind % len(COLORS)], "linestyle": ("-", "--", ":")[depth % 3]}
-            plot_mean(one, values, name, panel.quantity, label=name, **style)
+            color = COLORS[kind % len(COLORS)]
+            found = values[(values["network"] == name) & (values["quantity"] == panel.quantity)]
+            seeds = found.groupby("position")["value"].agg(["mean", "min", "max"])
+            one.plot(seeds.index, seeds["mean"], label=name, color=color, linestyle=("-", "--", ":")[depth % 3])
+            one.fill_between(seeds.index, seeds["min"], seeds["max"], color=color, alpha=0.15, linewidth=0)
         one.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, yscale=panel.yscale)
         if panel.top is not None:
             one.set_ylim(0, panel.top)
@@ -172,20 +154,6 @@ def plot(path: Path, values: Sequence[Value], facts: dict[str, object], panels: 
     figure.supxlabel(", ".join(f"{name} {value}" for name, value in facts.items()), fontsize=7, color="#777777")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def plot_mean(axes: Any, values: Iterable[Value], network: str, quantity: str, **style: Any) -> None:
-    """A line through the means over seeds, in the middle of the range that the seeds span."""
-    by_position: dict[int, list[float]] = {}
-    for value in values:
-        if value.network == network and value.quantity == quantity:
-            by_position.setdefault(value.position, []).append(value.value)
-    positions = sorted(by_position)
-    means = [statistics.fmean(by_position[position]) for position in positions]
-    axes.plot(positions, means, **style)
-    if any(len(group) > 1 for group in by_position.values()):
-        low, high = ([pick(by_position[position]) for position in positions] for pick in (min, max))
-        axes.fill_between(positions, low, high, color=style.get("color"), alpha=0.15, linewidth=0)
 
 
 def show_results(runs: Sequence[Run], console: Console) -> None:

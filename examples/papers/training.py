@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,7 @@ from examples.papers.data import Images, shifted_and_mirrored
 BATCH = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """The results of an epoch; those of training are means over its batches."""
 
     train_loss: float

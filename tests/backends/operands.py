@@ -1,4 +1,4 @@
-"""Operands for every kernel of the API but the convolutions, and a call of each."""
+"""Operands for every forward kernel and every one of batch norm, and a call of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resfuse.types import BatchNorm
+from tests.contract import RUNNING, Call, Results
 from tests.shapes import LAYOUTS, Shape4, Values, bn_act_call
 
 TWO_PASSES = ("bn_act_forward train", "bn_act_backward train", "bn_act_backward eval", "bn_statistics",
@@ -45,15 +46,34 @@ class Operands:
         k, t = self.kernels, self.tensors
         x, y, dy, weight, bias = t["input"], t["residual"], t["grad_output"], t["weight"], t["bias"]
         mean, invstd = t["running_mean"], t["running_var"]
+        plain = BatchNorm(mean, invstd, None, None, False, 0.1, 1e-5)
         return {
             "add_relu_forward": lambda: k.add_relu_forward(x, y),
             "add_relu_backward": lambda: k.add_relu_backward(dy, y),
             "bn_act_forward train": lambda: self.forward(True),
             "bn_act_forward eval": lambda: self.forward(False),
+            "bn_act_forward plain": lambda: k.bn_act_forward(x, plain, None, False),
             "bn_act_backward train": lambda: self.backward(True),
             "bn_act_backward eval": lambda: self.backward(False),
             "bn_statistics": lambda: k.bn_statistics(x),
             "bn_apply": lambda: k.bn_apply(x, mean, invstd, weight, bias, y, True),
             "bn_backward_reduce": lambda: k.bn_backward_reduce(dy, x, y, mean, invstd),
             "bn_backward_apply": lambda: k.bn_backward_apply(dy, x, y, weight, mean, invstd, mean, bias, 99),
+            "bn_backward_apply frozen": lambda: k.bn_backward_apply(
+                dy, x, None, weight, mean, invstd, mean, bias, None
+            ),
         }
+
+
+def convolved(kernels: Any, call: Call, **options: Any) -> Results:
+    """Everything that conv_bn_act_forward computes; the running statistics in copies."""
+    bn, tensors = call.batch_norm, call.tensors
+    bn = bn._replace(**{name: value.clone() for name in RUNNING if (value := getattr(bn, name)) is not None})
+    output, z, mean, invstd = kernels.conv_bn_act_forward(
+        call.input, tensors["conv_weight"], tensors.get("conv_bias"), call.convolution, bn, tensors.get("residual"),
+        call.options.get("activation") != "identity", **options,
+    )  # fmt: skip
+    if not bn.training:
+        return {"output": output}
+    named = {"output": output, "z": z, "mean": mean, "invstd": invstd, **dict(zip(RUNNING, bn[:2], strict=True))}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -18,7 +18,8 @@ from resfuse import contract
 from resfuse.backends import cuda, cuda_conv, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig, use_config
 from resfuse.types import Convolution as Geometry
-from tests.contract import RUNNING, Call, Results
+from tests.backends.operands import convolved
+from tests.contract import Call, Results
 from tests.emulator import backend as emulator
 from tests.shapes import Convolution, conv_bn_act_call
 
@@ -57,26 +58,12 @@ def problem(conv: Convolution, dtype: torch.dtype, device: str, training: bool =
     return conv_bn_act_call(conv, dtype, device, layout="nhwc", training=training, **options)
 
 
-def run(kernels: Any, call: Call, **options: Any) -> Results:
-    """Everything that conv_bn_act_forward computes; the running statistics in copies."""
-    bn, tensors = call.batch_norm, call.tensors
-    bn = bn._replace(**{name: value.clone() for name in RUNNING if (value := getattr(bn, name)) is not None})
-    output, z, mean, invstd = kernels.conv_bn_act_forward(
-        call.input, tensors["conv_weight"], tensors.get("conv_bias"), call.convolution, bn, tensors.get("residual"),
-        call.options.get("activation") != "identity", **options,
-    )  # fmt: skip
-    if not bn.training:
-        return {"output": output}
-    named = {"output": output, "z": z, "mean": mean, "invstd": invstd, **dict(zip(RUNNING, bn[:2], strict=True))}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
 def check(call: Call, config: ConvConfig | None = None) -> Results:
     """Hold the kernels against the contract, in float64 on the CPU."""
     with use_config(config):
-        found = run(cuda_conv, call)
+        found = convolved(cuda_conv, call)
     there = call.map(lambda tensor: tensor.cpu())
-    eager, truth = run(reference, there), run(reference, call.truth())
+    eager, truth = convolved(reference, there), convolved(reference, call.truth())
     dtype = call.input.dtype
     for name, tensor in found.items():
         deviation = contract.measure(name, tensor.cpu(), eager[name], truth[name], dtype, floor=contract.FLOORS[dtype])
@@ -108,7 +95,7 @@ def test_both_forms_of_training_give_the_same_bits(tile: tuple[int, int], dtype:
         two = check(given, ConvConfig(*tile, launches=2))
         assert same(one, two)
         with use_config(ConvConfig(*tile)):
-            assert same(one, run(cuda_conv, given))
+            assert same(one, convolved(cuda_conv, given))
 
 
 @DEVICE
@@ -118,7 +105,7 @@ def test_more_channels_than_are_resident_take_two_launches(device: str) -> None:
                      training=True)  # fmt: skip
     check(given, ConvConfig(64, 64))
     with use_config(ConvConfig(64, 64, launches=1)), pytest.raises(RuntimeError, match="not all resident"):
-        run(cuda_conv, given)
+        convolved(cuda_conv, given)
 
 
 @DEVICE
@@ -196,12 +183,12 @@ def test_tf32(tile: tuple[int, int], training: bool, device: str, convolutions: 
     given = problem(ODD["3x3"], torch.float32, device, training, residual_layout=None)
     weight = given.tensors["conv_weight"].abs()
     given = given.replace(input=given.input.abs(), conv_weight=weight).with_options(activation="identity")
-    truth = run(reference, given.truth())
+    truth = convolved(reference, given.truth())
     errors = {}
     for precision in ("ieee", "tf32"):
         convolutions.fp32_precision = precision
         with use_config(ConvConfig(*tile)):
-            found = run(cuda_conv, given)
+            found = convolved(cuda_conv, given)
             z = cuda_conv.conv_forward(given.input, weight, None, given.convolution)
         expected = F.conv2d(given.input.cpu().double(), weight.cpu().double(), None, *given.convolution)
         relative = z.cpu().double() / expected - 1
@@ -246,7 +233,7 @@ def test_launches() -> None:
     ):
         given = problem(conv, torch.bfloat16, "cpu", training, conv_bias=True)
         with emulator.launches() as counted, use_config(config):
-            run(cuda_conv, given)
+            convolved(cuda_conv, given)
         assert counted.launches == expected, (conv, config, training)
 
 
@@ -257,7 +244,7 @@ def test_shared_memory_is_read_without_bank_conflicts(tile: tuple[int, int], con
     for dtype, conv in itertools.product((torch.bfloat16, torch.float32), ODD.values()):
         given = problem(conv, dtype, "cpu")
         with emulator.launches() as counted, use_config(ConvConfig(*tile)):
-            run(cuda_conv, given)
+            convolved(cuda_conv, given)
         assert counted.ldmatrix_cycles == counted.ldmatrix_phases > 0
 
 
@@ -268,10 +255,10 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(config: tuple[int, 
     for conv in (Convolution((2, 24, 9, 8), 16, (3, 3), (2, 1), (1, 1)), Convolution((3, 9, 7, 7), 16, (1, 1))):
         given = problem(conv, torch.bfloat16, "cpu", training)
         with use_config(ConvConfig(*config)):
-            expected = run(cuda_conv, given)
+            expected = convolved(cuda_conv, given)
             for seed in (1, 2, 3):
                 with emulator.device(seed=seed):
-                    assert same(run(cuda_conv, given), expected)
+                    assert same(convolved(cuda_conv, given), expected)
 
 
 @EMULATED

@@ -20,8 +20,9 @@ from torch import Tensor
 import resfuse
 from resfuse.backends import cuda_conv, dispatch
 from resfuse.types import Convolution as Geometry
-from tests import contract, sanitized, shapes
+from tests import contract, shapes
 from tests.contract import Call
+from tests.emulator import cases
 from tests.needs import ROOT
 from tests.shapes import Convolution, add_relu_call, bn_act_call, conv_bn_act_call
 from tools import cubin
@@ -98,7 +99,8 @@ def test_compute_sanitizer(tool: str) -> None:
     program = cubin.tool("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in a toolkit")
-    command = [str(program), "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "tests.sanitized", "cuda"]
+    watched = [sys.executable, "-m", cases.__name__, "cuda"]
+    command = [str(program), "--tool", tool, "--error-exitcode", "99", *watched]
     # An allocation of its own per tensor: what lies beyond one then belongs to nobody.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -109,7 +111,7 @@ def test_compute_sanitizer(tool: str) -> None:
 def test_the_program_for_compute_sanitizer_runs(convolutions: Any) -> None:
     if "cuda_emulator" not in shapes.BACKENDS:
         pytest.skip("the emulator is not available")
-    assert sanitized.main("cuda_emulator", [torch.bfloat16]) == 0
+    assert cases.main(["cuda_emulator", "bfloat16"]) == 0
 
 
 # --- graphs, streams, devices ----------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
-"""A comparison of two commits: what the ratios say, and that no worktree stays behind."""
+"""A comparison of two commits: what the ratios say, and the tree of the other commit."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,22 +42,16 @@ def test_ratios_pair_the_rounds(factor: float, verdict: str) -> None:
 
 
 @needs_git
-def test_a_worktree_with_its_libraries_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = worktrees()
+def test_a_commit_is_checked_out_once_with_its_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = {path.name for path in (ROOT / "resfuse").glob("*.so")}
+    monkeypatch.setattr(compare, "CACHE", tmp_path)
     monkeypatch.setattr(compare, "native_digest", lambda folder: "the same")
-    found = []
-
-    def fail() -> None:
-        with compare.checked_out("HEAD", cuda=False) as (folder, commit):
-            assert (folder / "resfuse" / "__init__.py").is_file() and folder.name == commit
-            assert {path.name for path in (folder / "resfuse").glob("*.so")} == built
-            found.append(folder)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert worktrees() == before and not found[0].exists()
+    folder, commit = compare.checked_out("HEAD", cuda=False)
+    assert (folder / "resfuse" / "__init__.py").is_file() and folder.name == commit
+    assert {path.name for path in (folder / "resfuse").glob("*.so")} == built
+    (folder / "mark").touch()
+    assert compare.checked_out("HEAD", cuda=False) == (folder, commit)
+    assert (folder / "mark").exists() and [*tmp_path.iterdir()] == [folder]
 
 
 @needs_git
@@ -90,35 +82,8 @@ COMMAND = [sys.executable, "-W", "ignore", "-m", "benchmarks.compare", "HEAD", *
     [(["--model", "cifar_resnet8", "--mode", "inference", "train", "--batch", "2"], 2), (["--overhead"], 12)],
 )
 def test_head_with_itself(arguments: list[str], lines: int) -> None:
-    before = worktrees()
     done = subprocess.run(
         [*COMMAND, "--rounds", "2", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sum(" [" in line for line in done.stdout.splitlines()) == lines
-    assert worktrees() == before
-
-
-@needs_git
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_no_worktree(number: int) -> None:
-    before = worktrees()
-    command = [*COMMAND, "--rounds", "100000", "--model", "cifar_resnet8", "--batch", "2"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "interval" in line:
-                break
-        time.sleep(1)
-        assert len(worktrees()) == len(before) + 1
-        process.send_signal(number)
-        process.wait(timeout=120)
-    assert process.returncode != 0
-    assert worktrees() == before
-
-
-def worktrees() -> list[str]:
-    """The worktrees of comparisons that there are; other worktrees of the repository do not matter."""
-    done = subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True)
-    return [line for line in done.stdout.splitlines() if "resfuse-compare-" in line]

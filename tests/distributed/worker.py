@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed import ddp, fsdp, sync_models, sync_operator  # noqa: F401  (which register their scenarios)
+from tests.distributed import sync_models, sync_operator, training  # noqa: F401  (which register their scenarios)
 from tests.distributed.scenario import SCENARIOS, rank
 
 

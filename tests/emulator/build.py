@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -49,7 +50,6 @@ class Variant:
 
 # Checks that cost little: runtime/checks.cpp makes them errors of the launch.
 PLAIN = Variant("plain", ("-O1", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"))
-UCONTEXT = dataclasses.replace(PLAIN, name="ucontext", runtime=("-DEMU_UCONTEXT",))
 ASAN = Variant(
     "asan",
     ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
@@ -65,7 +65,7 @@ TSAN = Variant(  # which in GCC does not see a memcpy or memset that is expanded
     "libtsan.so",
 )
 COVERAGE = Variant("coverage", ("-O1", "--coverage", "-fprofile-update=single"), ("--coverage",))
-VARIANTS = {variant.name: variant for variant in (PLAIN, UCONTEXT, ASAN, TSAN, COVERAGE)}
+VARIANTS = {variant.name: variant for variant in (PLAIN, ASAN, TSAN, COVERAGE)}
 
 
 @cache
@@ -73,6 +73,8 @@ def unavailable_reason() -> str | None:
     """Why the emulator cannot be built here, or None."""
     if _build.flag_set(os.environ, "EMU_OFF"):
         return "EMU_OFF is set: what the kernels compute on a CPU is not asked for"
+    if platform.machine() != "x86_64":
+        return "the emulator needs x86-64, in whose assembly it switches stacks"
     compiler = _build.find_compiler(os.environ)
     if compiler is None:
         return "no C++ compiler was found; the emulator needs g++"

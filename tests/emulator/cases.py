@@ -1,142 +1,43 @@
 """Small problems that together take every path of csrc/cuda: what runs under the sanitizers, for coverage, and on
-kernels with planted bugs.  Each compares the emulated kernels with the reference in float64.
+kernels with planted bugs.  Each compares a backend's kernels with the reference in float64.
 
 Bounds are a few roundings of the dtype: the numerical contract, which is stricter, is held by the tests of the
 operators, on problems of more sizes.
+
+`python -m tests.emulator.cases cuda`, or `triton bfloat16`, is what compute-sanitizer watches: no PyTorch kernel of any
+size runs beside ours, for tensors are made and compared on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from resfuse.backends import cuda, cuda_conv, reference
+from resfuse.backends import cuda, cuda_conv, dispatch, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig
-from resfuse.types import BatchNorm
-from tests.shapes import LAYOUTS, Convolution, Values
+from tests.backends.operands import TWO_PASSES, Operands, convolved
+from tests.contract import to_device
+from tests.emulator import backend as emulator
+from tests.shapes import Convolution, conv_bn_act_call, devices_of
 
-Results = Mapping[str, Tensor | None]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EPS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-TF32_EPS = 2.0**-8
-
-
-def cases() -> dict[str, Callable[[], None]]:
-    """By name, such as "conv train bf16 128x64"; each raises an AssertionError where a kernel is wrong."""
-    return {name: case for group in (_add_relu(), _batch_norm(), _convolutions()) for name, case in group}
-
-
-Cases = Iterator[tuple[str, Callable[[], None]]]
-
-
-def _add_relu() -> Cases:
-    for (name, dtype), layout in itertools.product(DTYPES.items(), ("nhwc", "nhwc_misaligned")):
-
-        def case(dtype: torch.dtype = dtype, layout: str = layout) -> None:
-            values = Values(dtype)
-            input, residual, grad = (LAYOUTS[layout](values.normal(3, 7, 9, 11)) for _ in range(3))
-            _compare(
-                {
-                    "output": cuda.add_relu_forward(input, residual),
-                    "grad": cuda.add_relu_backward(grad, input),
-                },
-                {
-                    "output": reference.add_relu_forward(input.double(), residual.double()),
-                    "grad": reference.add_relu_backward(grad.double(), input.double()),
-                },
-                EPS[dtype],
-            )
-
-        yield f"add_relu {name} {layout}", case
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
+EPS = {"fp32": 1e-5, "bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8}
 
 # (N, C, H, W): channels that vectors of 16 bytes divide, and that they do not; more pixels than one step of the blocks.
 ACTIVATIONS = {"vectors": (3, 40, 8, 8), "scalars": (3, 17, 7, 5)}
-
-
-def _batch_norm() -> Cases:
-    shapes = itertools.product(DTYPES.items(), ACTIVATIONS.items(), ("nhwc", "nchw"))
-    for (dtype_name, dtype), (name, shape), layout in shapes:
-        label = f"{dtype_name} {name} {layout}"
-        for launches in (1, 2):
-            yield f"bn train {label} launches={launches}", _bn_train(dtype, shape, layout, launches)
-        yield f"bn eval {label}", _bn_eval(dtype, shape, layout)
-        yield f"bn split {label}", _bn_split(dtype, shape, layout)
-
-
-def _bn_train(dtype: torch.dtype, shape: tuple[int, ...], layout: str, launches: int) -> Callable[[], None]:
-    def case() -> None:
-        input, residual, grad, bn = _activation(dtype, shape, layout)
-        with _form(launches):
-            found = _train(cuda, input, residual, grad, bn)
-        _compare(found, _train(reference, input.double(), residual.double(), grad.double(), _double(bn)), EPS[dtype])
-
-    return case
-
-
-def _train(
-    backend: Any, input: Tensor, residual: Tensor, grad: Tensor, bn: dict[str, Tensor], relu: bool = True
-) -> Results:
-    means, variances = bn["running_mean"].clone(), bn["running_var"].clone()
-    batch_norm = BatchNorm(means, variances, bn["weight"], bn["bias"], True, 0.1, 1e-5)
-    output, mean, invstd = backend.bn_act_forward(input, batch_norm, residual, relu)
-    # The mask comes from the residual, which no rounding moves across zero.
-    mask = residual if relu else None
-    grads = backend.bn_act_backward(grad, input, mask, bn["weight"], mean, invstd, True, True, True)
-    names = ("output", "mean", "invstd", "running_mean", "running_var", "grad_input", "sums", "sum", "grad_residual")
-    return dict(zip(names, (output, mean, invstd, means, variances, *grads), strict=True))
-
-
-def _bn_eval(dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> Callable[[], None]:
-    def case() -> None:
-        input, residual, grad, bn = _activation(dtype, shape, layout)
-
-        def run(backend: Any, input: Tensor, residual: Tensor, grad: Tensor, bn: dict[str, Tensor]) -> Results:
-            mean, var = bn["running_mean"], bn["running_var"]
-            frozen = BatchNorm(mean, var, None, None, False, 0.1, 1e-5)
-            output, _, _ = backend.bn_act_forward(input, frozen, None, False)
-            affine = frozen._replace(weight=bn["weight"], bias=bn["bias"])
-            both, _, _ = backend.bn_act_forward(input, affine, residual, True)
-            grads = backend.bn_act_backward(grad, input, residual, bn["weight"], mean, var, False, True, True)
-            return dict(zip(("output", "both", "dx", "dw", "db", "dr"), (output, both, *grads), strict=True))
-
-        expected = run(reference, input.double(), residual.double(), grad.double(), _double(bn))
-        _compare(run(cuda, input, residual, grad, bn), expected, EPS[dtype])
-
-    return case
-
-
-def _bn_split(dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> Callable[[], None]:
-    def case() -> None:
-        input, residual, grad, bn = _activation(dtype, shape, layout)
-
-        def run(backend: Any, input: Tensor, residual: Tensor, grad: Tensor, bn: dict[str, Tensor]) -> Results:
-            weight, mean, invstd = bn["weight"], bn["running_mean"], bn["running_var"]
-            found = dict(zip(("mean", "m2"), backend.bn_statistics(input), strict=True))
-            found["output"] = backend.bn_apply(input, mean, invstd, weight, bn["bias"], residual, True)
-            sums = backend.bn_backward_reduce(grad, input, residual, mean, invstd)
-            count = input.numel() // input.shape[1]
-            found["frozen"] = backend.bn_backward_apply(grad, input, None, weight, mean, invstd, *sums[:2], None)
-            found["grad_input"] = backend.bn_backward_apply(
-                grad, input, residual, weight, mean, invstd, bn["bias"], mean, count
-            )
-            return found | dict(zip(("sum", "sums", "masked"), sums, strict=True))
-
-        expected = run(reference, input.double(), residual.double(), grad.double(), _double(bn))
-        _compare(run(cuda, input, residual, grad, bn), expected, EPS[dtype])
-
-    return case
-
-
 # Several tiles in M of each size and nothing that fills one; nine steps of the main loop, so that every slot of shared
 # memory is filled again.
 CONV = Convolution((2, 32, 12, 9), 72, (3, 3), padding=(1, 1))
+FEW_PIXELS = Convolution((1, 32, 5, 4), 16, (3, 3), padding=(1, 1))
 SMALL = {
     "1x1": Convolution((2, 24, 7, 9), 16, (1, 1), (2, 1)),
     "channels": Convolution((2, 9, 5, 6), 11, (3, 3), (2, 2), (1, 1)),
@@ -145,84 +46,115 @@ SMALL = {
     "groups": Convolution((1, 16, 5, 5), 32, (3, 3), padding=(1, 1), groups=2),
 }
 
-
-def _convolutions() -> Cases:
-    for name in ("bf16", "fp16", "fp32", "tf32"):
-        for tile in TILES:
-            label = f"{name} {tile[0]}x{tile[1]}"
-            yield f"conv train {label}", _conv(name, CONV, True, ConvConfig(*tile, launches=1))
-            yield f"conv eval {label}", _conv(name, CONV, False, ConvConfig(*tile))
-        yield f"conv train {name} launches=2", _conv(name, CONV, True, ConvConfig(64, 64, launches=2))
-        for launches in (1, 2):
-            few = Convolution((1, 32, 5, 4), 16, (3, 3), padding=(1, 1))
-            config = ConvConfig(64, 64, 3, launches)
-            yield f"conv splits {name} launches={launches}", _conv(name, few, False, config)
-        for label, conv in SMALL.items():
-            for training in (False, True):
-                mode = "train" if training else "eval"
-                yield f"conv {mode} {name} {label}", _conv(name, conv, training, ConvConfig(64, 64))
+Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
-def _conv(name: str, conv: Convolution, training: bool, config: ConvConfig) -> Callable[[], None]:
+def cases(backend: str, dtypes: Collection[str]) -> Cases:
+    """(name, case), such as "conv train bf16 128x64"; a case raises an AssertionError where a kernel is wrong.
+
+    Those that differ in csrc's own settings alone are left out for Triton.
+    """
+    kernels, device = dispatch.backend(backend), devices_of(backend)[0]
+    for dtype in (name for name, dtype in DTYPES.items() if str(dtype)[6:] in dtypes):
+        if dtype != "tf32":
+            yield from _pointwise(kernels, device, dtype)
+        for label, *problem in _convolutions():
+            if backend != "triton" or label.rpartition(" ")[2] in (*SMALL, "64x64"):
+                yield f"conv {label.format(dtype)}", _conv(kernels, device, dtype, *problem)
+
+
+def _pointwise(kernels: Any, device: str, dtype: str) -> Cases:
+    for (label, shape), layout in itertools.product(ACTIVATIONS.items(), ("nhwc", "nchw", "nhwc_misaligned")):
+        ours, truth = (Operands(module, shape, DTYPES[dtype], "cpu", layout) for module in (kernels, reference))
+        ours.tensors = {name: to_device(tensor, device) for name, tensor in ours.tensors.items()}
+        truth.tensors = {name: tensor.double() for name, tensor in truth.tensors.items()}
+        expected = truth.calls()
+        for name, call in ours.calls().items():
+            for launches in (1, 2) if name in TWO_PASSES else (0,):
+
+                def case(call: Any = call, expected: Any = expected[name], launches: int = launches) -> None:
+                    with mock.patch.object(cuda, "_launches", launches):
+                        _compare(_named(call()), _named(expected()), EPS[dtype])
+
+                yield f"{name} {dtype} {label} {layout}" + f" launches={launches}" * (launches > 0), case
+
+
+def _convolutions() -> Iterator[tuple[str, Convolution, bool, ConvConfig]]:
+    """(label, where {} is the dtype, convolution, training, configuration)."""
+    for m, n in TILES:
+        yield f"train {{}} {m}x{n}", CONV, True, ConvConfig(m, n, launches=1)
+        yield f"eval {{}} {m}x{n}", CONV, False, ConvConfig(m, n)
+    yield "train {} launches=2", CONV, True, ConvConfig(64, 64, launches=2)
+    for launches in (1, 2):
+        yield f"splits {{}} launches={launches}", FEW_PIXELS, False, ConvConfig(64, 64, 3, launches)
+    for (label, conv), (mode, training) in itertools.product(SMALL.items(), (("eval", False), ("train", True))):
+        yield f"{mode} {{}} {label}", conv, training, ConvConfig(64, 64)
+
+
+def _conv(
+    kernels: Any, device: str, dtype: str, conv: Convolution, training: bool, config: ConvConfig
+) -> Callable[[], None]:
     def case() -> None:
-        dtype = DTYPES.get(name, torch.float32)
-        values = Values(dtype)
-        scale = (conv.weight[1] * conv.weight[2] * conv.weight[3]) ** -0.5
-        input, residual = LAYOUTS["nhwc"](values.normal(*conv.input)), LAYOUTS["nhwc"](values.normal(*conv.output))
-        weight, bn = LAYOUTS["nhwc"](values.normal(*conv.weight, scale=scale)), values.batch_norm(conv.channels)
-        bias = values.normal(conv.channels, dtype=torch.float32)
-
-        def run(backend: Any, cast: Callable[[Tensor], Tensor]) -> Results:
-            running = {key: cast(bn[key].clone()) for key in ("running_mean", "running_var")}
-            affine = cast(bn["weight"]), cast(bn["bias"])
-            output, z, mean, invstd = backend.conv_bn_act_forward(
-                cast(input), cast(weight), cast(bias), conv.settings,
-                BatchNorm(*running.values(), *affine, training, 0.1, 1e-5), cast(residual), True,
-            )  # fmt: skip
-            return {"output": output, "z": z, "mean": mean, "invstd": invstd, **running}
-
-        with cuda_conv.use_config(config), _tf32(name == "tf32"):
-            found = run(cuda, lambda tensor: tensor)
-        _compare(found, run(reference, Tensor.double), TF32_EPS if name == "tf32" else EPS[dtype])
+        options: Any = {"layout": "nhwc", "residual_layout": "nhwc", "conv_bias": True, "training": training}
+        call = conv_bn_act_call(conv, DTYPES[dtype], **options)
+        with cuda_conv.use_config(config), fp32_precision("tf32" if dtype == "tf32" else "ieee"):
+            found = convolved(kernels, call.map(lambda tensor: to_device(tensor, device)))
+        _compare(found, convolved(reference, call.truth()), EPS[dtype])
 
     return case
 
 
 @contextlib.contextmanager
-def _form(launches: int) -> Iterator[None]:
-    """Batch norm in so many launches."""
-    before, cuda._launches = cuda._launches, launches
-    yield
-    cuda._launches = before
+def fp32_precision(value: str) -> Iterator[Any]:
+    """Torch's switch for TF32, with a value of its `fp32_precision`; a test may set others."""
+    switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, switch.fp32_precision = switch.fp32_precision, value
+    try:
+        yield switch
+    finally:
+        switch.fp32_precision = before
 
 
-@contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    switch: Any = torch.backends.cudnn.conv
-    before, switch.fp32_precision = switch.fp32_precision, "tf32" if on else "ieee"
-    yield
-    switch.fp32_precision = before
+def _named(results: Tensor | tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    results = (results,) if isinstance(results, Tensor) else results
+    return {f"result_{number}": tensor for number, tensor in enumerate(results)}
 
 
-def _activation(
-    dtype: torch.dtype, shape: tuple[int, ...], layout: str
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Input, residual, gradient of the output, and batch norm's vectors."""
-    values = Values(dtype)
-    input, residual, grad = (LAYOUTS[layout](values.normal(*shape, mean=0.5)) for _ in range(3))
-    return input, residual, grad, values.batch_norm(shape[1])
-
-
-def _double(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def _compare(found: Results, expected: Results, eps: float) -> None:
+def _compare(found: Any, expected: Any, eps: float) -> None:
     for name, tensor in expected.items():
         other = found[name]
         assert (tensor is None) == (other is None), name
         if tensor is None or other is None:
             continue
-        error = (other.double() - tensor).abs() / (tensor.abs() + tensor.abs().mean() + 1e-3)
+        error = (other.cpu().double() - tensor).abs() / (tensor.abs() + tensor.abs().mean() + 1e-3)
         worst = error.max().item() if not error.isnan().any() else float("nan")
         assert worst <= 2 * eps, f"{name}: {worst:.2e} of {2 * eps:.2e}, {int((error > 2 * eps).sum())} elements"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a case failed, or none has the name; 2 where the backend does not run here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backend", nargs="?", default="cuda_emulator")
+    parser.add_argument("dtype", nargs="*", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("-k", dest="match", default="", help="only cases with this in their name")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="of the emulator; 0 runs all in order")
+    args = parser.parse_args(argv)
+    reason = dispatch.backend(args.backend).unavailable_reason()
+    if reason is not None:
+        print(reason)
+        return 2
+    found = [(name, case) for name, case in cases(args.backend, args.dtype) if args.match in name]
+    failed, start = 0, time.perf_counter()
+    for seed, (name, case) in itertools.product(args.seed, found):
+        try:
+            with emulator.device(seed=seed) if args.backend == "cuda_emulator" else contextlib.nullcontext():
+                case()
+        except (AssertionError, RuntimeError) as error:
+            failed += 1
+            print(f"FAILED {name} (seed {seed}): {error}", flush=True)
+    print(f"{len(args.seed) * len(found)} cases, {failed} failed, {time.perf_counter() - start:.1f} s")
+    return int(failed > 0 or not found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

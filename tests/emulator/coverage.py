@@ -24,7 +24,7 @@ def measure() -> Lines:
     library = build.library(build.COVERAGE)
     counts: Lines = collections.defaultdict(dict)
     with tempfile.TemporaryDirectory() as scratch:
-        done = run(build.COVERAGE, library, [0, 1], environment={"GCOV_PREFIX": scratch})
+        done = run(build.COVERAGE, library, "--seed", "0", "1", environment={"GCOV_PREFIX": scratch})
         if done.returncode != 0:
             raise RuntimeError(done.stdout + done.stderr)
         for data in Path(scratch).rglob("*.gcda"):
@@ -41,20 +41,16 @@ def measure() -> Lines:
     return dict(sorted(counts.items()))
 
 
-def percent(lines: Lines) -> float:
-    total = sum(map(len, lines.values()))
-    return 100 * sum(count > 0 for file in lines.values() for count in file.values()) / max(total, 1)
-
-
-def table(lines: Lines) -> str:
-    """A row per file, with the lines that never ran."""
-    rows = [f"{'file':36} {'lines':>5} {'run':>5} {'':>6}  not run"]
-    for file, counts in lines.items():
-        missed = sorted(number for number, count in counts.items() if count == 0)
-        ran = len(counts) - len(missed)
-        rows.append(f"{file:36} {len(counts):5} {ran:5} {100 * ran / len(counts):5.1f}%  {', '.join(map(str, missed))}")
-    return "\n".join([*rows, f"{'all':36} {sum(map(len, lines.values())):5} {'':5} {percent(lines):5.1f}%"])
+def report(counts: Lines) -> tuple[float, str]:
+    """(percent of all lines that ran, a row per file with the lines that never ran)."""
+    rows, total, ran = [f"{'file':36} {'lines':>5} {'run':>5}  not run"], 0, 0
+    for file, lines in counts.items():
+        missed = sorted(number for number, count in lines.items() if count == 0)
+        total, ran = total + len(lines), ran + len(lines) - len(missed)
+        rows.append(f"{file:36} {len(lines):5} {len(lines) - len(missed):5}  {', '.join(map(str, missed))}")
+    percent = 100 * ran / max(total, 1)
+    return percent, "\n".join([*rows, f"{percent:.1f} % of {total} lines"])
 
 
 if __name__ == "__main__":
-    print(table(measure()))
+    print(report(measure())[1])

@@ -102,16 +102,6 @@ def test_features(name: str, seed: int) -> None:
     assert out == [1.0] * FEATURES[name] + [0.0] * (OUTPUTS - FEATURES[name])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["votes_and_shuffles", "shared_memory_is_the_blocks_own", "mma_bf16"])
-def test_without_assembly(name: str) -> None:
-    """Processors that have no switch of stacks in assembly use the C library's."""
-    message, out = probe(name, 1, build.UCONTEXT)
-    assert not message
-    assert out.count(1.0) == FEATURES[name]
-    assert "deadlock" in probe("deadlock", 0, build.UCONTEXT)[0]
-
-
 def test_a_seed_is_one_schedule() -> None:
     def order(seed: int) -> list[float]:
         return probe("order_of_warps", seed)[1][:8]

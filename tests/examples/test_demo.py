@@ -57,8 +57,8 @@ def test_bad_options_and_missing_packages(capsys: pytest.CaptureFixture[str], mo
 def test_timing_takes_turns_and_keeps_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     alternatives = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = demo.interleave(alternatives, 2, torch.device("cpu"), lambda: None)
+    seconds = demo.interleave(alternatives, 2, torch.device("cpu"))
     assert calls == ["a", "b"] * 3  # a warm-up and two rounds
     assert [len(seconds[name]) for name in ("a", "b")] == [2, 2]
     monkeypatch.setattr(demo, "BUDGET", 0)
-    assert len(demo.interleave({"a": lambda: None}, 100, torch.device("cpu"), lambda: None)["a"]) == 3
+    assert len(demo.interleave({"a": lambda: None}, 100, torch.device("cpu"))["a"]) == 3

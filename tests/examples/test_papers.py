@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 pytest.importorskip("rich")
+pytest.importorskip("pandas")
 from examples.papers import data, training
 from examples.papers.__main__ import gradient_norms, main, responses
 from resfuse import models as zoo

@@ -8,23 +8,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfuse
 from resfuse.backends import cpu
-from tests.backends.cpu.random_convolutions import Call, check, main
+from tests.backends.cpu.random_convolutions import check, fused, main, random_call
+from tests.contract import EAGER, FUSED, RUNNING, Call, forward
+from tests.shapes import Convolution, conv_bn_act_call
 
 pytestmark = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
 
 ROOT = Path(__file__).parents[3]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
-# (N, C, H, W), K, kernel, stride, padding, dilation, groups
+# (N, C, H, W), filters, kernel, stride, padding, dilation, groups; the same along both axes
 PATHS = {
     "in_place": ((2, 64, 9, 11), 96, 1, 1, 0, 1, 1),
     "in_place_by_rows": ((1, 24, 28, 28), 40, 1, 2, 0, 1, 1),
@@ -48,39 +48,16 @@ PATHS = {
 
 
 def path_call(name: str, dtype: torch.dtype, *, residual: bool = True) -> Call:
-    shape, filters, kernel, stride, padding, dilation, groups = PATHS[name]
-    generator = torch.Generator().manual_seed(len(name))
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    input = randn(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    fan = shape[1] // groups * kernel**2
-    weight = (randn(filters, shape[1] // groups, kernel, kernel) * (2 / fan) ** 0.5).to(dtype)
-    settings: dict[str, Any] = {
-        "stride": (stride,) * 2,
-        "padding": (padding,) * 2,
-        "dilation": (dilation,) * 2,
-        "groups": groups,
-    }
-    output = F.conv2d(input, weight, None, *settings.values())
-    return Call(
-        input,
-        weight.contiguous(memory_format=torch.channels_last),
-        randn(filters) * 0.3,
-        randn(filters).square() + 0.5,
-        randn(filters),
-        randn(filters),
-        {"conv_bias": None, "residual": randn(*output.shape).to(dtype) if residual else None, "activation": "relu",
-         "eps": 1e-5, "pad_residual": False, **settings},
-    )  # fmt: skip
+    shape, filters, kernel, *settings, groups = PATHS[name]
+    conv = Convolution(shape, filters, *((value, value) for value in (kernel, *settings)), groups=groups)
+    return conv_bn_act_call(conv, dtype, layout="nhwc", residual_layout="nhwc" if residual else None, seed=len(name))
 
 
 @DTYPES
 @pytest.mark.parametrize("name", PATHS)
 def test_paths(name: str, dtype: torch.dtype) -> None:
     for residual in (True, False):
-        check(path_call(name, dtype, residual=residual), dtype)
+        check(path_call(name, dtype, residual=residual))
 
 
 @DTYPES
@@ -91,8 +68,7 @@ def test_not_finite(name: str, value: float, dtype: torch.dtype) -> None:
     call = path_call(name, dtype, residual=False)
     call.input[0, 0, 0, 0] = value
     call.input[-1, -1, -1, call.input.shape[3] // 2] = value
-    with torch.no_grad():
-        found, expected = call.fused(), call.eager(torch.float64)
+    found, expected = fused(call), forward(EAGER, call.truth())
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
 
@@ -149,11 +125,9 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dty
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with torch.no_grad():
-                mean, var = call.running_mean.clone(), call.running_var.clone()
-                trained = resfuse.conv_bn_act(
-                    call.input, call.conv_weight, mean, var, call.weight, call.bias, training=True, **call.options
-                )
-                results.append((call.fused(), trained, mean, var))
+                own = call.replace(**{name: call.tensors[name].clone() for name in RUNNING})
+                trained = forward(FUSED, own.with_options(training=True))
+                results.append((fused(call), trained, *(own.tensors[name] for name in RUNNING)))
     finally:
         torch.set_num_threads(before)
     for others in results[1:]:
@@ -164,10 +138,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dty
 def test_float32_weight_with_another_input(dtype: torch.dtype) -> None:
     """Autocast leaves the weight as it is, and nothing rounds it."""
     call = path_call("winograd", dtype, residual=False)
-    call.conv_weight = torch.randn_like(call.conv_weight, dtype=torch.float32) * 0.05
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        found = call.fused()
-    truth = call.eager(torch.float64)
+    call = call.replace(conv_weight=torch.randn_like(call.tensors["conv_weight"], dtype=torch.float32) * 0.05)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = fused(call)
+    truth = forward(EAGER, call.truth())
     assert found.dtype == dtype
     assert (found - truth).norm() / truth.norm() < (3e-3 if dtype == torch.bfloat16 else 1e-6)
 
@@ -192,12 +166,10 @@ ROUTES: dict[str, Callable[[Tensor], object]] = {
 @pytest.mark.parametrize("name", ["winograd", "stem", "depthwise", "few_pixels"])
 def test_edited_weights_are_seen_at_once(name: str, route: str) -> None:
     call = path_call(name, torch.float32)
-    with torch.no_grad():
-        before = call.fused()
-    ROUTES[route](call.conv_weight)
-    check(call, torch.float32)
-    with torch.no_grad():
-        assert not torch.equal(call.fused(), before)
+    before = fused(call)
+    ROUTES[route](call.tensors["conv_weight"])
+    check(call)
+    assert not torch.equal(fused(call), before)
 
 
 def test_loaded_weights_are_seen_at_once() -> None:
@@ -212,10 +184,9 @@ def test_loaded_weights_are_seen_at_once() -> None:
 
 def test_results_can_be_resized() -> None:
     call = path_call("stem", torch.float32, residual=False)
-    with torch.no_grad():
-        output = call.fused()
-        output.resize_(2, *output.shape[1:])
-        output.untyped_storage().resize_(0)
+    output = fused(call)
+    output.resize_(2, *output.shape[1:])
+    output.untyped_storage().resize_(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
@@ -240,8 +211,6 @@ except RuntimeError as error: print(error)
 
 def test_random_calls_differ() -> None:
     """The generator of problems reaches strides, groups and residuals of fewer channels."""
-    from tests.backends.cpu.random_convolutions import random_call
-
     calls = [random_call(random.Random(seed), torch.float32) for seed in range(60)]
     assert len({call.input.stride() for call in calls}) > 30
     assert any(call.options["pad_residual"] for call in calls)

@@ -18,7 +18,7 @@ from resfuse.backends import triton
 from resfuse.backends.triton import launch, plan
 from resfuse.backends.triton.config import H100, ConvConfig
 from resfuse.types import BatchNorm, Convolution
-from tools.kernel_resources import source
+from tools.kernel_resources import pointwise_specs, source
 
 SPLIT = ConvConfig(64, 16, 32, 4, 2, split_k=2)
 # (input, output channels, kernel, stride, configuration)
@@ -50,14 +50,8 @@ def collect() -> list[launch.KernelSpec]:
                     bn = BatchNorm(v, v, v, v, training, 0.1, 1e-5)
                     output, *_ = triton.conv_bn_act_forward(x, weight, v, convolution, bn, None, False)
                     triton.conv_bn_act_forward(x, weight, None, convolution, bn, torch.empty_like(output), True)
-        for shape, memory_format in itertools.product(ACTIVATIONS, (torch.channels_last, torch.contiguous_format)):
-            x, v = meta(*shape, memory_format=memory_format), torch.empty(shape[1], device="meta")
-            triton.add_relu_backward(x, triton.add_relu_forward(x, x))
-            triton.bn_statistics(x)
-            for training in (False, True):
-                triton.bn_act_forward(x, BatchNorm(v, v, v, v, training, 0.1, 1e-5), x, True)
-                triton.bn_act_backward(x, x, x, v, v, v, training, True, True)
-            triton.bn_backward_apply(x, x, x, v, v, v, v, v, 7)
+    for shape, memory_format in itertools.product(ACTIVATIONS, (torch.channels_last, torch.contiguous_format)):
+        specs += pointwise_specs(meta(*shape, memory_format=memory_format), H100)
     return list({str(spec._replace(grid=())): spec for spec in specs}.values())
 
 

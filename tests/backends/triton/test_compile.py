@@ -2,7 +2,7 @@
 
 For sm_90 in bfloat16 one layer is compiled of every configuration that the heuristics choose for ResNet-18, ResNet-50
 and CIFAR ResNets at all batch sizes; for other targets and dtypes, of every configuration of ResNet-50's convolutions
-at batch size 32.  With RESFUSE_TEST_ALL_KERNELS=1 all kernels of all layers are, for hours.
+at batch size 32.
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ SPILL_OF_SEVERAL_TILES = 32
 """In training, where a program merges the statistics of several tiles: 128x128 with 8 warps needs it on sm_90."""
 
 LAYERS = ("--network", "resnet50", "--batch", "32")
-
-for_hours = pytest.mark.skipif(
-    "RESFUSE_TEST_ALL_KERNELS" not in os.environ, reason="RESFUSE_TEST_ALL_KERNELS=1 runs it"
-)
 
 
 def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -114,14 +110,6 @@ def test_one_layer_of_every_configuration(arguments: tuple[str, ...], tmp_path: 
     rows = compiled(tmp_path, "--quick", *arguments)
     assert {row["kernel"] for row in rows} == {*CONVOLUTIONS, *(() if "--convolutions" in arguments else POINTWISE)}
     check(rows)
-
-
-@for_hours
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_every_kernel_of_every_layer(arch: str, dtype: str, tmp_path: Path) -> None:
-    check(compiled(tmp_path, "--arch", arch, "--dtype", dtype))
 
 
 def test_nothing_is_compiled_where_triton_interprets(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -297,37 +297,33 @@ def test_tune_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 class Trials:
     """In place of trials on a GPU: times that follow from the configuration, and configurations that fail."""
 
+    bad: Collection[ConvConfig] = ()
+    interrupted_at: ConvProblem | None = None
+
     def __init__(self) -> None:
         self.tried: list[ConvProblem] = []
-        self.bad: set[ConvConfig] = set()
-        self.interrupted_at: ConvProblem | None = None
 
-    def __call__(self, problem: ConvProblem, device: object = None) -> SimpleNamespace:
+    def __call__(self, problem: ConvProblem, device: object = None) -> Any:
         if problem == self.interrupted_at:
             raise KeyboardInterrupt
         self.tried.append(problem)
+        return self
 
-        def attempt(candidate: ConvConfig) -> float:
-            if candidate in self.bad:
-                raise ArithmeticError("wrong")
-            return self.time(candidate)
-
-        return SimpleNamespace(attempt=attempt)
-
-    @staticmethod
-    def time(candidate: ConvConfig) -> float:
+    def attempt(self, candidate: ConvConfig) -> float:
+        if candidate in self.bad:
+            raise ArithmeticError("wrong")
         return 1000.0 / candidate.block_m + candidate.num_stages
 
     def tune(self, problems: list[ConvProblem], path: Path) -> list[tune.Outcome]:
         outcomes: list[tune.Outcome] = []
         entries = tables.read(path, H100.name) if path.exists() else {}
-        tune.tune(problems, H100, path, entries, self, 8, Console(quiet=True), outcomes.append)  # type: ignore[arg-type]
+        tune.tune(problems, H100, path, entries, self, 8, Console(quiet=True), outcomes.append)
         return outcomes
 
 
 def test_the_fastest_correct_candidate_wins_and_is_used() -> None:
     trials, path = Trials(), tables.user_folder() / tables.file_name(H100.name)
-    fastest = sorted(ranked(LAYER, H100)[:8], key=Trials.time)
+    fastest = sorted(ranked(LAYER, H100)[:8], key=trials.attempt)
     trials.bad = set(fastest[:2])
     (outcome,) = trials.tune([LAYER, LAYER], path)
     assert outcome.best is not None and outcome.best.config == fastest[2]

@@ -21,7 +21,6 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #endif
 
-#ifndef EMU_USES_UCONTEXT
 // swapcontext would do, but makes a system call for the signal mask at every switch.
 extern "C" void emu_switch(void** save, void* load);
 asm(R"(.text
@@ -35,7 +34,6 @@ emu_switch:
   ret
 .size emu_switch,.-emu_switch
 )");
-#endif
 
 namespace emu {
 namespace {
@@ -81,19 +79,11 @@ void create(Fiber& fiber, void (*entry)()) {
   fiber.size = kStackBytes;
   fiber.tsan = spares.back().tsan;
   spares.pop_back();
-#ifdef EMU_USES_UCONTEXT
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, entry, 0);
-#else
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;  // the return address of entry: none, and the end of a backtrace
   *--top = reinterpret_cast<void*>(entry);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
   fiber.stack_pointer = top;
-#endif
 }
 
 void entered() {
@@ -116,11 +106,7 @@ void switch_to(Fiber& from, Fiber& to, [[maybe_unused]] bool final) {
 #ifdef EMU_TSAN
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-#ifdef EMU_USES_UCONTEXT
-  swapcontext(&from.context, &to.context);
-#else
   emu_switch(&from.stack_pointer, to.stack_pointer);
-#endif
 #ifdef EMU_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif

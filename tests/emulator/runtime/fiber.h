@@ -1,19 +1,11 @@
 // A stack of its own to run on: every CUDA thread is one. Switching is explicit, so nothing here is concurrent.
 #pragma once
 #include <cstddef>
-#if !defined(__x86_64__) || defined(EMU_UCONTEXT)
-#define EMU_USES_UCONTEXT
-#include <ucontext.h>
-#endif
 
 namespace emu {
 
 struct Fiber {
-#ifdef EMU_USES_UCONTEXT
-  ucontext_t context;
-#else
   void* stack_pointer = nullptr;
-#endif
   const void* bottom = nullptr;  // of the stack; of an OS thread's, known once it was left
   size_t size = 0;
   void* fake_stack = nullptr;  // ASan's
