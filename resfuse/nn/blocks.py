@@ -7,6 +7,7 @@ block to the next (`resfuse.nn.sequential`), in every block after the first.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -136,11 +137,11 @@ class ResidualBlock(nn.Module):
         self.downsample = downsample
         self.stride = stride
 
+    @abstractmethod
     def _add_layers(
         self, inplanes: int, planes: int, stride: int, groups: int, width: int, dilation: int, norm: NormLayer
     ) -> None:
         """Add convolutions, norms and activation; `width` is `base_width`."""
-        raise NotImplementedError
 
     def zero_init_last(self) -> None:
         """Set the weight of the layer before the addition to zero, so that the block starts as its shortcut.
