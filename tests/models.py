@@ -151,9 +151,9 @@ def block(name: str) -> nn.Module:
     return seeded(lambda: BLOCKS[name][0](**block_options(name)))
 
 
-def block_input(name: str, size: int = 9, batch: int = 2, seed: int = 1) -> Tensor:
+def block_input(name: str, batch: int = 2, seed: int = 1) -> Tensor:
     """An input for it, of an odd size."""
-    return random_input((batch, int(BLOCKS[name][1]["inplanes"]), size, size), seed)  # type: ignore[call-overload]
+    return random_input((batch, int(BLOCKS[name][1]["inplanes"]), 9, 9), seed)  # type: ignore[call-overload]
 
 
 def random_input(shape: tuple[int, ...], seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
