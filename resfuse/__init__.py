@@ -4,7 +4,7 @@ from resfuse import models, nn
 from resfuse.backends.dispatch import available_backends, use_backend
 from resfuse.explain import explain
 from resfuse.functional import add_relu, bn_act, conv_bn_act
-from resfuse.surgery import fuse_, unfuse_
+from resfuse.fuse import fuse_, unfuse_
 
 __version__ = "0.1.0"
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from resfuse.backends import dispatch
 from resfuse.explanation import PYTORCH, Explanation, Layer, Totals
+from resfuse.fuse import fuse_
 from resfuse.roofline import DEVICES, Device, Kernel, kernels, measure_device, named_arguments, processor_name
-from resfuse.surgery import fuse_
 from resfuse.tracing import Call, Input, Run, Tracer, expanded
 from resfuse.types import AbsentDevice, Convolution, Problem
 

@@ -24,8 +24,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
+from resfuse.fuse import FuseReport
 from resfuse.nn.batch_norm import batch_norm_kind
-from resfuse.surgery import FuseReport
 from tools import model_equality
 from tools.model_equality import Evaluate
 

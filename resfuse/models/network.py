@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resfuse.models.stage import Stage
 from resfuse.nn import PlainBlock, Projection, ZeroPadShortcut
-from resfuse.nn.fused_call import bn_act, conv_bn_act
+from resfuse.nn.lazy import call, evaluated, force
 
 
 class Network(nn.Module):
@@ -91,15 +91,16 @@ class Network(nn.Module):
         self.fc = nn.Linear(self.inplanes, num_classes)
         initialize(self, zero_init_residual)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
+    @evaluated
+    def forward(self, x: Tensor) -> Any:
+        x = call(self.relu, call(self.bn1, call(self.conv1, x)))
         if self.maxpool is not None:
-            x = self.maxpool(x)
+            x = call(self.maxpool, x)
         for stage in self.stages:
-            x = getattr(self, stage)(x)
+            x = call(getattr(self, stage), x, last=True)
         if self.bn2 is not None:
-            x = bn_act(self.bn2, x, None, self.relu)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+            x = call(self.relu, call(self.bn2, x))
+        return self.fc(torch.flatten(self.avgpool(force(x)), 1))
 
 
 def make_shortcut(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from resfuse.nn.lazy import evaluated, force
 from resfuse.nn.sequential import FusedSequential, sequential_forward
 
 
@@ -37,19 +39,24 @@ class Stage(FusedSequential):
             raise ValueError(f"checkpoint: expected a number of blocks, 0 for none, got {checkpoint}")
         self.checkpoint = int(checkpoint)
 
-    def forward(self, input: Tensor) -> Tensor:
+    @evaluated
+    def forward(self, input: Tensor) -> Any:
         blocks = list(self._modules.values())
         if not self.checkpoint or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return sequential_forward(blocks, input)
         for start in range(0, len(blocks), self.checkpoint):
             segment = blocks[start : start + self.checkpoint]
             input = run_checkpointed(
-                functools.partial(sequential_forward, segment),
-                input,
+                functools.partial(_run, segment),
+                force(input),
                 use_reentrant=False,
                 context_fn=functools.partial(_contexts, segment),
             )
         return input
+
+
+def _run(blocks: Sequence[nn.Module], input: Tensor) -> Tensor:
+    return force(sequential_forward(blocks, input))
 
 
 def _contexts(blocks: Sequence[nn.Module]) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from resfuse.types import BatchNorm
 
@@ -14,11 +17,11 @@ class BatchNormKind(NamedTuple):
     """Behaviour of a class of batch norm modules."""
 
     frozen: bool = False
-    """Its affine parameters and statistics are buffers that never change (torchvision's FrozenBatchNorm2d)."""
-    activated: bool = False
-    """It applies an activation of its own, the child `act` (after the child `drop`, where there is one)."""
+    """Its affine parameters and statistics are buffers that never change."""
     synchronised: bool = False
     """Its batch statistics are taken over a process group (see `synchronising_group`)."""
+    eps: float | None = None
+    """The constant of a class that has no attribute `eps`."""
 
 
 _KINDS: dict[type[nn.Module], BatchNormKind] = {
@@ -26,28 +29,63 @@ _KINDS: dict[type[nn.Module], BatchNormKind] = {
     nn.SyncBatchNorm: BatchNormKind(synchronised=True),
 }
 
-# Classes of libraries that are not imported here, by module and qualified name.
-_FOREIGN = {
-    ("torchvision.ops.misc", "FrozenBatchNorm2d"): BatchNormKind(frozen=True),
-    ("timm.layers.norm_act", "BatchNormAct2d"): BatchNormKind(activated=True),
-    ("timm.layers.norm_act", "FrozenBatchNormAct2d"): BatchNormKind(frozen=True, activated=True),
-    ("timm.layers.norm_act", "SyncBatchNormAct"): BatchNormKind(activated=True, synchronised=True),
-}
+
+# Other classes that have been looked at.
+_OTHERS: set[type] = set()
 
 
-def register_kind(cls: type[nn.Module], kind: BatchNormKind) -> None:
-    """Declare that instances of exactly this class are batch norms of that kind."""
-    _KINDS[cls] = kind
-
-
-def batch_norm_kind(module: nn.Module) -> BatchNormKind | None:
-    """The kind of a batch norm; None for every other module, including subclasses."""
+def batch_norm_kind(module: Any) -> BatchNormKind | None:
+    """The kind of a batch norm; None for everything else, subclasses included."""
     cls = type(module)
     kind = _KINDS.get(cls)
-    return _FOREIGN.get((cls.__module__, cls.__qualname__)) if kind is None else kind
+    if kind is None and cls not in _OTHERS and not torch.compiler.is_compiling():
+        known = isinstance(module, nn.Module) and not isinstance(module, torch.jit.ScriptModule)
+        kind = _frozen_kind(module) if known else None
+        if kind is None:
+            _OTHERS.add(cls)
+        else:
+            _KINDS[cls] = kind
+    return kind
 
 
-def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
+def _frozen_kind(module: nn.Module) -> BatchNormKind | None:
+    """The kind of a module that computes a frozen batch norm, found out by trying; None for every other one.
+
+    Such classes (torchvision's `FrozenBatchNorm2d`, detectron2's, DETR's) have the buffers `weight`, `bias`,
+    `running_mean` and `running_var`, no parameters and no children, and differ in where their eps comes from.
+    """
+    vectors = {name: module._buffers.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
+    if module._parameters or module._modules or any(vector is None or vector.dim() != 1 for vector in vectors.values()):
+        return None
+    if set(module._buffers) - vectors.keys() - {"num_batches_tracked"} or is_batch_norm_class(type(module)):
+        return None
+    channels = len(vectors["weight"])  # type: ignore[arg-type]
+    trial = copy.copy(module)
+    values = {name: torch.linspace(0.3 + i, 1.7 + i, channels, dtype=torch.float64, device="cpu")
+              for i, name in enumerate(vectors)}  # fmt: skip
+    values["running_var"] = values["running_var"] * 1e-4  # so small that eps shows
+    trial._buffers = {**module._buffers, **values}
+    input = torch.linspace(-2, 2, 2 * channels, dtype=torch.float64, device="cpu").reshape(1, channels, 2, 1)
+    try:
+        with torch.no_grad():
+            output = trial(input)
+    except Exception:
+        return None
+    for eps in (getattr(module, "eps", None), 1e-5, 1e-3):
+        if isinstance(eps, float):
+            expected = F.batch_norm(input, *(values[name] for name in ("running_mean", "running_var", "weight", "bias")),
+                                    False, 0.0, eps)  # fmt: skip
+            if isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
+                return BatchNormKind(frozen=True, eps=None if eps == getattr(module, "eps", None) else eps)
+    return None
+
+
+def is_batch_norm_class(cls: type) -> bool:
+    """True for a 2-D batch norm of PyTorch's and every class derived from one."""
+    return issubclass(cls, (nn.BatchNorm2d, nn.SyncBatchNorm))
+
+
+def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
     """The arguments that `torch.nn.BatchNorm2d.forward` would pass to `F.batch_norm` now.
 
     The batch that is about to run is not yet counted in `num_batches_tracked` (see `count_batch`).
@@ -55,10 +93,15 @@ def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
     Raises:
         KeyError: a parameter or buffer was replaced by something that only the module itself can use.
     """
+    if hides_tensors(bn):
+        raise KeyError("an attribute hides a parameter or buffer")
     buffers = bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
-    if frozen:
-        return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, bn.eps)  # type: ignore[arg-type]
+    if kind.frozen:
+        if mean is None or var is None or buffers["weight"] is None or buffers["bias"] is None:
+            raise KeyError("a buffer was removed")
+        eps = bn.eps if kind.eps is None else kind.eps
+        return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, eps)  # type: ignore[arg-type]
     weight, bias = bn._parameters["weight"], bn._parameters["bias"]
     momentum = bn.momentum
     if not bn.training:
@@ -70,6 +113,12 @@ def read_state(bn: nn.Module, frozen: bool) -> BatchNorm:
         count = buffers["num_batches_tracked"]
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
     return BatchNorm(mean, var, weight, bias, True, momentum, bn.eps)  # type: ignore[arg-type]
+
+
+def hides_tensors(module: nn.Module) -> bool:
+    """True if attributes of the instance hide its parameters or buffers, which forward then does not see."""
+    attributes = module.__dict__
+    return "weight" in attributes or "bias" in attributes or "running_mean" in attributes or "running_var" in attributes
 
 
 def count_batch(bn: nn.Module, batches: int = 1) -> None:

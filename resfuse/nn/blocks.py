@@ -1,107 +1,45 @@
-"""The blocks of torchvision and of the paper, and the fused forward that `fuse_` gives to other libraries' blocks.
+"""The blocks of torchvision and of the paper.
 
 Each block runs one fused call per convolution; the last one adds the residual.  In inference it writes its output over
-the residual where that has no other reader: behind a projection and, in a Sequential that passes the output of one
-block to the next (`resfuse.nn.sequential`), in every block after the first.
+the residual where that has no other reader: behind a projection and, in a Sequential, in every block after the first.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resfuse.nn.batch_norm import batch_norm_kind
-from resfuse.nn.fused_call import activation_of, conv_bn_act, global_hooks, unobserved
-from resfuse.nn.zero_pad import ZeroPadShortcut
+from resfuse.nn.lazy import add_, call, evaluated, guard
 
 Modules = dict[str, Any]
 NormLayer = Callable[..., nn.Module]
 
 
-class Chain(NamedTuple):
-    """A block as one of several in a row, each taking the output of the one before."""
-
-    forward: Callable[[Any, Tensor], Tensor]
-    """Its forward for an input that is not read afterwards."""
-    bn: str
-    act: str
-    """Names of the last batch norm and activation."""
-    applies: Callable[[Any], bool] = lambda block: True
-    """True if the block can currently be chained."""
-
-
-# Keyed by the forward of a class, so that a subclass which overrides it does not match.
-CHAINS: dict[Callable[..., Tensor], Chain] = {}
-
-# Forwards that call the children in order and do nothing else.
-SEQUENTIAL_FORWARDS: set[Callable[..., Any]] = {nn.Sequential.forward}
-
-
-def basic_block_forward(block: nn.Module, input: Tensor, act1: str, act2: str, consume: bool = False) -> Tensor:
-    """Run a block with conv1, bn1, conv2, bn2 and downsample.
-
-    Args:
-        block: the module.
-        input: (N, C, H, W).
-        act1, act2: names of its activations.
-        consume: the input is not read afterwards and may be overwritten.
-    """
+def basic_block_forward(block: nn.Module, input: Any) -> Any:
+    """Run a block with conv1, bn1, conv2, bn2, relu and downsample."""
     modules: Modules = block._modules
-    output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
-    shortcut = _shortcut(block, input, consume and plain_convolution(modules["conv1"]))
-    return conv_bn_act(modules["conv2"], modules["bn2"], output, shortcut[0], modules[act2], *shortcut[1:])
+    output = conv_bn_relu(modules, "1", input)
+    return _add_shortcut(block, call(modules["bn2"], call(modules["conv2"], output)), input)
 
 
-def bottleneck_forward(
-    block: nn.Module, input: Tensor, act1: str, act2: str, act3: str, consume: bool = False
-) -> Tensor:
-    """Run a block with conv1, bn1, conv2, bn2, conv3, bn3 and downsample; see `basic_block_forward`."""
+def bottleneck_forward(block: nn.Module, input: Any) -> Any:
+    """Run a block with conv1, bn1, conv2, bn2, conv3, bn3, relu and downsample."""
     modules: Modules = block._modules
-    output = conv_bn_act(modules["conv1"], modules["bn1"], input, None, modules[act1])
-    output = conv_bn_act(modules["conv2"], modules["bn2"], output, None, modules[act2])
-    shortcut = _shortcut(block, input, consume and plain_convolution(modules["conv1"]))
-    return conv_bn_act(modules["conv3"], modules["bn3"], output, shortcut[0], modules[act3], *shortcut[1:])
+    output = conv_bn_relu(modules, "2", conv_bn_relu(modules, "1", input))
+    return _add_shortcut(block, call(modules["bn3"], call(modules["conv3"], output)), input)
 
 
-def _shortcut(block: nn.Module, input: Tensor, consume: bool) -> tuple[Tensor, bool, bool]:
-    """The residual, `overwrite_residual` and `pad_residual` of a block's last call."""
-    downsample: Any = block.downsample
-    if downsample is None:
-        return input, consume, False
-    if pads_with_zeros(downsample):
-        return downsample.select(input), False, True
-    return downsample(input), returns_new_tensor(downsample), False
+def conv_bn_relu(modules: Modules, index: str, input: Any) -> Any:
+    """relu(bn(conv(input))) with the convolution and batch norm of that number."""
+    return call(modules["relu"], call(modules["bn" + index], call(modules["conv" + index], input)))
 
 
-def pads_with_zeros(downsample: nn.Module | None) -> bool:
-    """True if calling a shortcut can be replaced by adding what it selects to the first channels."""
-    return type(downsample) is ZeroPadShortcut and unobserved(downsample) and not global_hooks()
-
-
-def returns_new_tensor(module: nn.Module) -> bool:
-    """True if a module is a Sequential that ends in a batch norm, and only the caller sees its output."""
-    if class_forward(module) not in SEQUENTIAL_FORWARDS or not module._modules or not unobserved(module):
-        return False
-    return ends_unseen(next(reversed(module._modules.values())), None)
-
-
-def class_forward(module: nn.Module) -> Any:
-    """The forward of a module's class; None if it has none (a ScriptModule)."""
-    return getattr(type(module), "forward", None)
-
-
-def ends_unseen(bn: Any, act: nn.Module | None) -> bool:
-    """True if a batch norm and activation return a new tensor that nothing on them observes or keeps."""
-    kind = batch_norm_kind(bn)
-    return kind is not None and not kind.activated and unobserved(bn) and activation_of(act) is not None
-
-
-def plain_convolution(conv: nn.Module) -> bool:
-    """True if nothing on a convolution observes or keeps its input or output."""
-    return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
+def _add_shortcut(block: Any, output: Any, input: Any) -> Any:
+    residual = input if block.downsample is None else call(block.downsample, guard(input, output))
+    return call(block.relu, add_(output, residual, last=True))
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -194,8 +132,9 @@ class BasicBlock(ResidualBlock):
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = norm(planes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return basic_block_forward(self, x, "relu", "relu")
+    @evaluated
+    def forward(self, x: Tensor) -> Any:
+        return basic_block_forward(self, x)
 
 
 class Bottleneck(ResidualBlock):
@@ -245,8 +184,9 @@ class Bottleneck(ResidualBlock):
         self.bn3 = norm(planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return bottleneck_forward(self, x, "relu", "relu", "relu")
+    @evaluated
+    def forward(self, x: Tensor) -> Any:
+        return bottleneck_forward(self, x)
 
 
 class BottleneckV1(Bottleneck):
@@ -259,12 +199,6 @@ class BottleneckV1(Bottleneck):
     """
 
     stride_first: ClassVar[bool] = True
-
-
-CHAINS[BasicBlock.forward] = Chain(lambda block, x: basic_block_forward(block, x, "relu", "relu", True), "bn2", "relu")
-CHAINS[Bottleneck.forward] = Chain(
-    lambda block, x: bottleneck_forward(block, x, "relu", "relu", "relu", True), "bn3", "relu"
-)
 
 
 def check_basic_block(groups: int, base_width: int, dilation: int) -> None:

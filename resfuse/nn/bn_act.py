@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from resfuse.nn.batch_norm import BatchNormKind, register_kind
-from resfuse.nn.fused_call import activation_of, own_bn_act
+from resfuse.nn.batch_norm import BatchNormKind
+from resfuse.nn.fused_call import NormCall
+from resfuse.nn.lazy import add_, call, evaluated
 from resfuse.nn.sync_bn_act import SyncBNAct2d
 
 
@@ -72,19 +73,11 @@ class BNAct2d(nn.BatchNorm2d):
         super().__setstate__(state)
         _follow_sync_conversion()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        activation = activation_of(self.act)
-        output = own_bn_act(self, input, residual, activation or "identity")
-        if output is None:
-            output = super().forward(input)
-            if residual is not None:
-                output += residual
-        elif activation is not None:
-            return output
-        return self.act(output)
+    @evaluated
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        output = call(NormCall(self, BatchNormKind()), input)
+        return call(self.act, output if residual is None else add_(output, residual))
 
-
-register_kind(BNAct2d, BatchNormKind(activated=True))
 
 _following = False
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from resfuse.nn import fused_call
 from resfuse.nn.bn_act import make_activation
+from resfuse.nn.lazy import add_, call, evaluated
 
 
 class ConvBNAct2d(nn.Module):
@@ -72,6 +72,8 @@ class ConvBNAct2d(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device, dtype)
         self.act = make_activation(activation)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    @evaluated
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         modules = self._modules
-        return fused_call.conv_bn_act(modules["conv"], modules["bn"], input, residual, modules["act"])  # type: ignore[arg-type]
+        output = call(modules["bn"], call(modules["conv"], input))
+        return call(modules["act"], output if residual is None else add_(output, residual))

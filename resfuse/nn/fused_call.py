@@ -1,11 +1,11 @@
-"""Fused calls of several modules: `conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
+"""Fused calls of several modules: `own_conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
 
 Everything that is fused in this package runs through here.  The modules own all state: their parameters, buffers and
 settings are read at each call, so nothing can go stale.  The modules themselves are called wherever bypassing them
 could be noticed: hooks on one of them (or global ones); a class that is not exactly `Conv2d`, `BatchNorm2d` or one
 registered as equivalent (so subclasses, and modules with parametrizations, whose class is a subclass); a replaced
-`forward`; tensors or parameters of a special type; and transforms that must see PyTorch's own operators: torch.fx,
-torch.jit.trace, ONNX export, torch.func, forward-mode AD, and dispatch and function modes.
+`forward`; PyTorch's functions replaced; tensors or parameters of a special type; and transforms that must see PyTorch's
+own operators: torch.fx, torch.jit.trace, ONNX export, torch.func, forward-mode AD, and dispatch and function modes.
 
 The checks take two to three microseconds, less than calling the modules does.
 """
@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _torch_module
@@ -26,7 +27,15 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from resfuse import arguments, functional
-from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind, count_batch, read_state, synchronising_group
+from resfuse.nn.batch_norm import (
+    BatchNormKind,
+    batch_norm_kind,
+    count_batch,
+    hides_tensors,
+    read_state,
+    synchronising_group,
+)
+from resfuse.types import BatchNorm
 
 _PLAIN_TENSORS = (Tensor, Parameter)
 _PLAIN = BatchNormKind()
@@ -37,17 +46,54 @@ _global_forward_pre_hooks = _torch_module._global_forward_pre_hooks
 _global_backward_hooks = _torch_module._global_backward_hooks
 _global_backward_pre_hooks = _torch_module._global_backward_pre_hooks
 
+# What the modules would call.
+_conv2d, _batch_norm, _relu = F.conv2d, F.batch_norm, F.relu
+_conv_forward, _norm_forward, _relu_forward = nn.Conv2d.forward, nn.BatchNorm2d.forward, nn.ReLU.forward
 
-def conv_bn_act(
-    conv: nn.Module,
-    bn: nn.Module,
+
+class ConvCall(NamedTuple):
+    """A convolution without a module of its own: `F.conv2d` in somebody's forward."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> ConvCall | None:
+        """What `Conv2d.forward` calls for this module; None if that is not `F.conv2d` alone."""
+        if conv.padding_mode != "zeros" or "_conv_forward" in conv.__dict__:
+            return None
+        return cls(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, *self)
+
+
+class NormCall(NamedTuple):
+    """The normalisation of a batch norm that does more: what `super().forward` is in its forward."""
+
+    module: Any
+    kind: BatchNormKind
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if self.kind.synchronised:
+            return synchronised_forward(self.module, input)
+        return nn.BatchNorm2d.forward(self.module, input)
+
+
+def own_conv_bn_act(
+    conv: Any,
+    bn: Any,
     input: Tensor,
     residual: Tensor | None = None,
     act: nn.Module | None = None,
     overwrite_residual: bool = False,
     pad_residual: bool = False,
-) -> Tensor:
-    """`act(bn(conv(input)) [+ residual])`, fused where nothing can notice.
+) -> Tensor | None:
+    """Call the operator with the state of the modules; None, and nothing has happened, if it cannot replace them.
 
     Equivalent to::
 
@@ -57,50 +103,94 @@ def conv_bn_act(
         return output if act is None else act(output)
 
     Args:
-        conv, bn, act: the modules; `act=None` stands for no activation.
+        conv: a `Conv2d` or `ConvCall`.
+        bn: a batch norm, `NormCall` or `BatchNorm`.
         input: (N, C, H, W).
-        residual: added before the activation; broadcast to the shape and rounded to the dtype of bn's output.
+        residual: added before the activation.
+        act: a ReLU; None stands for no activation.
         overwrite_residual: the residual is not read afterwards, so inference may write the output over it.
-        pad_residual: a residual of fewer channels is added to the first ones (and does not broadcast).
+        pad_residual: a residual of fewer channels is added to the first ones.
     """
-    activation = activation_of(act)
-    output = _own_conv_bn_act(conv, bn, input, residual, activation or "identity", overwrite_residual, pad_residual)
-    if output is None:
-        z = conv(input)
-        if not pad_residual and synchronises(bn):
-            return bn_act(bn, z, residual, act)
-        return _add_and_activate(_normalise(bn, z), residual, act, pad_residual)
-    return output if activation is not None else act(output)  # type: ignore[misc]
+    if global_hooks() or not _fusible_tensors(input, residual):
+        return None
+    arguments_of_conv = _convolution(conv)
+    norm = _norm(bn)
+    if arguments_of_conv is None or norm is None or norm.group is not None:
+        return None
+    conv_weight, conv_bias, stride, padding, dilation, groups = arguments_of_conv
+    state = norm.state
+    if norm.kind.frozen and not (
+        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
+        input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
+        and not torch.is_autocast_enabled(input.device.type)
+    ):
+        return None
+    if norm.module is not None:
+        count_batch(norm.module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
+    try:
+        return functional.conv_bn_act(
+            input, conv_weight, *state[:4],
+            conv_bias=conv_bias, residual=residual, activation="identity" if act is None else "relu",
+            stride=stride, padding=padding, dilation=dilation, groups=groups,
+            training=state.training, momentum=state.momentum, eps=state.eps,
+            overwrite_residual=overwrite_residual, pad_residual=pad_residual,
+        )  # fmt: skip
+    except ValueError:
+        # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
+        if norm.module is not None:
+            count_batch(norm.module, -1)
+        _, expected = arguments.convolution(input.shape, conv_weight.shape, stride, padding, dilation, groups)
+        if residual is None or pad_residual or residual.shape == expected:
+            raise
+        return None
 
 
-def bn_act(bn: nn.Module, input: Tensor, residual: Tensor | None = None, act: nn.Module | None = None) -> Tensor:
-    """`act(bn(input) [+ residual])`, fused where nothing can notice; see `conv_bn_act`."""
-    activation = activation_of(act)
-    kind, output = batch_norm_kind(bn), None
-    if kind is not None and unobserved(bn):
-        inner = _inner_activation(bn, kind, residual)
-        if inner is not None:
-            output = own_bn_act(bn, input, residual, _either(inner, activation), kind)
-    if output is None:
-        return _add_and_activate(_normalise(bn, input), residual, act)
-    return output if activation is not None else act(output)  # type: ignore[misc]
+def bn_act(
+    bn: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    act: nn.Module | None = None,
+    in_place: bool = True,
+    pad_residual: bool = False,
+) -> Tensor:
+    """`act(bn(input) [+ residual])`, fused where nothing can notice; see `own_conv_bn_act`.
+
+    Args:
+        in_place: the sum is `output += residual`, so that it has the dtype of bn's output, rather than `+`.
+    """
+    output = None
+    alone = act is None and residual is None and type(bn) is not NormCall and not synchronises(bn)
+    norm = None if pad_residual or alone else _norm(bn)
+    if norm is not None:
+        activation = "identity" if act is None else "relu"
+        output = _call_bn_act(norm, input, residual, activation, global_hooks())
+    if output is not None:
+        return output
+    output = _normalise(bn, input)
+    if residual is not None and pad_residual:
+        output[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
+    elif residual is not None and in_place:
+        output += residual
+    elif residual is not None:
+        output = output + residual
+    return output if act is None else act(output)
 
 
-def add_act(input: Tensor, residual: Tensor, act: nn.Module, in_place: bool = False) -> Tensor:
+def add_act(input: Tensor, residual: Tensor, act: nn.Module | None, in_place: bool = False) -> Tensor:
     """`act(input + residual)`, fused where nothing can notice.
 
     Args:
         input, residual: tensors that can be added; the call is fused if both have the same (N, C, H, W) and dtype.
-        act: the activation.
+        act: a ReLU, or None.
         in_place: add by `input += residual`, so that the sum has the dtype of the input, which is not read afterwards.
     """
-    relu = activation_of(act) == "relu" and not global_hooks()
-    if relu and _fusible_tensors(input, residual) and input.shape == residual.shape:
+    if act is not None and not global_hooks() and _fusible_tensors(input, residual) and input.shape == residual.shape:
         return functional.add_relu(input, residual)
     if in_place:
         input += residual
-        return act(input)
-    return act(input + residual)
+    else:
+        input = input + residual
+    return input if act is None else act(input)
 
 
 def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
@@ -109,36 +199,48 @@ def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
 
 
-def own_bn_act(
-    bn: nn.Module,
-    input: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    kind: BatchNormKind = _PLAIN,
-    called: bool = False,
-) -> Tensor | None:
-    """Call the operator with a batch norm's state; None if it cannot be used.
+class _Norm(NamedTuple):
+    """What a call needs to know of a batch norm."""
 
-    Ignores hooks on `bn` and an activation that `bn` applies itself, so it can serve inside its `forward`; `called`
-    says that it does, where global hooks have run already.
-    """
-    if (not called and global_hooks()) or not _fusible_tensors(input, residual):
+    state: BatchNorm
+    kind: BatchNormKind
+    module: Any
+    """Whose batches are counted; None if nobody's."""
+    group: Any
+    """The process group that it synchronises over in this call, or None."""
+
+
+def _norm(bn: Any) -> _Norm | None:
+    """The state of a batch norm; None if it must be called."""
+    if type(bn) is BatchNorm:
+        return _Norm(bn, _PLAIN, None, None)
+    if type(bn) is NormCall:
+        module, kind = bn
+    else:
+        module, kind = bn, batch_norm_kind(bn)
+        if kind is None or not unobserved(bn):
+            return None
+    try:
+        state = read_state(module, kind)
+    except KeyError:
+        return None
+    return _Norm(state, kind, None if kind.frozen else module, synchronising_group(module, kind))
+
+
+def _call_bn_act(norm: _Norm, input: Tensor, residual: Tensor | None, activation: str, observed: bool) -> Tensor | None:
+    if observed or not _fusible_tensors(input, residual):
         return None
     if residual is not None and residual.shape != input.shape:
         return None
-    try:
-        state = read_state(bn, kind.frozen)
-    except KeyError:
+    state = norm.state
+    if norm.kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
         return None
-    if kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
-        return None
-    group = synchronising_group(bn, kind)
-    if not kind.frozen:
-        count_batch(bn)
-    if group is not None:
+    if norm.module is not None:
+        count_batch(norm.module)
+    if norm.group is not None:
         return functional.sync_bn_act(
             input, *state[:4], residual=residual, activation=activation,
-            momentum=state.momentum, eps=state.eps, process_group=group,
+            momentum=state.momentum, eps=state.eps, process_group=norm.group,
         )  # fmt: skip
     return functional.bn_act(
         input, *state[:4], residual=residual, activation=activation,
@@ -146,18 +248,20 @@ def own_bn_act(
     )  # fmt: skip
 
 
-def synchronises(bn: nn.Module) -> bool:
+def synchronises(bn: Any) -> bool:
     """True if a batch norm takes the statistics of several processes in its next call."""
-    kind = batch_norm_kind(bn)
-    return kind is not None and synchronising_group(bn, kind) is not None
+    module, kind = bn if type(bn) is NormCall else (bn, batch_norm_kind(bn))
+    return kind is not None and synchronising_group(module, kind) is not None
 
 
-def _normalise(bn: nn.Module, input: Tensor) -> Tensor:
+def _normalise(bn: Any, input: Tensor) -> Tensor:
     """`bn(input)`, where a SyncBatchNorm communicates exactly as the operator does.
 
     PyTorch's own forward exchanges other values of the same size, and rejects CPU tensors.  Processes must agree even
     if only one of them cannot fuse, because of a hook for example.
     """
+    if type(bn) is BatchNorm:
+        return F.batch_norm(input, *bn)
     if type(bn) is not nn.SyncBatchNorm or "forward" in bn.__dict__ or torch.compiler.is_compiling():
         return bn(input)
     if not synchronises(bn):
@@ -169,71 +273,11 @@ def _normalise(bn: nn.Module, input: Tensor) -> Tensor:
         del bn.forward
 
 
-def synchronised_forward(bn: nn.Module, input: Tensor) -> Tensor:
+def synchronised_forward(bn: Any, input: Tensor) -> Tensor:
     """The forward of a SyncBatchNorm whose hooks the caller runs."""
-    output = own_bn_act(bn, input, None, "identity", BatchNormKind(synchronised=True), called=True)
-    return nn.SyncBatchNorm.forward(bn, input) if output is None else output  # type: ignore[arg-type]
-
-
-def _own_conv_bn_act(
-    conv: nn.Module,
-    bn: nn.Module,
-    input: Tensor,
-    residual: Tensor | None,
-    activation: str,
-    overwrite_residual: bool,
-    pad_residual: bool,
-) -> Tensor | None:
-    """Call the operator with the state of both modules; None if it cannot replace them."""
-    kind = batch_norm_kind(bn)
-    if (
-        kind is None
-        or type(conv) is not nn.Conv2d
-        or conv.padding_mode != "zeros"
-        or "_conv_forward" in conv.__dict__
-        or not unobserved(conv)
-        or not unobserved(bn)
-        or global_hooks()
-        or not _fusible_tensors(input, residual)
-        or (kind.synchronised and synchronising_group(bn, kind) is not None)
-    ):
-        return None
-    inner = _inner_activation(bn, kind, residual)
-    padding: Any = _symmetric_padding(conv) if isinstance(conv.padding, str) else conv.padding
-    if inner is None or padding is None:
-        return None
-    try:
-        conv_weight, conv_bias = conv._parameters["weight"], conv._parameters["bias"]
-        state = read_state(bn, kind.frozen)
-    except KeyError:
-        return None
-    if conv_weight is None or (type(conv_weight) not in _PLAIN_TENSORS and not torch.compiler.is_compiling()):
-        return None
-    if kind.frozen and not (
-        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
-        input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
-        and not torch.is_autocast_enabled(input.device.type)
-    ):
-        return None
-    if not kind.frozen:
-        count_batch(bn)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
-    try:
-        return functional.conv_bn_act(
-            input, conv_weight, *state[:4],
-            conv_bias=conv_bias, residual=residual, activation=_either(inner, activation),
-            stride=conv.stride, padding=padding, dilation=conv.dilation, groups=conv.groups,  # type: ignore[arg-type]
-            training=state.training, momentum=state.momentum, eps=state.eps,
-            overwrite_residual=overwrite_residual, pad_residual=pad_residual,
-        )  # fmt: skip
-    except ValueError:
-        # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
-        if not kind.frozen:
-            count_batch(bn, -1)
-        settings: Any = (conv.stride, padding, conv.dilation, conv.groups)
-        _, expected = arguments.convolution(input.shape, conv_weight.shape, *settings)
-        if residual is None or pad_residual or residual.shape == expected:
-            raise
-        return None
+    norm = _norm(NormCall(bn, BatchNormKind(synchronised=True)))
+    output = None if norm is None or norm.group is None else _call_bn_act(norm, input, None, "identity", False)
+    return nn.SyncBatchNorm.forward(bn, input) if output is None else output
 
 
 def activation_of(act: nn.Module | None) -> str | None:
@@ -258,61 +302,66 @@ def unobserved(module: nn.Module) -> bool:
 
 
 def global_hooks() -> bool:
-    """True if hooks for all modules are registered."""
+    """True if hooks for all modules are registered, or what the modules call was replaced."""
     return bool(
         _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    ) or not (
+        F.conv2d is _conv2d
+        and F.batch_norm is _batch_norm
+        and F.relu is _relu
+        and nn.Conv2d.forward is _conv_forward
+        and nn.BatchNorm2d.forward is _norm_forward
+        and nn.ReLU.forward is _relu_forward
     )
 
 
-def reasons_against(conv: nn.Module | None, bn: nn.Module, residual: bool = False) -> list[str]:
-    """Reasons for `conv_bn_act` (or, with `conv=None`, `bn_act`) to call these modules rather than the operator."""
-    reasons = [] if conv is None else _convolution_reasons(conv)
-    kind, name = batch_norm_kind(bn), type(bn).__name__
-    if kind is None:
-        reasons.append(f"{name} is not exactly BatchNorm2d")
-    elif kind.activated and _inner_activation(bn, kind, None) is None:
-        reasons.append(f"{name} has an activation other than ReLU, a drop layer, or hooks on them")
-    elif kind.activated and residual and _inner_activation(bn, kind, True) is None:
-        reasons.append(f"{name} applies its activation before the residual is added")
-    else:
-        try:
-            read_state(bn, kind.frozen)
-        except KeyError:
-            reasons.append(f"a parameter or buffer of {name} was replaced")
-    return reasons + _observed_reasons(bn)
+def plain_convolution(conv: Any) -> bool:
+    """True if nothing on a convolution observes or keeps its input or output."""
+    if type(conv) is ConvCall:
+        return True
+    return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
 
 
-def _observed_reasons(module: nn.Module) -> list[str]:
-    """Reasons not to bypass a module: hooks, or a `forward` set on the instance."""
-    if "forward" in module.__dict__:
-        return [f"the forward of {type(module).__name__} was replaced on the instance"]
-    return [] if unobserved(module) else [f"{type(module).__name__} has hooks"]
+def _convolution(conv: Any) -> tuple[Any, ...] | None:
+    """(weight, bias, stride, padding, dilation, groups) of a convolution; None if it must be called."""
+    if type(conv) is ConvCall:
+        weight, bias, stride, padding, dilation, groups = conv
+        return None if isinstance(padding, str) else conv
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not unobserved(conv):
+        return None
+    if "_conv_forward" in conv.__dict__ or hides_tensors(conv):
+        return None
+    padding: Any = _symmetric_padding(conv) if isinstance(conv.padding, str) else conv.padding
+    parameters = conv._parameters
+    weight = parameters.get("weight")
+    if padding is None or "bias" not in parameters:
+        return None
+    if type(weight) not in _PLAIN_TENSORS and (weight is None or not torch.compiler.is_compiling()):
+        return None
+    return weight, parameters["bias"], conv.stride, padding, conv.dilation, conv.groups
 
 
-def _convolution_reasons(conv: nn.Module) -> list[str]:
-    if type(conv) is not nn.Conv2d:
+def reason_against(conv: Any, bn: Any) -> str | None:
+    """Why `own_conv_bn_act` (or, with `conv=None`, `bn_act`) would call these rather than the operator, or None."""
+    if isinstance(conv, nn.Module) and type(conv) is not nn.Conv2d:
         parametrized = nn.utils.parametrize.is_parametrized(conv)
-        return [f"{type(conv).__name__} {'has a parametrization' if parametrized else 'is not exactly Conv2d'}"]
-    reasons = []
-    if conv.padding_mode != "zeros":
-        reasons.append(f"padding_mode={conv.padding_mode!r}")
-    elif isinstance(conv.padding, str) and _symmetric_padding(conv) is None:
-        reasons.append(f"padding={conv.padding!r} is asymmetric")
-    if "_conv_forward" in conv.__dict__:
-        reasons.append("the _conv_forward of Conv2d was replaced on the instance")
-    if not {"weight", "bias"} <= conv._parameters.keys() or type(conv._parameters["weight"]) not in _PLAIN_TENSORS:
-        reasons.append("the weight of Conv2d is not a plain parameter")
-    return reasons + _observed_reasons(conv)
-
-
-def _add_and_activate(
-    output: Tensor, residual: Tensor | None, act: nn.Module | None, pad_residual: bool = False
-) -> Tensor:
-    if residual is not None and pad_residual:
-        output[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
-    elif residual is not None:
-        output += residual  # in place, as in torchvision: the dtype is that of the output
-    return output if act is None else act(output)
+        return f"{type(conv).__name__} {'has a parametrization' if parametrized else 'is not exactly Conv2d'}"
+    if isinstance(bn, nn.Module) and batch_norm_kind(bn) is None:
+        return f"{type(bn).__name__} is not exactly BatchNorm2d"
+    for module in (conv, bn):
+        name = type(module).__name__
+        if isinstance(module, nn.Module):
+            if "forward" in module.__dict__:
+                return f"the forward of {name} was replaced on the instance"
+            if not unobserved(module):
+                return f"{name} has hooks"
+    if conv is not None and _convolution(conv) is None:
+        if conv.padding_mode != "zeros":
+            return f"padding_mode={conv.padding_mode!r}"
+        if isinstance(conv.padding, str) and _symmetric_padding(conv) is None:
+            return f"padding={conv.padding!r} is asymmetric"
+        return "a parameter or method of Conv2d was replaced on the instance"
+    return None if _norm(bn) is not None else f"a parameter or buffer of {type(bn).__name__} was replaced"
 
 
 def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
@@ -357,23 +406,6 @@ def traced_as_pytorch() -> Iterator[None]:
         yield
     finally:
         _traced_as_pytorch = before
-
-
-def _either(inner: str, outer: str | None) -> str:
-    """A batch norm's own activation and the one after it as one: ReLU if either is."""
-    return "relu" if inner == "relu" or outer == "relu" else "identity"
-
-
-def _inner_activation(bn: nn.Module, kind: BatchNormKind, residual: Any) -> str | None:
-    """The activation that a batch norm applies itself; None if the module must be called."""
-    if not kind.activated:
-        return "identity"
-    modules = bn._modules
-    drop = modules.get("drop")
-    if drop is not None and activation_of(drop) != "identity":
-        return None
-    activation = activation_of(modules.get("act"))
-    return None if activation == "relu" and residual is not None else activation
 
 
 def _symmetric_padding(conv: nn.Conv2d) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resfuse.nn.blocks import BasicBlock
-from resfuse.nn.fused_call import conv_bn_act
+from resfuse.nn.blocks import BasicBlock, conv_bn_relu
+from resfuse.nn.lazy import evaluated
 
 
 class PlainBlock(BasicBlock):
@@ -46,9 +46,9 @@ class PlainBlock(BasicBlock):
             )
         super().__init__(inplanes, planes, stride, None, *args, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = conv_bn_act(self.conv1, self.bn1, x, None, self.relu)
-        return conv_bn_act(self.conv2, self.bn2, output, None, self.relu)
+    @evaluated
+    def forward(self, x: Tensor) -> Any:
+        return conv_bn_relu(self._modules, "2", conv_bn_relu(self._modules, "1", x))
 
     def zero_init_last(self) -> None:
         """Do nothing: without a shortcut, zeroing the last batch norm would cut the network."""

@@ -6,16 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from resfuse.nn.blocks import (
-    NormLayer,
-    ResidualBlock,
-    check_basic_block,
-    conv1x1,
-    conv3x3,
-    pads_with_zeros,
-    plain_convolution,
-)
-from resfuse.nn.fused_call import bn_act, conv_bn_act, global_hooks, must_decompose
+from resfuse.nn.blocks import NormLayer, ResidualBlock, check_basic_block, conv1x1, conv3x3
+from resfuse.nn.lazy import add, call, evaluated, guard, settle
 from resfuse.nn.zero_pad import ZeroPadShortcut
 
 
@@ -65,10 +57,11 @@ class PreActBasicBlock(ResidualBlock):
         self.conv2 = conv3x3(planes, planes)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, input: Tensor) -> Tensor:
+    @evaluated
+    def forward(self, input: Tensor) -> Any:
         preactivated = _preactivate(self, input)
-        output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
-        return _add_shortcut(self, self.conv2, output, input, preactivated)
+        output = _conv_bn_relu(self, "conv1", "bn2", preactivated)
+        return _add_shortcut(self, call(self.conv2, output), input, preactivated)
 
 
 class PreActBottleneck(ResidualBlock):
@@ -112,33 +105,24 @@ class PreActBottleneck(ResidualBlock):
         self.conv3 = conv1x1(width, planes * self.expansion)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, input: Tensor) -> Tensor:
+    @evaluated
+    def forward(self, input: Tensor) -> Any:
         preactivated = _preactivate(self, input)
-        output = conv_bn_act(self.conv1, self.bn2, preactivated, None, self.relu)
-        output = conv_bn_act(self.conv2, self.bn3, output, None, self.relu)
-        return _add_shortcut(self, self.conv3, output, input, preactivated)
+        output = _conv_bn_relu(self, "conv1", "bn2", preactivated)
+        output = _conv_bn_relu(self, "conv2", "bn3", output)
+        return _add_shortcut(self, call(self.conv3, output), input, preactivated)
 
 
-def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Tensor) -> Tensor:
-    """relu(bn1(input)), which the convolutions and a projection share."""
-    return input if block.bn1 is None else bn_act(block.bn1, input, None, block.relu)
+def _preactivate(block: PreActBasicBlock | PreActBottleneck, input: Any) -> Any:
+    return input if block.bn1 is None else settle(call(block.relu, call(block.bn1, input)))
 
 
-def _add_shortcut(
-    block: PreActBasicBlock | PreActBottleneck, conv: nn.Module, output: Tensor, input: Tensor, preactivated: Tensor
-) -> Tensor:
-    """conv(output) + shortcut, added in place where the convolution's output has no other reader."""
-    downsample, z = block.downsample, conv(output)
-    own = plain_convolution(conv) and not global_hooks() and not must_decompose(z)
-    if own and pads_with_zeros(downsample) and z.dtype == input.dtype:
-        residual = downsample.select(input)  # type: ignore[union-attr, operator]
-        first = z[:, : residual.shape[1]]
-        if first.shape != residual.shape:
-            raise ValueError(f"input: the shortcut gives {tuple(residual.shape)}, the convolutions {tuple(z.shape)}")
-        first += residual
-        return z
+def _conv_bn_relu(block: Any, conv: str, bn: str, input: Any) -> Any:
+    return call(block.relu, call(block._modules[bn], call(block._modules[conv], input)))
+
+
+def _add_shortcut(block: Any, z: Any, input: Any, preactivated: Any) -> Any:
+    downsample = block.downsample
     if downsample is None:
-        residual = input
-    else:
-        residual = downsample(input if isinstance(downsample, ZeroPadShortcut) else preactivated)
-    return z.add_(residual) if own and z.dtype == residual.dtype and z.shape == residual.shape else z + residual
+        return add(z, input)
+    return add(z, call(downsample, guard(input if isinstance(downsample, ZeroPadShortcut) else preactivated, z)))

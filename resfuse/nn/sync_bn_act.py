@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from resfuse.nn.batch_norm import BatchNormKind, register_kind
-from resfuse.nn.fused_call import activation_of, own_bn_act, synchronised_forward
+from resfuse.nn.batch_norm import BatchNormKind
+from resfuse.nn.fused_call import NormCall
+from resfuse.nn.lazy import add_, call, evaluated
 
 
 class SyncBNAct2d(nn.SyncBatchNorm):
@@ -27,17 +30,7 @@ class SyncBNAct2d(nn.SyncBatchNorm):
 
     act: nn.Module
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        activation = activation_of(self.act)
-        output = own_bn_act(self, input, residual, activation or "identity", _KIND)
-        if output is None:
-            output = synchronised_forward(self, input)
-            if residual is not None:
-                output += residual
-        elif activation is not None:
-            return output
-        return self.act(output)
-
-
-_KIND = BatchNormKind(activated=True, synchronised=True)
-register_kind(SyncBNAct2d, _KIND)
+    @evaluated
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        output = call(NormCall(self, BatchNormKind(synchronised=True)), input)
+        return call(self.act, output if residual is None else add_(output, residual))

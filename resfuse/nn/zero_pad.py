@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
 from torch import Tensor, nn
+
+from resfuse.nn.lazy import evaluated, force, zero_padded
 
 
 class ZeroPadShortcut(nn.Module):
@@ -37,8 +40,11 @@ class ZeroPadShortcut(nn.Module):
             raise ValueError(f"stride: expected at least 1, got {stride}")
         self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.pad(self.select(input), (0, 0, 0, 0, 0, self.out_channels - self.in_channels))
+    @evaluated
+    def forward(self, input: Tensor) -> Any:
+        selected = self.select(force(input))
+        missing = self.out_channels - self.in_channels
+        return zero_padded(selected, missing) if missing else selected
 
     def select(self, input: Tensor) -> Tensor:
         """The part that is not zeros, (N, in_channels, ceil(H / stride), ceil(W / stride)): a view of the input."""

@@ -17,8 +17,8 @@ import resfuse
 from resfuse import cli, models
 from resfuse import explain as _function
 from resfuse.explanation import Explanation, Layer, Totals
+from resfuse.fuse.report import FuseReport, LeftModule
 from resfuse.roofline import DEVICES, Device, processor_name
-from resfuse.surgery.report import FuseReport, LeftModule
 
 torchvision = pytest.importorskip("torchvision")
 

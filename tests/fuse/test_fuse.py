@@ -17,20 +17,20 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import Conv2dNormActivation, FrozenBatchNorm2d
 
 from resfuse import fuse_, unfuse_
-from resfuse.surgery import FuseReport
+from resfuse.fuse import FuseReport
 from tests import models
 from tests.models import IMAGE, both, calls_by_kind, conv_bn_relu, state
 
 # Modules fused in each model -> the number of fused calls.
 EXPECTED = {
-    "torchvision/resnet18": {"torchvision ResNet stem": 1, "torchvision BasicBlock": 16, "Sequential": 3},
-    "torchvision/resnet50": {"torchvision ResNet stem": 1, "torchvision Bottleneck": 48, "Sequential": 4},
-    "torchvision/resnext50_32x4d": {"torchvision ResNet stem": 1, "torchvision Bottleneck": 48, "Sequential": 4},
-    "torchvision/wide_resnet50_2": {"torchvision ResNet stem": 1, "torchvision Bottleneck": 48, "Sequential": 4},
-    "timm/resnet18": {"timm ResNet stem": 1, "timm BasicBlock": 16, "Sequential": 3},
-    "timm/resnet50": {"timm ResNet stem": 1, "timm Bottleneck": 48, "Sequential": 4},
-    "timm/resnet50d": {"timm ResNet stem": 1, "timm Bottleneck": 48, "Sequential": 6},
-    "timm/resnext50_32x4d": {"timm ResNet stem": 1, "timm Bottleneck": 48, "Sequential": 4},
+    "torchvision/resnet18": {"ResNet": 1, "BasicBlock": 16, "Sequential": 3},
+    "torchvision/resnet50": {"ResNet": 1, "Bottleneck": 48, "Sequential": 4},
+    "torchvision/resnext50_32x4d": {"ResNet": 1, "Bottleneck": 48, "Sequential": 4},
+    "torchvision/wide_resnet50_2": {"ResNet": 1, "Bottleneck": 48, "Sequential": 4},
+    "timm/resnet18": {"ResNet": 1, "BasicBlock": 16, "Sequential": 3},
+    "timm/resnet50": {"ResNet": 1, "Bottleneck": 48, "Sequential": 4},
+    "timm/resnet50d": {"ResNet": 1, "Bottleneck": 48, "Sequential": 6},
+    "timm/resnext50_32x4d": {"ResNet": 1, "Bottleneck": 48, "Sequential": 4},
 }
 
 
@@ -85,7 +85,7 @@ SEQUENTIALS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     ),
     "torchvision's ConvNormActivation": (lambda: Conv2dNormActivation(8, 8), ("0 + 1 + 2",)),
     "frozen": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), FrozenBatchNorm2d(8), nn.ReLU()), ("0 + 1 + 2",)),
-    "timm's norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8)), ("0 + 1",)),
+    "timm's norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8)), ("0 + 1 + 1.act",)),
 }
 
 
@@ -136,25 +136,27 @@ def test_frozen_layers_of_a_model_in_training() -> None:
 
 
 def test_timm_norm_with_an_activation_of_its_own() -> None:
-    """A ReLU before the addition cannot be fused with it."""
-    fused, eager, report = both(lambda: timm.models.resnet.BasicBlock(8, 8, norm_layer=BatchNormAct2d))
-    assert report.fused == []
-    assert "before the residual is added" in report.left[0].reason
-    fused, eager, report = both(
-        lambda: timm.models.resnet.BasicBlock(8, 8, norm_layer=lambda c, **_: BatchNormAct2d(c, apply_act=False))
-    )
-    assert len(report.fused) == 1
-    models.assert_same(fused.double(), eager.double(), models.random_input((2, 8, 6, 6)))
+    """A ReLU before the addition ends the call, and the addition begins one with the ReLU after it."""
+    for apply_act, calls in ((True, 3), (False, 2)):
+        fused, eager, report = both(
+            lambda apply_act=apply_act: timm.models.resnet.BasicBlock(
+                8, 8, norm_layer=lambda c, **_: BatchNormAct2d(c, apply_act=apply_act, act_kwargs={"inplace": False})
+            )
+        )
+        assert report.fused_ops == calls
+        with torch.no_grad():  # the addition in place, of a ReLU's output, has no gradient
+            input = models.random_input((2, 8, 6, 6)).double()
+            torch.testing.assert_close(fused.double()(input), eager.double()(input))
 
 
 def test_report_is_readable() -> None:
     report = fuse_(models.small_resnet(Bottleneck))
-    assert str(report).splitlines()[0] == "fused 9 modules into 17 calls"
-    assert "torchvision Bottleneck" in str(report)
-    assert "conv3 + bn3 + add + relu" in str(report)
+    assert str(report).splitlines()[0] == "fused 17 of 17 conv + bn, 4 of 4 residual adds: 17 calls"
+    assert "4  Bottleneck  conv1 + bn1 + relu; conv2 + bn2 + relu; conv3 + bn3 + add + relu" in str(report)
     report = fuse_(models.small_resnet(), filter_fn=lambda module, name: name == "")
-    assert "left 7 modules alone" in str(report)
-    assert "filter_fn: layer1.0, layer2.0" in str(report)
+    assert str(report).splitlines()[0] == "fused 1 of 12 conv + bn, 0 of 0 residual adds: 1 call"
+    assert "left 11 modules alone" in str(report)
+    assert "BasicBlock: filter_fn: layer1.0.bn1, layer1.0.bn2" in str(report)
     assert str(FuseReport()) == "fused no module"
     from rich.console import Console
 
@@ -173,9 +175,11 @@ def test_filter() -> None:
     model = models.small_resnet()
     report = fuse_(model, filter_fn=keep)
     assert [module.name for module in report.fused] == ["layer2.0", "layer2.0.downsample"]
-    assert len(asked) == len(report.fused) + len(report.left) == 8
+    assert len(asked) == 12  # layer1 to layer4 only pass on what blocks may write over
     assert all(model.get_submodule(name) is module for name, module in asked.items())
-    assert {module.reason for module in report.left} == {"filter_fn"}
+    assert {module.reason for module in report.left} == {
+        f"{kind}: filter_fn" for kind in ("ResNet", "BasicBlock", "Sequential")
+    }
 
 
 def test_twice_is_once() -> None:
@@ -185,8 +189,8 @@ def test_twice_is_once() -> None:
     before = state(model)
     second = fuse_(model)
     assert second.fused == []
-    assert {module.name for module in second.left} == {module.name for module in first.fused}
-    assert {module.reason for module in second.left} == {"already fused"}
+    assert len(second.left) == first.fused_ops
+    assert all(module.reason.endswith(": already fused") for module in second.left)
     assert state(model) == before
     assert classes == [type(module) for module in model.modules()]
 
@@ -195,7 +199,7 @@ def test_shared_modules_are_handled_once() -> None:
     block = models.block("basic")
     model = nn.Sequential(block, block, nn.Sequential(block))
     report = fuse_(model)
-    assert [module.name for module in report.fused] == ["", "0"]
+    assert [module.name for module in report.fused] == ["0"]
     unfuse_(model)
     assert type(block) is BasicBlock
 

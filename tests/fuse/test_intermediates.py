@@ -31,7 +31,8 @@ def test_intermediate_layers_inside_of_a_run_are_seen() -> None:
     for asked, ops in (("relu", "conv1 + bn1 + relu"), ("bn1", "conv1 + bn1"), ("conv1", "bn1 + relu")):
         layers = {asked: "asked", "layer1": "last"}
         fused, eager, report = both(lambda layers=layers: IntermediateLayerGetter(models.small_resnet(), layers.copy()))
-        assert report.fused[0] == ("", "torchvision IntermediateLayerGetter", (ops,))
+        found = {module.name: module.ops for module in report.fused}
+        assert found[""] == (ops,)
         with torch.no_grad():
             found, expected = (model(models.random_input(IMAGE)) for model in (fused, eager))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -82,8 +83,7 @@ def test_what_a_module_keeps_is_not_overwritten() -> None:
 
 
 def test_residuals_are_overwritten_in_inference_only() -> None:
-    fused, _, report = both(lambda: torchvision.models.resnet50(num_classes=5))
-    assert sum(module.kind == "Sequential of blocks" for module in report.fused) == 4
+    fused, _, _ = both(lambda: torchvision.models.resnet50(num_classes=5))
     function, overwritten = functional.conv_bn_act, []
 
     def conv_bn_act(*args: Any, **options: Any) -> Tensor:

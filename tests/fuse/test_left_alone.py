@@ -1,13 +1,13 @@
-"""Models that `fuse_` leaves alone: those that it does not know exactly, each with a reason."""
+"""What `fuse_` leaves alone, each with a reason, and what it fuses around that."""
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
@@ -18,14 +18,9 @@ from tests import models
 from tests.models import conv_bn_relu, state
 
 
-class OwnForward(BasicBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-class OwnSequential(nn.Sequential):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
+class OwnCall(nn.Sequential):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return super().__call__(*args, **options)
 
 
 class OwnPickling(nn.Sequential):
@@ -33,46 +28,56 @@ class OwnPickling(nn.Sequential):
         return super().__reduce_ex__(protocol)
 
 
-def hooked(name: str) -> nn.Module:
-    block = BasicBlock(8, 8)
-    block.get_submodule(name).register_forward_hook(lambda *_: None)
-    return block
+class Generating(nn.Sequential):
+    def forward(self, input: Tensor) -> Any:
+        for module in self:
+            input = module(input)
+            yield input
 
 
-def parametrized() -> nn.Module:
-    block = BasicBlock(8, 8)
-    parametrizations.weight_norm(block.conv2)
-    return block
+class Counting(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        for _ in range(int(input.sum())):
+            input = super().forward(input)
+        return input
+
+
+class Undefined(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.scale
 
 
 def forward_replaced() -> nn.Module:
-    block = BasicBlock(8, 8)
+    block = conv_bn_relu()
     block.forward = lambda x: x
     return block
 
 
+def from_text(source: str) -> nn.Module:
+    """A module of a class whose source is nowhere."""
+    namespace: dict[str, Any] = {"nn": nn}
+    builtins.exec(source, namespace)
+    return namespace["Block"](*conv_bn_relu())
+
+
+NO_SOURCE = """
+class Block(nn.Sequential):
+    def forward(self, input):
+        return self[2](self[1](self[0](input)))
+"""
+
+# Not even their class changes.
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "hook on conv": (lambda: hooked("conv1"), "conv1 + bn1 + relu: Conv2d has hooks"),
-    "hook on bn": (lambda: hooked("bn2"), "conv2 + bn2 + add + relu: BatchNorm2d has hooks"),
-    "parametrization": (parametrized, "conv2 + bn2 + add + relu: ParametrizedConv2d has a parametrization"),
     "forward replaced": (forward_replaced, "its forward was replaced on the instance"),
-    "block subclass": (lambda: OwnForward(8, 8), "OwnForward overrides BasicBlock.forward"),
-    "Sequential subclass": (lambda: OwnSequential(*conv_bn_relu()), "OwnSequential overrides Sequential.forward"),
     "own pickling": (lambda: OwnPickling(*conv_bn_relu()), "OwnPickling has its own way of being pickled"),
-    "GroupNorm": (
-        lambda: BasicBlock(8, 8, norm_layer=lambda channels: nn.GroupNorm(2, channels)),
-        "GroupNorm is not exactly BatchNorm2d",
-    ),
-    "padding mode": (
-        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(8)),
-        "0 + 1: padding_mode='circular'",
-    ),
-    "no pattern": (
-        lambda: torchvision.models.googlenet(init_weights=False, aux_logits=False).conv1,
-        "unsupported module type BasicConv2d, which has batch norms",
-    ),
+    "own __call__": (lambda: OwnCall(*conv_bn_relu()), "OwnCall has a __call__ of its own"),
+    "generator": (lambda: Generating(*conv_bn_relu()), "it has a construct that is not supported, at line"),
+    "a size that decides": (lambda: Counting(*conv_bn_relu()), "its forward cannot be followed at line"),
+    "an error in it": (lambda: Undefined(*conv_bn_relu()), "AttributeError: 'FusedUndefined' object has no attribute"),
+    "no source": (lambda: from_text(NO_SOURCE), "its source is not available"),
     "own module": (lambda: rnn.BasicBlock(8, 8), "already fused"),
     "fx": (lambda: torch.fx.symbolic_trace(conv_bn_relu()), "a torch.fx.GraphModule"),
+    "norm alone": (lambda: nn.Sequential(nn.BatchNorm2d(8)), "no convolution before it and no ReLU behind it"),
 }
 
 
@@ -83,9 +88,58 @@ def test_left_alone_with_a_reason(name: str) -> None:
     before = state(model)
     report = fuse_(model)
     assert report.fused == []
-    assert [module.name for module in report.left] == [""]
-    assert reason in report.left[0].reason
+    assert report.left
+    assert all(reason in module.reason for module in report.left)
     assert state(model) == before
+
+
+def changed(change: Callable[[Any], object], **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        block = BasicBlock(8, 8, **options)
+        change(block)
+        return block
+
+    return build
+
+
+# The rest of the model is fused: (build, what is said of which module, calls).
+PARTS: dict[str, tuple[Callable[[], nn.Module], str, str, tuple[str, ...]]] = {
+    "hook on conv": (
+        changed(lambda block: block.conv1.register_forward_hook(lambda *_: None)),
+        "bn1", "Conv2d has hooks", ("conv2 + bn2 + add + relu",),
+    ),
+    "hook on bn": (
+        changed(lambda block: block.bn2.register_forward_hook(lambda *_: None)),
+        "bn2", "BatchNorm2d has hooks", ("conv1 + bn1 + relu",),
+    ),
+    "parametrization": (
+        changed(lambda block: parametrizations.weight_norm(block.conv2)),
+        "conv2", "ParametrizedConv2d has a parametrization", ("conv1 + bn1 + relu", "bn2 + add + relu"),
+    ),
+    "padding mode": (
+        changed(lambda block: setattr(block, "conv1", nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"))),
+        "bn1", "padding_mode='circular'", ("conv2 + bn2 + add + relu",),
+    ),
+    "other activation": (
+        changed(lambda block: setattr(block, "relu", nn.SiLU())),
+        "relu", "activation is SiLU: applied after the fused conv + bn", ("conv1 + bn1", "conv2 + bn2 + add"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part_is_left_with_a_reason(name: str) -> None:
+    build, left, reason, ops = PARTS[name]
+    fused, eager, report = models.both(build)
+    assert [module.ops for module in report.fused] == [ops]
+    assert [(module.name, module.reason) for module in report.left] == [(left, reason)]
+    models.assert_same(fused.double(), eager.double(), models.random_input((2, 8, 6, 6)))
+
+
+@pytest.mark.parametrize("model", [None, [conv_bn_relu()], conv_bn_relu])
+def test_what_is_no_module(model: Any) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got (NoneType|list|function)"):
+        fuse_(model)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -93,21 +147,11 @@ def test_script_module_is_left_alone() -> None:
     model = nn.Sequential(torch.jit.script(conv_bn_relu()), conv_bn_relu(), *conv_bn_relu())
     report = fuse_(model)
     assert [module.name for module in report.fused] == ["", "1"]
-    assert [module.name for module in report.left] == ["0"]
-    assert "ScriptModule" in report.left[0].reason
+    assert all("ScriptModule" in module.reason for module in report.left)
     model(models.random_input((2, 8, 6, 6)))
     block = BasicBlock(8, 8, downsample=torch.jit.script(models.projection(8, 8, 1))).eval()
     assert len(fuse_(block).fused) == 1
     block(models.random_input((2, 8, 6, 6)))
-
-
-def test_a_library_whose_forward_is_another_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: BasicBlock, x: Tensor) -> Tensor:
-        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) * self.scale + x)
-
-    monkeypatch.setattr(BasicBlock, "forward", forward)
-    report = fuse_(BasicBlock(8, 8))
-    assert "differs from the supported releases" in report.left[0].reason
 
 
 def test_part_of_a_sequential_is_left_alone() -> None:
@@ -116,7 +160,7 @@ def test_part_of_a_sequential_is_left_alone() -> None:
     model[4].register_forward_hook(lambda *_: seen.append(1))
     report = fuse_(model)
     assert report.fused[0].ops == ("0 + 1 + 2",)
-    assert report.left == [("3", "BatchNorm2d has hooks")]
+    assert report.left == [("4", "BatchNorm2d has hooks")]
     with models.counted_calls() as calls:
         model(models.random_input((2, 8, 6, 6)))
     assert calls.conv_bn_act == len(seen) == 1

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-import resfuse
 from resfuse import fuse_, unfuse_
-from resfuse.surgery import fuse
+from resfuse.fuse import fuse
 from tests import models
 from tests.models import IMAGE, both, conv_bn_relu, reloaded, state
 
@@ -51,14 +51,14 @@ def test_nothing_but_the_class_and_the_strides_change() -> None:
     assert len(report.fused) == 8
 
 
-@pytest.mark.parametrize("failing", ["filter", "class", "weights"])
+@pytest.mark.parametrize("failing", ["filter", "class", "following"])
 def test_failure_leaves_the_model_as_it_was(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.small_resnet(Bottleneck)
     before = state(model)
     count = iter(range(100))
 
     def fail(*_: Any) -> Any:
-        if next(count) == 3:
+        if next(count) == (0 if failing == "following" else 3):
             raise KeyboardInterrupt if failing == "class" else RuntimeError("no")
         return True
 
@@ -67,8 +67,8 @@ def test_failure_leaves_the_model_as_it_was(failing: str, monkeypatch: pytest.Mo
 
     if failing == "class":
         monkeypatch.setattr(fuse, "fused_class", failing_after(fuse.fused_class))
-    elif failing == "weights":
-        monkeypatch.setattr(fuse, "to_channels_last", failing_after(fuse.to_channels_last))
+    elif failing == "following":
+        monkeypatch.setattr(fuse, "follow", failing_after(fuse.follow))
     with pytest.raises((RuntimeError, KeyboardInterrupt)):
         fuse_(model, filter_fn=fail if failing == "filter" else None)
     assert state(model) == before
@@ -76,39 +76,37 @@ def test_failure_leaves_the_model_as_it_was(failing: str, monkeypatch: pytest.Mo
         fuse_(model, memory_format=torch.contiguous_format)
 
 
-def test_weights_become_channels_last_and_return() -> None:
-    model = models.small_resnet(Bottleneck)
-    conv = model.layer1[0].conv2
-    weight, values = conv.weight, conv.weight.detach().clone()
-    model(models.random_input(IMAGE)).sum().backward()
-    former = {name: parameter.stride() for name, parameter in model.named_parameters()}
-    fuse_(model)
-    converted = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    like_torch = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    for parameter, expected in zip(model.parameters(), like_torch.parameters(), strict=True):
-        assert parameter.stride() == expected.stride()
-        assert parameter.grad.stride() == parameter.stride()
-    assert all(resfuse.layout.is_channels_last(module.weight) for module in converted)
-    assert conv.weight is weight
-    assert torch.equal(weight, values)
-    assert model.layer1(torch.randn(1, 64, 8, 8)).is_contiguous(memory_format=torch.channels_last)
-    unfuse_(model)
-    assert former == {name: parameter.stride() for name, parameter in model.named_parameters()}
-    assert all(parameter.grad.stride() == parameter.stride() for parameter in model.parameters())
-    fuse_(model, memory_format=torch.preserve_format)
-    assert former == {name: parameter.stride() for name, parameter in model.named_parameters()}
+def test_parameters_are_left_as_they_are() -> None:
+    """What needs contiguous parameters works as before: safetensors, L-BFGS, `parameters_to_vector`, pruning, views."""
+    fused, eager, _ = both(lambda: models.small_resnet(Bottleneck))
+    assert [p.stride() for p in fused.parameters()] == [p.stride() for p in eager.parameters()]
+    flat = nn.utils.parameters_to_vector(fused.parameters())
+    nn.utils.vector_to_parameters(flat, fused.parameters())
+    assert fused.layer1[0].conv2.weight.view(64, -1).shape == (64, 64 * 9)
+    optimizer = torch.optim.LBFGS(fused.parameters(), max_iter=1)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = fused(models.random_input(IMAGE)).square().mean()
+        loss.backward()
+        return loss
+
+    before = closure()
+    optimizer.step(closure)
+    assert fused(models.random_input(IMAGE)).square().mean() != before
+    assert all(p.grad.is_contiguous() for p in fused.parameters())
+    prune.ln_structured(fused.layer1[0].conv2, "weight", amount=0.5, n=2, dim=0)
+    fused(models.random_input(IMAGE))
 
 
-def test_weights_that_share_memory_keep_it() -> None:
-    model = conv_bn_relu()
-    flat = torch.zeros(8 * 8 * 9 + 1)
-    model[0].weight.data = flat[1:].view(8, 8, 3, 3)
-    pointer = model[0].weight.data_ptr()
-    assert len(fuse_(model).fused) == 1
-    assert model[0].weight.data_ptr() == pointer
-    shared = conv_bn_relu().share_memory()
-    fuse_(shared)
-    assert shared[0].weight.is_shared()
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.preserve_format])
+def test_memory_format_of_activations(memory_format: torch.memory_format) -> None:
+    fused, eager, _ = both(lambda: models.small_resnet(Bottleneck), memory_format=memory_format)
+    input = models.random_input((1, 64, 8, 8))
+    expected = eager.layer1(input).stride() if memory_format is torch.preserve_format else None
+    output = fused.layer1(input)
+    assert output.is_contiguous(memory_format=torch.channels_last) == (expected is None)
+    assert expected is None or output.stride() == expected
 
 
 def test_unfuse_survives_what_happened_since() -> None:

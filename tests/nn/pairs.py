@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 import resfuse.nn as rnn
-from resfuse.nn import fused_call
+from resfuse.nn.lazy import add_, call, evaluated
 from tests import models
 
 OWN_BLOCKS = {
@@ -42,8 +42,12 @@ class Eager(nn.Module):
 class Called(Eager):
     """The same modules in a fused call."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return fused_call.conv_bn_act(self.conv, self.bn, input, residual, self.act)
+    @evaluated
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        output = call(self.bn, call(self.conv, input))
+        if residual is not None:
+            output = add_(output, residual)
+        return output if self.act is None else call(self.act, output)
 
 
 class WithResidual(nn.Module):

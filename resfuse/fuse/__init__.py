@@ -1,6 +1,6 @@
 """`fuse_` makes an existing model run fused, in place; `unfuse_` undoes it."""
 
-from resfuse.surgery.fuse import fuse_, unfuse_
-from resfuse.surgery.report import FusedModule, FuseReport, LeftModule
+from resfuse.fuse.fuse import fuse_, unfuse_
+from resfuse.fuse.report import FusedModule, FuseReport, LeftModule
 
 __all__ = ["FuseReport", "FusedModule", "LeftModule", "fuse_", "unfuse_"]

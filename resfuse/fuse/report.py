@@ -16,13 +16,13 @@ class FusedModule(NamedTuple):
     name: str
     """As in `model.named_modules()`; the model itself is ""."""
     kind: str
-    """The pattern it matches, such as "torchvision Bottleneck"."""
+    """Its class, such as "Bottleneck"."""
     ops: tuple[str, ...]
     """Its fused calls, such as "conv3 + bn3 + add + relu", by the names of its children."""
 
 
 class LeftModule(NamedTuple):
-    """A module that might have been fused and was not."""
+    """A batch norm that is in no fused call, or an activation that is called behind one."""
 
     name: str
     """As in `model.named_modules()`; the model itself is ""."""
@@ -35,6 +35,16 @@ class FuseReport:
 
     fused: list[FusedModule] = field(default_factory=list)
     left: list[LeftModule] = field(default_factory=list)
+    convolutions: int = 0
+    """Fused calls that begin with a convolution."""
+    additions: int = 0
+    """Fused calls with a residual."""
+    all_additions: int = 0
+    """The same, and sums of two tensors that are not part of one."""
+    norms: int = 0
+    """Batch norms of the model."""
+    left_norms: int = 0
+    """Batch norms that are in no fused call."""
 
     @property
     def fused_ops(self) -> int:
@@ -78,7 +88,9 @@ class FuseReport:
     def _headline(self) -> str:
         if not self.fused:
             return "fused no module"
-        return f"fused {_count(len(self.fused), 'module')} into {_count(self.fused_ops, 'call')}"
+        calls = _count(self.fused_ops, "call")
+        pairs = f"{self.convolutions} of {self.convolutions + self.left_norms} conv + bn"
+        return f"fused {pairs}, {self.additions} of {self.all_additions} residual adds: {calls}"
 
     def _names(self, reason: str, shown: int = 3) -> str:
         names = [module.name or "(model)" for module in self.left if module.reason == reason]

@@ -1,0 +1,440 @@
+"""Tensors that are computed once it is known what follows them.
+
+A forward that is to run fused makes its calls through `call`, `invoke`, `method`, `add` and `add_`.  A convolution then
+returns a `Lazy`, batch norm and a residual extend it, and a ReLU, or any other reader, evaluates it: in one fused call,
+if it has become one, else by the calls as they were written.  Nothing is frozen: the modules, their settings and the
+control flow between them are those of this call, so hooks, replaced children and changed attributes count at once.
+
+`resfuse.fuse` writes such forwards from those of other people's modules, and those of `resfuse.nn` are written so by
+hand.  What they have to keep to:
+
+- A `Lazy` is held by one variable or expression, and never reaches code that does not know of it.
+- What follows it may change nothing that it still has to read (`guard`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.nn.parameter import Parameter
+
+from resfuse.nn import fused_call
+from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind
+from resfuse.nn.fused_call import ConvCall, NormCall, activation_of, global_hooks, plain_convolution, unobserved
+from resfuse.types import BatchNorm
+
+RELU = nn.ReLU()
+"""Stands for a ReLU that is written as a function."""
+
+# Who else can have a value: anybody; nobody in Python; nobody, and its memory was made by a fused call.
+SHARED, UNSHARED, OWN = range(3)
+
+FORWARDS: dict[Any, Callable[..., Any]] = {}
+"""forward of a class -> the same for a caller that can take a `Lazy`.  A class that overrides it does not match."""
+
+METHODS: dict[Any, Callable[..., Any]] = {}
+"""Other methods of fused modules, and forwards that are called by `super()`."""
+
+
+class Symbol(fx.Proxy):
+    """Stands for a tensor while `fuse_` follows a forward; `tracer` hears what would be computed."""
+
+    __class__ = Tensor  # type: ignore[assignment]  # for isinstance
+
+
+_TENSORS = (Tensor, Parameter, Symbol)
+
+
+class Lazy:
+    """`bn(conv(input)) + residual` (each part may be missing) that is still to be computed, or a value.
+
+    `conv` is a module or `ConvCall`, `bn` a module, `NormCall` or `BatchNorm`.
+    """
+
+    value: Any = None
+    held: int = SHARED
+    residual: Any = None
+    in_place: bool = False
+    """The sum is written `a += b`: its dtype and shape are those of a."""
+    pad: int = 0
+    """The residual, or where there is none the input, lacks so many channels of zeros."""
+    consume: bool = False
+    """The residual is not read afterwards."""
+
+    def __init__(self, conv: Any, bn: Any, input: Any, channels_last: bool = False) -> None:
+        self.conv, self.bn, self.input, self.channels_last = conv, bn, input, channels_last
+
+    @classmethod
+    def of(cls, value: Any, held: int) -> Lazy:
+        """An evaluated one."""
+        lazy = cls(None, None, None)
+        lazy.value, lazy.held = value, held
+        return lazy
+
+    def normalised(self) -> bool:
+        """True if a residual can still be added."""
+        return self.value is None and self.bn is not None and self.residual is None
+
+    def evaluate(self, act: nn.Module | None = None) -> Lazy:
+        """Compute it, with an activation (None: the identity)."""
+        input, residual = peek(self.input), peek(self.residual)
+        if self.channels_last and type(input) is not Symbol and input.dim() == 4:
+            input = input.contiguous(memory_format=torch.channels_last)
+        if type(input) is Symbol:
+            self.value, self.held = input.tracer.record(self, input, residual, act), OWN
+        elif self.bn is not None:
+            self._normalise(input, residual, act)
+        elif self.conv is not None:
+            self.value = self.conv(input)
+            self.held = OWN if plain_convolution(self.conv) and not global_hooks() else SHARED
+        elif residual is None:
+            self.value, self.held = F.pad(input, (0, 0, 0, 0, 0, self.pad)), OWN
+        elif self.pad:
+            input[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
+            self.value = input if act is None else act(input)
+        else:
+            self.value = fused_call.add_act(input, residual, act, self.in_place)
+        self.conv = self.bn = self.input = self.residual = None
+        return self
+
+    def _normalise(self, input: Tensor, residual: Tensor | None, act: nn.Module | None) -> None:
+        conv, bn, in_place, pad = self.conv, self.bn, self.in_place, self.pad > 0
+        if conv is not None:
+            consume = self.consume and self.residual.held == OWN
+            self.value = fused_call.own_conv_bn_act(conv, bn, input, residual, act, consume, pad)
+            self.held = OWN
+            if self.value is None:
+                input = conv(input)
+        if self.value is None:
+            self.value, self.held = fused_call.bn_act(bn, input, residual, act, in_place, pad), SHARED
+        if pad and self.value.shape[1] != residual.shape[1] + self.pad:
+            raise RuntimeError(
+                f"residual: expected {self.value.shape[1]} channels, got {residual.shape[1]} and {self.pad} of zeros"
+            )
+
+
+def zero_padded(input: Any, channels: int) -> Any:
+    """The input with so many channels of zeros behind its own, which a fused call adds without making them."""
+    if type(input) not in _TENSORS:
+        return F.pad(input, (0, 0, 0, 0, 0, channels))
+    lazy = Lazy(None, None, input)
+    lazy.pad = channels
+    return lazy
+
+
+def peek(x: Any) -> Any:
+    """The value of an evaluated `Lazy`, for code that only reads it; anything else itself."""
+    return x.value if type(x) is Lazy else x
+
+
+def settle(x: Any) -> Any:
+    """An evaluated `Lazy`, so that several variables can hold it; anything else itself."""
+    return x.evaluate() if type(x) is Lazy and x.value is None else x
+
+
+def force(x: Any) -> Any:
+    """What a `Lazy` stands for, for anybody; anything else itself."""
+    if type(x) is not Lazy:
+        return x
+    if x.value is None:
+        x.evaluate()
+    x.held = SHARED
+    return x.value
+
+
+def guard(x: Any, *pending: Any) -> Any:
+    """`x`, which is about to be given to code that may write to it; what still has to read it is evaluated."""
+    value = peek(x)
+    if type(value) in _TENSORS:
+        for lazy in pending:
+            if type(lazy) is Lazy and lazy.value is None:
+                read = (peek(lazy.input), peek(lazy.residual))
+                if any(_share_memory(value, tensor) for tensor in read if tensor is not None):
+                    lazy.evaluate()
+    return x
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    if one is other or type(one) is Symbol or type(other) is Symbol or torch.compiler.is_compiling():
+        return one is other
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any:
+    """`f(x)`, or what will be.
+
+    Args:
+        f: a module, function or method.
+        x: its argument; a pending `Lazy` is given up by the caller.
+        last: the caller does not read `x` afterwards.
+        channels_last: a convolution takes its input, and so gives its output, in channels_last memory.
+    """
+    if type(x) is Lazy:
+        if x.value is None:
+            if x.conv is not None and x.bn is None:
+                norm = _norm(f)
+                if norm is not None:
+                    x.bn = norm
+                    return x
+            activation = activation_of(f) if isinstance(f, nn.Module) else "relu" if f in _RELUS else None
+            if activation == "identity":
+                return x
+            if activation == "relu" and (x.bn is not None or x.residual is not None):
+                return x.evaluate(f if isinstance(f, nn.Module) else RELU)
+    elif type(x) not in _TENSORS:
+        lazy = lazily(f) if type(x) is list and x and type(x[0]) in _TENSORS else None  # as in a DenseNet
+        return f(x) if lazy is None else lazy(receiver(f), x)
+    conv = _convolution(f)
+    norm = None if conv is not None else _norm(f)
+    if conv is not None or norm is not None:
+        if type(x) is Lazy and ((isinstance(f, nn.Module) and not unobserved(f)) or global_hooks()):
+            force(x)
+        return Lazy(conv, norm, settle(x), channels_last and conv is not None)
+    lazy = lazily(f)
+    if lazy is not None:
+        return lazy(receiver(f), x if last else force(x))
+    held = settle(x).held if last and type(x) is Lazy else SHARED
+    value = force(x)
+    if type(value) is Symbol and isinstance(f, nn.Module):
+        return Lazy.of(value.tracer.leaf(f, value), UNSHARED)
+    result = f(value)
+    if not isinstance(f, nn.Module) or type(result) is not Tensor:
+        return result
+    if result is value:  # as from a dropout in inference
+        return result if held == SHARED or not _unshared(result, 5) else Lazy.of(result, UNSHARED)
+    return Lazy.of(result, UNSHARED) if _unshared(result, 3) else result
+
+
+def _unshared(tensor: Tensor, references: int) -> bool:
+    """True if nobody in Python holds a tensor but by so many references, that of this call and its own included."""
+    return not torch.compiler.is_compiling() and tensor._base is None and sys.getrefcount(tensor) <= references
+
+
+def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
+    """`f(*args, **options)`, or what will be; `channels_last` as for `call`."""
+    if isinstance(f, nn.Module) and not args and tuple(options) == ("input",):  # the name in PyTorch's own modules
+        if type(f) is nn.Conv2d or type(f) is nn.ReLU or batch_norm_kind(f) is not None:
+            return call(f, options["input"], channels_last=channels_last)
+    known = None if isinstance(f, nn.Module) else _FUNCTIONS.get(getattr(f, "__func__", f))
+    if known is not None:
+        if type(getattr(f, "__self__", None)) is FloatFunctional:
+            known = known if activation_of(f.__self__.activation_post_process) == "identity" else None
+        result = None if known is None else known(*args, **options)
+        if result is not None:
+            if type(result) is Lazy and result.value is None and f is F.conv2d:
+                result.channels_last = channels_last
+            return result
+    args = tuple(force(argument) for argument in args)
+    options = {name: force(argument) for name, argument in options.items()}
+    lazy = lazily(f)
+    return f(*args, **options) if lazy is None else lazy(receiver(f), *args, **options)
+
+
+def method(name: str, x: Any, *args: Any, **options: Any) -> Any:
+    """`x.name(*args, **options)`, or what will be."""
+    if type(x) is Lazy or type(x) in _TENSORS:
+        known = TENSOR_METHODS.get(name)
+        result = None if known is None else known(x, *args, **options)
+        if result is not None:
+            return result
+    return invoke(False, getattr(force(x), name), *args, **options)
+
+
+def attribute(name: str, x: Any) -> Any:
+    """`x.name`, which is one of `ATTRIBUTES`."""
+    if type(x) is not Lazy:
+        return getattr(x, name)
+    if x.value is None and name in ("ndim", "device", "is_cuda"):
+        return getattr(peek(x.input), name)
+    return getattr(settle(x).value, name)
+
+
+def add(a: Any, b: Any, last: bool = False) -> Any:
+    """`a + b`, or what will be; `last`: the caller does not read `b` afterwards."""
+    if type(a) is Lazy and a.normalised():
+        return _attach(a, b, False, last)
+    if type(b) is Lazy and b.normalised():
+        return _attach(b, a, False, False)
+    # The output of a convolution that nobody else has seen takes the sum.
+    fresh = type(a) is Lazy and a.value is None and a.conv is not None and a.evaluate().held == OWN
+    if fresh and _is_padded(b) and a.value.dtype is b.input.dtype and a.value.shape[1] == b.input.shape[1] + b.pad:
+        total = Lazy(None, None, a.value)
+        total.residual, total.pad = b.input, b.pad
+        return total
+    second = force(b)
+    fresh = fresh and _alike(a.value, second)
+    first = a.value if fresh else force(a)
+    if type(first) not in _TENSORS or type(second) not in _TENSORS:
+        return first + second
+    total = Lazy(None, None, first)
+    total.residual, total.in_place = second, fresh
+    return total
+
+
+def add_(a: Any, b: Any, last: bool = False) -> Any:
+    """`a += b`, or what will be; `last`: the caller does not read `b` afterwards."""
+    if type(a) is Lazy and a.normalised():
+        return _attach(a, b, True, last)
+    a = settle(a)
+    if type(a) is Lazy and a.held != SHARED:
+        second = force(b)
+        if type(second) in _TENSORS:
+            total = Lazy(None, None, a.value)
+            total.residual, total.in_place = second, True
+            return total
+    value = force(a)
+    value += force(b)
+    return value
+
+
+def _attach(lazy: Lazy, residual: Any, in_place: bool, last: bool) -> Lazy:
+    if _is_padded(residual):
+        lazy.residual, lazy.pad = residual.input, residual.pad
+    else:
+        residual = settle(residual)
+        if type(peek(residual)) not in _TENSORS:
+            lazy.evaluate()
+            value = force(lazy)
+            if in_place:
+                value += force(residual)
+            else:
+                value = value + force(residual)
+            return value
+        lazy.residual, lazy.consume = residual, last and type(residual) is Lazy
+    lazy.in_place = in_place
+    return lazy
+
+
+def _is_padded(x: Any) -> bool:
+    return type(x) is Lazy and x.value is None and x.pad > 0 and x.residual is None and x.bn is None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if type(one) is Symbol or type(other) is Symbol:
+        return type(one) is type(other)
+    alike = type(other) in _TENSORS and one.dtype is other.dtype and one.shape == other.shape
+    return alike and not fused_call.must_decompose(one)
+
+
+def lazily(f: Any) -> Callable[..., Any] | None:
+    """What to call with `receiver(f)` in place of a module or method; None if that must be called itself."""
+    if type(f) is MethodType:
+        return METHODS.get(f.__func__)
+    if not isinstance(f, nn.Module):
+        return None
+    lazy = FORWARDS.get(getattr(type(f), "forward", None))
+    if lazy is None or not unobserved(f) or global_hooks() or f._compiled_call_impl is not None:
+        return None
+    if type(f).__call__ is not nn.Module.__call__ or torch._C._get_tracing_state() is not None:
+        return None
+    return lazy
+
+
+def receiver(f: Any) -> Any:
+    """The module whose method `f` is, or which it is itself."""
+    return f.__self__ if type(f) is MethodType else f
+
+
+def evaluated(lazy: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward from one that may return a `Lazy`, which fused callers then use instead."""
+
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        return force(lazy(self, *args, **options))
+
+    forward.__doc__, forward.__wrapped__ = lazy.__doc__, lazy  # type: ignore[attr-defined]
+    FORWARDS[forward] = lazy
+    return forward
+
+
+def is_known(f: Any) -> bool:
+    """True for a function that `call` and `invoke` may make part of a fused call."""
+    return callable(f) and f.__hash__ is not None and f in _FUNCTIONS
+
+
+def _convolution(f: Any) -> Any:
+    """The convolution that calling `f` computes; None if it is none, or a class of its own."""
+    if type(f) is nn.Conv2d:
+        return f
+    if type(f) is MethodType and f.__func__ is nn.Conv2d.forward:
+        return ConvCall.of(f.__self__)  # super().forward
+    return None
+
+
+def _norm(f: Any) -> Any:
+    """The batch norm that calling `f` computes, or None."""
+    if batch_norm_kind(f) is not None:
+        return f
+    if type(f) is NormCall:
+        return f
+    if type(f) is MethodType and f.__func__ in _NORM_FORWARDS:
+        return NormCall(f.__self__, _NORM_FORWARDS[f.__func__])
+    return None
+
+
+def _conv2d(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    weight, bias = force(weight), force(bias)
+    if type(peek(settle(input))) not in _TENSORS or type(weight) not in _TENSORS:
+        return None
+    return Lazy(ConvCall(weight, bias, stride, padding, dilation, groups), None, input)
+
+
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    vectors = [force(vector) for vector in (running_mean, running_var, weight, bias)]
+    norm = BatchNorm(*vectors, training, momentum, eps)
+    if type(input) is Lazy and input.value is None and input.conv is not None and input.bn is None:
+        input.bn = norm
+        return input
+    input = settle(input)
+    return Lazy(None, norm, input) if type(peek(input)) in _TENSORS else None
+
+
+def _relu(input: Any, inplace: bool = False) -> Any:
+    return call(F.relu, input) if type(input) is Lazy and input.value is None else None
+
+
+def _clamp(input: Any, min: Any = None, max: Any = None) -> Any:
+    return _relu(input) if type(min) in (int, float) and min == 0 and max is None else None
+
+
+def _plain(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Without an `alpha`, which stands before or behind, or an `out`."""
+    return lambda a, b=None, *more, **options: None if b is None or more or options else function(a, b)
+
+
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
+ATTRIBUTES = ("ndim", "device", "is_cuda", "shape", "dtype", "requires_grad")
+TENSOR_METHODS: dict[str, Callable[..., Any]] = {
+    "relu": _relu, "relu_": _relu, "clamp": _clamp, "clamp_": _clamp,
+    "clamp_min": _clamp, "clamp_min_": _clamp, "add": _plain(add), "add_": _plain(add_),
+}  # fmt: skip
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_RELUS, _relu),
+    **dict.fromkeys((torch.clamp, torch.clamp_, torch.clamp_min, torch.clamp_min_), _clamp),
+    torch.add: _plain(add),
+    F.conv2d: _conv2d,
+    F.batch_norm: _batch_norm,
+    FloatFunctional.add: add,
+    FloatFunctional.add_relu: lambda a, b: call(F.relu, add(a, b)),
+}
+_NORM_FORWARDS = {
+    nn.BatchNorm2d.forward: BatchNormKind(),
+    nn.SyncBatchNorm.forward: BatchNormKind(synchronised=True),
+}
