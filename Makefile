@@ -47,7 +47,7 @@ test: $(VENV)/.toolkit
 	@$(MAKE) --no-print-directory pytest
 
 test-full: $(VENV)/.toolkit
-	@$(MAKE) --no-print-directory $(VENV)/.built
+	@$(MAKE) --no-print-directory $(VENV)/.built $(VENV)/.models
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory pytest TIER=
 
@@ -93,6 +93,11 @@ $(VENV)/.toolkit: $(VENV)/.torch
 	@if $(PY) -I resfuse/_build.py 2>&1 | grep 'no CUDA toolkit was found'; then \
 	  if $(PIP_INSTALL) '$(TOOLKIT)'; then rm -f $(VENV)/.built; \
 	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
+	@touch $@
+
+# The libraries whose models the slow tests fuse.
+$(VENV)/.models: $(VENV)/.built
+	$(PIP_INSTALL) -q --no-build-isolation -e '.[test-models]'
 	@touch $@
 
 # On a machine that does nothing else; benchmarks/README.md says how to read the results.

@@ -76,7 +76,11 @@ def explain(
         raise ValueError(f"measure: {described.name} is not in this machine; only a device that is can be measured on")
     request = dispatch.requested_backend() if backend is None else dispatch.validated(backend)
     backward = model.training if backward is None else backward
-    left = {left.name: left.reason for left in fuse_(tracer.model).left if left.reason != "already fused"}
+    left: dict[str, str] = {}
+    for name, reason in fuse_(tracer.model).left:
+        if not reason.startswith("activation is") and not reason.endswith("already fused"):
+            left[name] = reason
+            left.setdefault(name.rpartition(".")[0], reason)  # also for the convolution before it
     machine = _Machine(described, place, request, left, measure)
     fused = machine.layers(tracer.calls(backward=backward))
     unfused = machine.layers(tracer.calls(backward=backward, as_pytorch=True))

@@ -263,14 +263,32 @@ def conv_bn_act(
     """
     relu = arguments.check_activation(activation)
     bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
+    settings = (stride, padding, dilation, groups)
+    return packed_conv_bn_act(
+        input, conv_weight, conv_bias, settings, bn, residual, relu, overwrite_residual, pad_residual
+    )
+
+
+def packed_conv_bn_act(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    settings: tuple[Any, Any, Any, int],
+    bn: BatchNorm,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    overwrite_residual: bool = False,
+    pad_residual: bool = False,
+) -> Tensor:
+    """`conv_bn_act` for callers that have the packs; `settings` are stride, padding, dilation and groups."""
     arguments.check_input("input", input, 4)
     arguments.check_input("conv_weight", conv_weight, 4)
-    convolution, shape = arguments.convolution(input.shape, conv_weight.shape, stride, padding, dilation, groups)
+    convolution, shape = arguments.convolution(input.shape, conv_weight.shape, *settings)
     autocast = _autocast_enabled(input)
     # The dtype that autocast gives a convolution's operands: it leaves float64 alone, as for F.conv2d.
     dtype = torch.get_autocast_dtype(input.device.type) if autocast and input.dtype != torch.float64 else input.dtype
     arguments.check_convolution(input, conv_weight, conv_bias, autocast)
-    if training:
+    if bn.training:
         arguments.check_values_per_channel(shape)
     if input.dtype != dtype:
         input = input.to(dtype)
@@ -279,15 +297,12 @@ def conv_bn_act(
         conv_bias = conv_bias.to(dtype)
     if residual is not None:
         if _promotes(input, dtype, residual):
-            output = conv_bn_act(
-                input, conv_weight, *bn[:4], conv_bias=conv_bias, activation="identity", **convolution._asdict(),
-                training=training, momentum=momentum, eps=eps,
-            )  # fmt: skip
+            output = packed_conv_bn_act(input, conv_weight, conv_bias, convolution, bn, relu=False)
             return _add_promoting(output, residual, relu, pad_residual)
         arguments.check_residual(residual, shape, input, pad_residual)
         overwrite_residual = overwrite_residual and _can_be_overwritten(residual, shape, input)
-    needs_grad = _needs_grad(input, conv_weight, weight, bias, conv_bias, residual)
-    if conv_weight.dtype != dtype and (needs_grad or training):
+    needs_grad = _needs_grad(input, conv_weight, bn.weight, bn.bias, conv_bias, residual)
+    if conv_weight.dtype != dtype and (needs_grad or bn.training):
         conv_weight = conv_weight.to(dtype)  # in inference the backend reads the wider weight
     if needs_grad:
         tensors = _distinct(input, conv_weight, conv_bias, residual, *bn[:4])

@@ -276,17 +276,17 @@ def counted_calls() -> Iterator[Calls]:
     """Count the calls of fused operators, so that a module that fell back does not pass for a fused one."""
     calls = Calls()
 
-    def counting(name: str) -> Callable[..., Tensor]:
+    def counting(name: str, kind: str) -> Callable[..., Tensor]:
         function = getattr(functional, name)
 
         def call(*args: object, **options: object) -> Tensor:
-            setattr(calls, name, getattr(calls, name) + 1)
+            setattr(calls, kind, getattr(calls, kind) + 1)
             return function(*args, **options)
 
         return call
 
-    names = ("conv_bn_act", "bn_act", "add_relu")
-    with mock.patch.multiple(functional, **{name: counting(name) for name in names}):
+    names = {"packed_conv_bn_act": "conv_bn_act", "bn_act": "bn_act", "add_relu": "add_relu"}
+    with mock.patch.multiple(functional, **{name: counting(name, kind) for name, kind in names.items()}):
         yield calls
 
 

@@ -1,6 +1,6 @@
-"""Tables of the models of torchvision and timm that `fuse_` covers.
+"""Tables of other libraries' models: what `fuse_` fuses in each, and how exact the fused models are.
 
-python -m tools.model_tables fused                 # docs/models.md: the layers that are fused, in seconds
+python -m tools.model_tables fused                 # docs/models.md: what is fused, in a minute; needs '.[test-models]'
 python -m tools.model_tables equality [PATTERN]    # the numerical contract of each model; all take half an hour
 """
 
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
+import functools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +24,12 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
 from resfuse.fuse import FuseReport
-from resfuse.nn.batch_norm import batch_norm_kind
+from resfuse.nn.batch_norm import is_norm
 from tools import model_equality
 from tools.model_equality import Evaluate
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-PACKAGES = ("torchvision", "timm")
+PACKAGES = ("torchvision", "timm", "transformers", "pytorchcv", "segmentation_models_pytorch")
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 WIDE = ("wide_resnet50_2", "wide_resnet101_2")
@@ -141,56 +140,88 @@ def _flattened(outputs: Tensor | Mapping[str, Tensor]) -> Tensor:
 INTRODUCTION = """\
 # Models
 
-Layers that `resfuse.fuse_(model)` fuses in the residual networks of torchvision and timm. Written by
-`python -m tools.model_tables fused` with {versions}; a test checks that it is up to date.
+What `resfuse.fuse_(model)` fuses in the models of other libraries. Written by `python -m tools.model_tables fused` with
+{versions}; a test checks that it is up to date.
 
-- **conv**: 2-D convolutions with a batch norm that run in one fused call, of all 2-D convolutions. The others have no
-  batch norm behind them (feature pyramids, heads, attention), or are in the last column.
-- **norm**: batch norms that are part of a fused call, of all batch norms.
-- **calls**: fused calls in a forward pass: convolution + batch norm (+ residual) (+ ReLU), batch norm + ReLU, and
-  residual + ReLU.
-- **left**: modules that are called as they are, how often, and why.
+- **norms**: batch norms that are part of a fused call, of all 2-D batch norms.
+- **conv + bn**: fused calls that begin with the convolution before the batch norm. The other calls are batch norm +
+  ReLU, as in pre-activation networks, and residual + ReLU.
+- **adds**: residuals that are added in a fused call, of all that are added to a batch norm or before a ReLU.
+- **calls**: fused calls in a forward pass.
+- **left**: what is called as it is, how often, and why.
 
-Forward, every gradient and all running statistics of each of these models, in training and in inference, are held to
-the [numerical contract](numerics.md#the-contract) by `python -m tools.model_tables equality`
+Of timm there is one model of each file that has batch norms. Forward, every gradient and all running statistics of the
+residual networks of torchvision and timm, in training and in inference, are held to the
+[numerical contract](numerics.md#the-contract) by `python -m tools.model_tables equality`
 ([results](models-equality.csv)).
 """
+
+MORE_TORCHVISION = (
+    *("googlenet", "inception_v3", "densenet121", "vgg16_bn", "shufflenet_v2_x1_0", "mnasnet1_0", "mobilenet_v2"),
+    *("mobilenet_v3_large", "efficientnet_b0", "efficientnet_v2_s", "lraspp_mobilenet_v3_large"),
+)
+PYTORCHCV = (
+    *("resnet18", "resnet50", "preresnet18", "resnext50_32x4d", "seresnet50", "densenet121", "dla34", "mobilenetv2_w1"),
+    *("resnet20_cifar10", "preresnet20_cifar10", "diaresnet20_cifar10", "wrn16_10_cifar10", "resneta50b", "xception"),
+)
+SMP = ("Unet", "UnetPlusPlus", "FPN", "DeepLabV3Plus", "PSPNet", "Linknet", "MAnet", "PAN")
+
+
+def fused_entries() -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    """(library, name, constructor) of the models in docs/models.md."""
+    for entry in entries():
+        yield entry.family, entry.name, entry.build
+    for name in MORE_TORCHVISION:
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options |= {"weights_backbone": None} if name.startswith("lraspp") else {}
+        yield "torchvision", name, functools.partial(torchvision.models.get_model, name, weights=None, **options)
+    for module in sorted(timm.list_modules()):
+        names = [name for name in timm.list_models(module=module) if name not in TIMM]
+        if names:
+            yield "timm", min(names, key=len), functools.partial(timm.create_model, min(names, key=len))
+    import pytorchcv.model_provider
+    import segmentation_models_pytorch as smp
+    import transformers
+
+    for kind in ("basic", "bottleneck"):
+        config = transformers.ResNetConfig(layer_type=kind)
+        yield "transformers", f"ResNet, {kind}", functools.partial(transformers.ResNetForImageClassification, config)
+    for kind in ("x", "y"):
+        config = transformers.RegNetConfig(layer_type=kind)
+        yield "transformers", f"RegNet, {kind}", functools.partial(transformers.RegNetForImageClassification, config)
+    for name in PYTORCHCV:
+        yield "pytorchcv", name, functools.partial(pytorchcv.model_provider.get_model, name)
+    for name in SMP:
+        build = functools.partial(getattr(smp, name), "resnet34", encoder_weights=None)
+        yield "segmentation_models_pytorch", f"{name}, resnet34", build
 
 
 def page() -> str:
     """docs/models.md."""
-    lines = [INTRODUCTION.format(versions=" and ".join(f"{name} {version(name)}" for name in PACKAGES))]
-    family = ""
-    for entry in entries():
-        if entry.family != family:
-            lines += [f"\n## {entry.family}\n" if family else f"## {entry.family}\n"]
-            lines += ["| model | conv | norm | calls | left |", "|---|--:|--:|--:|---|"]
-            family = entry.family
+    lines = [INTRODUCTION.format(versions=", ".join(f"{name} {version(name)}" for name in PACKAGES))]
+    found: dict[str, list[str]] = {}
+    for library, name, build in fused_entries():
         try:
             with torch.device("meta"):  # no memory for weights
-                model = entry.build()
-        except NotImplementedError:  # it computes with tensors while it is built
-            model = entry.build()
-        lines.append(row(entry.name, model, resfuse.fuse_(model)))
-    return "\n".join(lines) + "\n"
+                model = build()
+        except (NotImplementedError, RuntimeError):  # it computes with tensors while it is built
+            model = build()
+        if any(map(is_norm, model.modules())):
+            found.setdefault(library, []).append(row(name, model, resfuse.fuse_(model)))
+    for library, rows in found.items():
+        head = ["| model | norms | conv + bn | adds | calls | left |", "|---|--:|--:|--:|--:|---|"]
+        lines += [f"## {library}\n", *head, *sorted(rows), ""]
+    return "\n".join(lines)
 
 
 def row(name: str, model: nn.Module, report: FuseReport) -> str:
     """One line of the table."""
-    convolutions = {module for module in model.modules() if isinstance(module, nn.Conv2d)}
-    norms = {module for module in model.modules() if batch_norm_kind(module) is not None}
-    fused = set()
-    for module in report.fused:
-        parent = model.get_submodule(module.name)
-        children = {child for call in module.ops for child in call.split(" + ") if child != "add"}
-        fused |= {parent.get_submodule(child) for child in children}
-    # A reason without the names of the calls that it is about, and without repetition.
-    reasons = [re.sub(r"(^|; )[\w.]+( \+ [\w.]+)*: ", r"\1", left.reason).split("; ") for left in report.left]
-    left = Counter(", ".join(dict.fromkeys(parts)).replace("|", "\\|") for parts in reasons)
+    left = report.reasons()
     cells = (
         name,
-        f"{len(convolutions & fused)} of {len(convolutions)}",
-        f"{len(norms & fused)} of {len(norms)}" if norms else "none",
+        f"{report.norms - report.left_norms} of {report.norms}",
+        str(report.convolutions),
+        f"{report.additions} of {report.all_additions}" if report.all_additions else "none",
         str(report.fused_ops),
         "<br>".join(f"{count} x {reason}" if count > 1 else reason for reason, count in left.items()) or "nothing",
     )

@@ -23,11 +23,11 @@ from resfuse.nn.fused_call import ConvCall, NormCall, reason_against
 from resfuse.nn.lazy import RELU, Lazy, Symbol
 from resfuse.types import BatchNorm
 
-_PATHS = 32
+_PATHS = 16
 """Limit on the ways through one forward."""
 
 
-class NotFollowed(Exception):
+class NotFollowedError(Exception):
     """The reason why a forward cannot be followed."""
 
 
@@ -58,13 +58,15 @@ def follow(module: nn.Module) -> tuple[list[Op], set[nn.Module]]:
     """The evaluations in the forward of a module of a fused class, of the path with most of each; and who makes them.
 
     Raises:
-        NotFollowed: no path through it can be followed.
+        NotFollowedError: no path through it can be followed.
     """
     found: dict[tuple[Any, ...], list[Op]] = {}
     failure: str | None = None
     entered: set[nn.Module] = set()
     completed, todo = 0, [[]]  # type: ignore[var-annotated]
-    while todo and completed < _PATHS:
+    for _ in range(_PATHS):
+        if not todo:
+            break
         follower = _Follower(todo.pop())
         try:
             follower.run(module)
@@ -76,10 +78,11 @@ def follow(module: nn.Module) -> tuple[list[Op], set[nn.Module]]:
             for key, ops in follower.ops.items():
                 if len(ops) > len(found.get(key, ())):
                     found[key] = ops
-        todo += [follower.decisions[:i] + [not follower.decisions[i]]
-                 for i in range(len(follower.given), len(follower.decisions))][: _PATHS - len(todo)]  # fmt: skip
+        decisions, known = follower.decisions, len(follower.given)
+        others = [[*decisions[:i], not decisions[i]] for i in range(known, len(decisions))]
+        todo += others
     if not completed:
-        raise NotFollowed(failure)
+        raise NotFollowedError(failure)
     return [op for ops in found.values() for op in ops], entered
 
 
@@ -169,10 +172,10 @@ class _ReadOnly(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
-        if (writes or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))) and args:
-            if type(args[0]) is not Symbol:
-                return args[0]
+        augmented = name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+        writes = augmented or (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+        if writes and args and type(args[0]) is not Symbol:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -182,7 +185,9 @@ def _source(part: Any) -> Any:
         return part.module
     if isinstance(part, (ConvCall, BatchNorm)):
         tensors = (part.weight, *part) if isinstance(part, BatchNorm) else (part.weight,)
-        return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and type(tensor) is not Symbol), part)
+        return next(
+            (tensor for tensor in tensors if isinstance(tensor, Tensor) and not isinstance(tensor, fx.Proxy)), part
+        )
     return part
 
 
@@ -204,7 +209,8 @@ def _describe(error: Exception, module: nn.Module) -> str:
     file = inspect.getsourcefile(type(module).__mro__[2])
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     where = f" at line {lines[-1]}" if lines else ""
-    return f"its forward cannot be followed{where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    said = str(error).partition("\n")[0]
+    return f"its forward cannot be followed{where}: {type(error).__name__}: {said}"
 
 
 @contextlib.contextmanager

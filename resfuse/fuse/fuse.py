@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from resfuse.fuse.follow import NotFollowed, Op, follow, undisturbed
+from resfuse.fuse.follow import NotFollowedError, Op, follow, undisturbed
 from resfuse.fuse.fused_class import fused_class, is_fused, is_fused_class
 from resfuse.fuse.report import FusedModule, FuseReport, LeftModule
-from resfuse.fuse.rewrite import NotRewritten
-from resfuse.nn import batch_norm
+from resfuse.fuse.rewrite import NotRewrittenError
+from resfuse.nn.batch_norm import batch_norm_kind, is_norm
 from resfuse.nn.lazy import FORWARDS
 
 _ALREADY = "already fused"
@@ -136,10 +136,10 @@ class _Fusion:
                 self.reasons[module] = _ALREADY
             elif "forward" in module.__dict__:
                 self.reasons[module] = "its forward was replaced on the instance"
-            elif batch_norm.batch_norm_kind(module) is None and any(map(_is_norm, module.modules())):
+            elif _may_have_a_part(module):
                 try:
                     cls = fused_class(type(module), self.channels_last)
-                except NotRewritten as reason:
+                except NotRewrittenError as reason:
                     self.reasons[module] = str(reason)
                 else:
                     self.changed.append(module)
@@ -152,15 +152,17 @@ class _Fusion:
         for module in self.names:
             if module in followed or not is_fused(module) or module in self.reasons:
                 continue
+            if not any(map(is_norm, module.modules())):
+                continue  # it matters only to who normalises its output
             try:
                 ops, entered = follow(module)
-            except NotFollowed as reason:
+            except NotFollowedError as reason:
                 self.reasons[module] = str(reason)
                 _restore(module)
             else:
                 known = {op.key for op in self.ops}
                 self.ops += [op for op in ops if op.key not in known and not self._is_fused_already(op)]
-                followed |= entered
+                followed |= entered.union(*(self._above(self._module(op.conv)) for op in ops))
             restore()
 
     def reject(self, filter_fn: Filter) -> bool:
@@ -231,10 +233,10 @@ class _Fusion:
                 report.fused.append(FusedModule(name, _kind(module), tuple(calls[module])))
             if module in left and module not in seen:
                 report.left.append(LeftModule(name, left[module]))
-            elif _opaque_reason(module) is not None or (_is_norm(module) and module not in seen):
+            elif _opaque_reason(module) is not None or (is_norm(module) and module not in seen):
                 report.left.append(LeftModule(name, self._why_left(module)))
-            report.norms += _is_norm(module)
-            report.left_norms += _is_norm(module) and module not in seen
+            report.norms += is_norm(module)
+            report.left_norms += is_norm(module) and module not in seen
         return report
 
     def _why_left(self, norm: nn.Module) -> str:
@@ -289,9 +291,12 @@ def _opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """True if the module is a 2-D batch norm, of any class."""
-    return batch_norm.is_batch_norm_class(type(module)) or batch_norm.batch_norm_kind(module) is not None
+def _may_have_a_part(module: nn.Module) -> bool:
+    """True for what calls convolutions or norms; a convolution of a class of its own only if it calls a norm too."""
+    own = isinstance(module, nn.Conv2d) or batch_norm_kind(module) is not None
+    return any(is_norm(inner) or (isinstance(inner, nn.Conv2d) and not own) for inner in module.modules()) and not (
+        batch_norm_kind(module) is not None or type(module) is nn.Conv2d
+    )
 
 
 def _tensors(module: nn.Module) -> Iterator[Any]:

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from resfuse.fuse.rewrite import NotRewritten, methods_called, rewrite
-from resfuse.nn import lazy
+from resfuse.fuse.rewrite import NotRewrittenError, methods_called, rewrite
+from resfuse.nn.lazy import FORWARDS, METHODS, force
 
 
 class Fused:
@@ -42,31 +42,31 @@ def fused_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
     """The class `Fused<Original>`, always the same one as long as the class has the same forward.
 
     Raises:
-        NotRewritten: there can be none, for a reason that its message gives.
+        NotRewrittenError: there can be none, for a reason that its message gives.
     """
     forward = getattr(original, "forward", None)
     if not isinstance(forward, FunctionType):
-        raise NotRewritten("its forward is no function")
+        raise NotRewrittenError("its forward is no function")
     key = (original, channels_last, forward)
     cls = _classes.get(key)
     if cls is None:
         try:
             cls = _make_class(original, channels_last)
-        except NotRewritten as reason:
+        except NotRewrittenError as reason:
             cls = str(reason)
         _classes[key] = cls
     if isinstance(cls, str):
-        raise NotRewritten(cls)
+        raise NotRewrittenError(cls)
     return cls
 
 
 def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Module]:
     if not _pickles_by_default(original):
-        raise NotRewritten(f"{original.__name__} has its own way of being pickled")
+        raise NotRewrittenError(f"{original.__name__} has its own way of being pickled")
     if original.__call__ is not nn.Module.__call__:
-        raise NotRewritten(f"{original.__name__} has a __call__ of its own")
+        raise NotRewrittenError(f"{original.__name__} has a __call__ of its own")
     if original.__module__.startswith("torch.") and original is not nn.Sequential:
-        raise NotRewritten("it is PyTorch's own")
+        raise NotRewrittenError("it is PyTorch's own")
     namespace: dict[str, Any] = {
         "__module__": original.__module__, "__doc__": original.__doc__,
         "_resfuse_original": original, "_resfuse_channels_last": channels_last,
@@ -77,16 +77,17 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
         for depth, function in enumerate(_definitions(original, name)):
             try:
                 fused = rewrite(function, original, channels_last)
-            except NotRewritten:
+            except NotRewrittenError:
                 if name == "forward" and depth == 0:
                     raise
                 continue
             if depth == 0:
-                version = _as_long_as(original, name, function, fused or function)
-                namespace[name] = lazy.evaluated(version)
-                lazy.METHODS[namespace[name]] = version
+                namespace[name], lazy_version = _versions(original, name, function, fused or function)
+                METHODS[namespace[name]] = lazy_version
+                if name == "forward":
+                    FORWARDS[namespace[name]] = lazy_version
             elif fused is not None:
-                lazy.METHODS[function] = fused
+                METHODS[function] = fused
             found = {called for called in methods_called(function) if _definitions(original, called)}
             todo += found - names
             names |= found
@@ -105,15 +106,24 @@ def _definitions(cls: type, name: str) -> list[FunctionType]:
     return found
 
 
-def _as_long_as(cls: type, name: str, function: FunctionType, fused: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused version of a method as long as the class has that method, then whatever it has."""
+def _versions(
+    cls: type, name: str, function: FunctionType, fused: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A method of a fused class, and the version for callers that can take a `Lazy`.
+
+    Both are the fused version as long as the original class has the method that it was made from.
+    """
 
     def method(self: Any, *args: Any, **options: Any) -> Any:
-        current = getattr(cls, name)
-        return (fused if current is function else current)(self, *args, **options)
+        if getattr(cls, name) is function:
+            return force(fused(self, *args, **options))
+        return getattr(cls, name)(self, *args, **options)
+
+    def lazy_method(self: Any, *args: Any, **options: Any) -> Any:
+        return (fused if getattr(cls, name) is function else getattr(cls, name))(self, *args, **options)
 
     method.__name__, method.__doc__, method.__wrapped__ = name, function.__doc__, function  # type: ignore[attr-defined]
-    return method
+    return method, lazy_method
 
 
 def _pickles_by_default(cls: type[nn.Module]) -> bool:
@@ -135,6 +145,6 @@ def _new(original: type[nn.Module], channels_last: bool) -> nn.Module:
     """An empty instance; one of the original class where the fused one cannot be made here (there are no sources)."""
     try:
         cls = fused_class(original, channels_last)
-    except NotRewritten:
+    except NotRewrittenError:
         cls = original
     return cls.__new__(cls)

@@ -30,6 +30,7 @@ HELPERS = {
     f"_resfuse_{name}": getattr(lazy, name)
     for name in ("call", "invoke", "method", "attribute", "add", "add_", "force", "settle", "guard")
 }
+_CHILDREN = "_resfuse_children"
 _FUNCTION_NODES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _UNSUPPORTED = (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Match, ast.Global, ast.Nonlocal)
@@ -41,7 +42,7 @@ _PURE = {
 Names = frozenset[str]
 
 
-class NotRewritten(Exception):
+class NotRewrittenError(Exception):
     """The reason why a forward stays as it is."""
 
 
@@ -54,7 +55,7 @@ def rewrite(function: FunctionType, cls: type, channels_last: bool) -> FunctionT
         channels_last: convolutions take their input in channels_last memory.
 
     Raises:
-        NotRewritten: its source is not available, is not what runs, or has a construct that is not supported.
+        NotRewrittenError: its source is not available, is not what runs, or has a construct that is not supported.
     """
     definition = _definition(function)
     rewriter = _Rewriter(definition, function, cls, channels_last)
@@ -71,7 +72,7 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not lines:
-        raise NotRewritten("its source is not available")
+        raise NotRewrittenError("its source is not available")
     functions, imports = _functions("".join(lines))
     for node in functions:
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
@@ -84,7 +85,7 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
                 same = False
             if same:
                 return node
-    raise NotRewritten("its source is not the one that runs")
+    raise NotRewrittenError("its source is not the one that runs")
 
 
 @functools.lru_cache(maxsize=16)
@@ -154,15 +155,15 @@ class _Rewriter:
         self.definition, self.function, self.cls, self.channels_last = definition, function, cls, channels_last
         code = function.__code__
         if not definition.args.args:
-            raise NotRewritten("it has no argument self")
+            raise NotRewrittenError("it has no argument self")
         self.self_name = definition.args.args[0].arg
         self.locals = frozenset(code.co_varnames) | frozenset(code.co_cellvars)
         self.captured = frozenset(code.co_cellvars)
         if "locals" in code.co_names or "exec" in code.co_names or "eval" in code.co_names:
-            raise NotRewritten("it looks at its own variables")
+            raise NotRewrittenError("it looks at its own variables")
         for node in ast.walk(definition):
             if isinstance(node, _UNSUPPORTED):
-                raise NotRewritten(f"it has a construct that is not supported, at line {node.lineno}")  # type: ignore[attr-defined]
+                raise NotRewrittenError(f"it has a construct that is not supported, at line {node.lineno}")
         self.parameters = _parameters(definition.args) - {self.self_name} - self.captured
         self.lazy_names: set[str] = set()
         self.aliases: dict[str, set[str]] = {}
@@ -182,7 +183,9 @@ class _Rewriter:
         if not self.changed:
             return None
         definition = copy.copy(self.definition)
-        definition.body = new + self._settle_all(pending or (), body[-1])
+        children = ast.Attribute(ast.Name(self.self_name, ast.Load()), "_modules", ast.Load())
+        first = ast.copy_location(ast.Assign([ast.Name(_CHILDREN, ast.Store())], children), body[0])
+        definition.body = [first, *new, *self._settle_all(pending or (), body[-1])]
         return _compile(definition, self.function)
 
     # Names
@@ -332,7 +335,7 @@ class _Rewriter:
     def _statement(self, node: ast.stmt, bound: set[str]) -> tuple[list[ast.stmt], set[str] | None]:
         pending = self.pending
         if isinstance(node, _FUNCTION_NODES):
-            bound.add(node.name)  # type: ignore[union-attr]
+            bound.add(node.name)
             return [node], pending
         if isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try)):
             return self._compound(node, bound)
@@ -354,7 +357,7 @@ class _Rewriter:
         if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name) and node.target.id in self.lazy_names:
             name = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
             if isinstance(node.op, ast.Add):
-                value = self._addition("add_", name, node.value, node)
+                value = self._addition("add_", name, node.value)
                 assign = ast.Assign([ast.Name(name.id, ast.Store())], value)
                 self.changed = True
                 return [ast.copy_location(assign, node)], pending | {name.id}
@@ -373,6 +376,9 @@ class _Rewriter:
         for target in _targets(node):
             bound.add(target.id)
             pending = pending - {target.id}
+        if isinstance(node, ast.Expr):  # such as `outputs.append(x)`: nobody reads what it returns
+            node_copy.value = self._raw_children(node.value)  # type: ignore[attr-defined]
+            return [node_copy], pending
         new = self._raw_children(node)
         ended = isinstance(node, (ast.Return, ast.Raise))
         if isinstance(node, (ast.Break, ast.Continue)):
@@ -546,13 +552,15 @@ class _Rewriter:
             if kind != "plain":
                 self.changed = True
                 return ast.copy_location(self._call(kind, node), node), True
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and self._may_be_lazy(node):
-            if not self.comprehension:
-                self.changed = True
-                return ast.copy_location(self._addition("add", node.left, node.right, node), node), True
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in self.lazy_names:
-            if node.attr in lazy.ATTRIBUTES:
-                return _helper("attribute", ast.Constant(node.attr), node.value), False
+        if isinstance(node, ast.BinOp) and self._may_be_lazy(node) and not self.comprehension:
+            self.changed = True
+            return ast.copy_location(self._addition("add", node.left, node.right), node), True
+        if isinstance(node, ast.Attribute) and node.attr in lazy.ATTRIBUTES and self._is_lazy_name(node.value):
+            return _helper("attribute", ast.Constant(node.attr), node.value), False
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            comparison = copy.copy(node)
+            comparison.left, comparison.comparators = self._child(node.left), [self._raw(v) for v in node.comparators]
+            return comparison, False
         if isinstance(node, ast.IfExp):
             new = copy.copy(node)
             new.test = self._raw(node.test)
@@ -560,13 +568,16 @@ class _Rewriter:
             return new, one or other
         return self._raw_children(node), False
 
+    def _is_lazy_name(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id in self.lazy_names
+
     def _is_last_read(self, node: ast.Name) -> bool:
         """True for `return x` and the like; an assignment makes an alias."""
         return isinstance(self.statement, ast.Return) and self._dead_after(node)
 
     def _call(self, kind: str, node: ast.Call) -> ast.expr:
         if kind == "call":
-            f = self._raw(node.func)
+            f = self._child(node.func)
             x, last = self._argument(node.args[0])
             return _helper("call", f, x, ast.Constant(last), ast.Constant(self.channels_last))
         # A known function writes to nothing but its first argument.
@@ -581,6 +592,16 @@ class _Rewriter:
             call = _helper("method", ast.Constant(node.func.attr), self._argument(node.func.value)[0], *arguments)
         call.keywords = keywords
         return call
+
+    def _child(self, node: ast.expr) -> ast.expr:
+        """`self.name`, for a child without `nn.Module.__getattr__`, which takes longer than the rest of a call."""
+        if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+            return self._raw(node)
+        if node.value.id != self.self_name or hasattr(self.cls, node.attr):
+            return self._raw(node)
+        key, children = ast.Constant(node.attr), ast.Name(_CHILDREN, ast.Load())
+        child = ast.Subscript(children, key, ast.Load())
+        return ast.copy_location(ast.IfExp(ast.Compare(key, [ast.In()], [children]), child, node), node)
 
     def _argument(self, node: ast.expr, guarded: bool = True) -> tuple[ast.expr, bool]:
         """An argument of a helper, which may write to it if it is guarded, and whether it is its last reader."""
@@ -604,7 +625,7 @@ class _Rewriter:
         node = self.statement
         return name.startswith("_resfuse_") or name in node.live_after or name in _loads(_own_expressions(node))
 
-    def _addition(self, helper: str, left: ast.expr, right: ast.expr, where: ast.AST) -> ast.expr:
+    def _addition(self, helper: str, left: ast.expr, right: ast.expr) -> ast.expr:
         pending = self.pending
         if isinstance(right, ast.Name):  # it is evaluated before anything is written
             self.pending = pending - {right.id}

@@ -54,35 +54,37 @@ def _frozen_kind(module: nn.Module) -> BatchNormKind | None:
     Such classes (torchvision's `FrozenBatchNorm2d`, detectron2's, DETR's) have the buffers `weight`, `bias`,
     `running_mean` and `running_var`, no parameters and no children, and differ in where their eps comes from.
     """
-    vectors = {name: module._buffers.get(name) for name in ("weight", "bias", "running_mean", "running_var")}
-    if module._parameters or module._modules or any(vector is None or vector.dim() != 1 for vector in vectors.values()):
+    names = ("running_mean", "running_var", "weight", "bias")
+    vectors = [module._buffers.get(name) for name in names]
+    if module._parameters or module._modules or any(vector is None or vector.dim() != 1 for vector in vectors):
         return None
-    if set(module._buffers) - vectors.keys() - {"num_batches_tracked"} or is_batch_norm_class(type(module)):
+    others = set(module._buffers) - {*names, "num_batches_tracked"}
+    if others or isinstance(module, nn.modules.batchnorm._BatchNorm):
         return None
-    channels = len(vectors["weight"])  # type: ignore[arg-type]
+    channels = len(vectors[0])  # type: ignore[arg-type]
+    values = [torch.arange(1, channels + 1, dtype=torch.float64, device="cpu") / channels + i for i in range(4)]
+    mean, var, weight, bias = values
+    var *= 1e-4  # so small that eps shows
     trial = copy.copy(module)
-    values = {name: torch.linspace(0.3 + i, 1.7 + i, channels, dtype=torch.float64, device="cpu")
-              for i, name in enumerate(vectors)}  # fmt: skip
-    values["running_var"] = values["running_var"] * 1e-4  # so small that eps shows
-    trial._buffers = {**module._buffers, **values}
-    input = torch.linspace(-2, 2, 2 * channels, dtype=torch.float64, device="cpu").reshape(1, channels, 2, 1)
+    trial._buffers = {**module._buffers, **dict(zip(names, values, strict=True))}
+    input = torch.stack([values[0] - 1, values[0] * 2], 1).reshape(1, channels, 2, 1)
     try:
         with torch.no_grad():
             output = trial(input)
     except Exception:
         return None
-    for eps in (getattr(module, "eps", None), 1e-5, 1e-3):
-        if isinstance(eps, float):
-            expected = F.batch_norm(input, *(values[name] for name in ("running_mean", "running_var", "weight", "bias")),
-                                    False, 0.0, eps)  # fmt: skip
-            if isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
-                return BatchNormKind(frozen=True, eps=None if eps == getattr(module, "eps", None) else eps)
+    own = getattr(module, "eps", None)
+    for eps in (own, 1e-5, 1e-3):
+        if isinstance(eps, float) and isinstance(output, Tensor):
+            expected = F.batch_norm(input, mean, var, weight, bias, eps=eps)
+            if torch.allclose(output, expected, rtol=1e-9, atol=1e-9):
+                return BatchNormKind(frozen=True, eps=None if eps == own else eps)
     return None
 
 
-def is_batch_norm_class(cls: type) -> bool:
-    """True for a 2-D batch norm of PyTorch's and every class derived from one."""
-    return issubclass(cls, (nn.BatchNorm2d, nn.SyncBatchNorm))
+def is_norm(module: nn.Module) -> bool:
+    """True if the module is a 2-D batch norm, of any class."""
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or batch_norm_kind(module) is not None
 
 
 def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
@@ -93,7 +95,8 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
     Raises:
         KeyError: a parameter or buffer was replaced by something that only the module itself can use.
     """
-    if hides_tensors(bn):
+    attributes = bn.__dict__
+    if "weight" in attributes or "bias" in attributes or "running_mean" in attributes or "running_var" in attributes:
         raise KeyError("an attribute hides a parameter or buffer")
     buffers = bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
@@ -113,12 +116,6 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
         count = buffers["num_batches_tracked"]
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
     return BatchNorm(mean, var, weight, bias, True, momentum, bn.eps)  # type: ignore[arg-type]
-
-
-def hides_tensors(module: nn.Module) -> bool:
-    """True if attributes of the instance hide its parameters or buffers, which forward then does not see."""
-    attributes = module.__dict__
-    return "weight" in attributes or "bias" in attributes or "running_mean" in attributes or "running_var" in attributes
 
 
 def count_batch(bn: nn.Module, batches: int = 1) -> None:

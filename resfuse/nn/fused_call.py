@@ -1,4 +1,4 @@
-"""Fused calls of several modules: `own_conv_bn_act(conv, bn, input, residual, act)` is `act(bn(conv(input)) + residual)`.
+"""Fused calls of several modules: `own_conv_bn_act(conv, bn, input, residual, act)`, `bn_act` and `add_act`.
 
 Everything that is fused in this package runs through here.  The modules own all state: their parameters, buffers and
 settings are read at each call, so nothing can go stale.  The modules themselves are called wherever bypassing them
@@ -31,7 +31,6 @@ from resfuse.nn.batch_norm import (
     BatchNormKind,
     batch_norm_kind,
     count_batch,
-    hides_tensors,
     read_state,
     synchronising_group,
 )
@@ -92,6 +91,7 @@ def own_conv_bn_act(
     act: nn.Module | None = None,
     overwrite_residual: bool = False,
     pad_residual: bool = False,
+    channels_last: bool = False,
 ) -> Tensor | None:
     """Call the operator with the state of the modules; None, and nothing has happened, if it cannot replace them.
 
@@ -110,36 +110,36 @@ def own_conv_bn_act(
         act: a ReLU; None stands for no activation.
         overwrite_residual: the residual is not read afterwards, so inference may write the output over it.
         pad_residual: a residual of fewer channels is added to the first ones.
+        channels_last: convert the input to this memory format, which the output then has, too.
     """
     if global_hooks() or not _fusible_tensors(input, residual):
         return None
-    arguments_of_conv = _convolution(conv)
-    norm = _norm(bn)
-    if arguments_of_conv is None or norm is None or norm.group is not None:
+    found, norm = _convolution(conv), _norm(bn)
+    if found is None or norm is None:
         return None
-    conv_weight, conv_bias, stride, padding, dilation, groups = arguments_of_conv
-    state = norm.state
-    if norm.kind.frozen and not (
+    conv_weight, conv_bias, settings = found
+    state, kind, module, group = norm
+    if group is not None:
+        return None
+    if kind.frozen and not (
         # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
         input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
         and not torch.is_autocast_enabled(input.device.type)
     ):
         return None
-    if norm.module is not None:
-        count_batch(norm.module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    if module is not None and state.training:
+        count_batch(module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
     try:
-        return functional.conv_bn_act(
-            input, conv_weight, *state[:4],
-            conv_bias=conv_bias, residual=residual, activation="identity" if act is None else "relu",
-            stride=stride, padding=padding, dilation=dilation, groups=groups,
-            training=state.training, momentum=state.momentum, eps=state.eps,
-            overwrite_residual=overwrite_residual, pad_residual=pad_residual,
-        )  # fmt: skip
+        return functional.packed_conv_bn_act(
+            input, conv_weight, conv_bias, settings, state, residual, act is not None, overwrite_residual, pad_residual
+        )
     except ValueError:
         # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
-        if norm.module is not None:
-            count_batch(norm.module, -1)
-        _, expected = arguments.convolution(input.shape, conv_weight.shape, stride, padding, dilation, groups)
+        if module is not None:
+            count_batch(module, -1)
+        _, expected = arguments.convolution(input.shape, conv_weight.shape, *settings)
         if residual is None or pad_residual or residual.shape == expected:
             raise
         return None
@@ -199,32 +199,23 @@ def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
 
 
-class _Norm(NamedTuple):
-    """What a call needs to know of a batch norm."""
-
-    state: BatchNorm
-    kind: BatchNormKind
-    module: Any
-    """Whose batches are counted; None if nobody's."""
-    group: Any
-    """The process group that it synchronises over in this call, or None."""
+# (state, kind, module whose batches are counted or None, process group that it synchronises over in this call or None)
+_Norm = tuple[BatchNorm, BatchNormKind, Any, Any]
 
 
 def _norm(bn: Any) -> _Norm | None:
     """The state of a batch norm; None if it must be called."""
     if type(bn) is BatchNorm:
-        return _Norm(bn, _PLAIN, None, None)
-    if type(bn) is NormCall:
-        module, kind = bn
-    else:
-        module, kind = bn, batch_norm_kind(bn)
-        if kind is None or not unobserved(bn):
-            return None
+        return bn, _PLAIN, None, None
+    module, kind = bn if type(bn) is NormCall else (bn, batch_norm_kind(bn))
+    if kind is None or (module is bn and not unobserved(bn)):
+        return None
     try:
         state = read_state(module, kind)
     except KeyError:
         return None
-    return _Norm(state, kind, None if kind.frozen else module, synchronising_group(module, kind))
+    group = synchronising_group(module, kind) if kind.synchronised else None
+    return state, kind, None if kind.frozen else module, group
 
 
 def _call_bn_act(norm: _Norm, input: Tensor, residual: Tensor | None, activation: str, observed: bool) -> Tensor | None:
@@ -232,15 +223,15 @@ def _call_bn_act(norm: _Norm, input: Tensor, residual: Tensor | None, activation
         return None
     if residual is not None and residual.shape != input.shape:
         return None
-    state = norm.state
-    if norm.kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
+    state, kind, module, group = norm
+    if kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
         return None
-    if norm.module is not None:
-        count_batch(norm.module)
-    if norm.group is not None:
+    if module is not None:
+        count_batch(module)
+    if group is not None:
         return functional.sync_bn_act(
             input, *state[:4], residual=residual, activation=activation,
-            momentum=state.momentum, eps=state.eps, process_group=norm.group,
+            momentum=state.momentum, eps=state.eps, process_group=group,
         )  # fmt: skip
     return functional.bn_act(
         input, *state[:4], residual=residual, activation=activation,
@@ -276,7 +267,7 @@ def _normalise(bn: Any, input: Tensor) -> Tensor:
 def synchronised_forward(bn: Any, input: Tensor) -> Tensor:
     """The forward of a SyncBatchNorm whose hooks the caller runs."""
     norm = _norm(NormCall(bn, BatchNormKind(synchronised=True)))
-    output = None if norm is None or norm.group is None else _call_bn_act(norm, input, None, "identity", False)
+    output = None if norm is None or norm[3] is None else _call_bn_act(norm, input, None, "identity", False)
     return nn.SyncBatchNorm.forward(bn, input) if output is None else output
 
 
@@ -322,14 +313,14 @@ def plain_convolution(conv: Any) -> bool:
     return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
 
 
-def _convolution(conv: Any) -> tuple[Any, ...] | None:
-    """(weight, bias, stride, padding, dilation, groups) of a convolution; None if it must be called."""
+def _convolution(conv: Any) -> tuple[Any, Any, tuple[Any, Any, Any, int]] | None:
+    """(weight, bias, (stride, padding, dilation, groups)) of a convolution; None if it must be called."""
     if type(conv) is ConvCall:
-        weight, bias, stride, padding, dilation, groups = conv
-        return None if isinstance(padding, str) else conv
+        return None if isinstance(conv.padding, str) else (conv.weight, conv.bias, conv[2:])
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not unobserved(conv):
         return None
-    if "_conv_forward" in conv.__dict__ or hides_tensors(conv):
+    attributes = conv.__dict__
+    if "_conv_forward" in attributes or "weight" in attributes or "bias" in attributes:
         return None
     padding: Any = _symmetric_padding(conv) if isinstance(conv.padding, str) else conv.padding
     parameters = conv._parameters
@@ -338,7 +329,7 @@ def _convolution(conv: Any) -> tuple[Any, ...] | None:
         return None
     if type(weight) not in _PLAIN_TENSORS and (weight is None or not torch.compiler.is_compiling()):
         return None
-    return weight, parameters["bias"], conv.stride, padding, conv.dilation, conv.groups
+    return weight, parameters["bias"], (conv.stride, padding, conv.dilation, conv.groups)
 
 
 def reason_against(conv: Any, bn: Any) -> str | None:

@@ -46,10 +46,15 @@ METHODS: dict[Any, Callable[..., Any]] = {}
 class Symbol(fx.Proxy):
     """Stands for a tensor while `fuse_` follows a forward; `tracer` hears what would be computed."""
 
-    __class__ = Tensor  # type: ignore[assignment]  # for isinstance
+    tracer: Any
 
 
 _TENSORS = (Tensor, Parameter, Symbol)
+
+
+def _is_tensor(x: Any) -> bool:
+    """True for what a fused call can take; compilers trace with classes of their own."""
+    return type(x) in _TENSORS or (isinstance(x, Tensor) and torch.compiler.is_compiling())
 
 
 class Lazy:
@@ -84,45 +89,51 @@ class Lazy:
 
     def evaluate(self, act: nn.Module | None = None) -> Lazy:
         """Compute it, with an activation (None: the identity)."""
-        input, residual = peek(self.input), peek(self.residual)
-        if self.channels_last and type(input) is not Symbol and input.dim() == 4:
-            input = input.contiguous(memory_format=torch.channels_last)
+        conv, bn, source, residual, held = self.conv, self.bn, self.input, self.residual, OWN
+        input = source.value if type(source) is Lazy else source
+        if type(residual) is Lazy:
+            residual, held = residual.value, residual.held
+        self.input = self.residual = None
         if type(input) is Symbol:
             self.value, self.held = input.tracer.record(self, input, residual, act), OWN
-        elif self.bn is not None:
-            self._normalise(input, residual, act)
-        elif self.conv is not None:
-            self.value = self.conv(input)
-            self.held = OWN if plain_convolution(self.conv) and not global_hooks() else SHARED
-        elif residual is None:
-            self.value, self.held = F.pad(input, (0, 0, 0, 0, 0, self.pad)), OWN
-        elif self.pad:
-            input[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
-            self.value = input if act is None else act(input)
-        else:
-            self.value = fused_call.add_act(input, residual, act, self.in_place)
-        self.conv = self.bn = self.input = self.residual = None
+            return self
+        value = None
+        if conv is not None and bn is not None:
+            consume = self.consume and held == OWN
+            pad, channels_last = self.pad > 0, self.channels_last
+            value = fused_call.own_conv_bn_act(conv, bn, input, residual, act, consume, pad, channels_last)
+            self.held = OWN
+        if value is None:
+            if type(source) is Lazy:
+                source.held = SHARED  # modules are called with it
+            value = self._call(conv, bn, input, residual, act)
+        if self.pad and residual is not None and value.shape[1] != residual.shape[1] + self.pad:
+            raise RuntimeError(
+                f"residual: expected {value.shape[1]} channels, got {residual.shape[1]} and {self.pad} of zeros"
+            )
+        self.value = value
         return self
 
-    def _normalise(self, input: Tensor, residual: Tensor | None, act: nn.Module | None) -> None:
-        conv, bn, in_place, pad = self.conv, self.bn, self.in_place, self.pad > 0
+    def _call(self, conv: Any, bn: Any, input: Tensor, residual: Tensor | None, act: nn.Module | None) -> Tensor:
+        """Compute it part by part; a sum behind a batch norm is one with the norm."""
+        self.held = SHARED
         if conv is not None:
-            consume = self.consume and self.residual.held == OWN
-            self.value = fused_call.own_conv_bn_act(conv, bn, input, residual, act, consume, pad)
-            self.held = OWN
-            if self.value is None:
-                input = conv(input)
-        if self.value is None:
-            self.value, self.held = fused_call.bn_act(bn, input, residual, act, in_place, pad), SHARED
-        if pad and self.value.shape[1] != residual.shape[1] + self.pad:
-            raise RuntimeError(
-                f"residual: expected {self.value.shape[1]} channels, got {residual.shape[1]} and {self.pad} of zeros"
-            )
+            if bn is None and plain_convolution(conv) and not global_hooks():
+                self.held = OWN
+            input = conv(input)
+        if bn is not None:
+            return fused_call.bn_act(bn, input, residual, act, self.in_place, self.pad > 0)
+        if residual is None:
+            return F.pad(input, (0, 0, 0, 0, 0, self.pad)) if self.pad else input
+        if self.pad:
+            input[:, : residual.shape[1]].add_(residual)  # no assignment, which torch.fx could not record
+            return input if act is None else act(input)
+        return fused_call.add_act(input, residual, act, self.in_place)
 
 
 def zero_padded(input: Any, channels: int) -> Any:
     """The input with so many channels of zeros behind its own, which a fused call adds without making them."""
-    if type(input) not in _TENSORS:
+    if not _is_tensor(input):
         return F.pad(input, (0, 0, 0, 0, 0, channels))
     lazy = Lazy(None, None, input)
     lazy.pad = channels
@@ -152,7 +163,7 @@ def force(x: Any) -> Any:
 def guard(x: Any, *pending: Any) -> Any:
     """`x`, which is about to be given to code that may write to it; what still has to read it is evaluated."""
     value = peek(x)
-    if type(value) in _TENSORS:
+    if _is_tensor(value):
         for lazy in pending:
             if type(lazy) is Lazy and lazy.value is None:
                 read = (peek(lazy.input), peek(lazy.residual))
@@ -176,52 +187,61 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
         last: the caller does not read `x` afterwards.
         channels_last: a convolution takes its input, and so gives its output, in channels_last memory.
     """
+    role = _ROLES.get(type(f))
     if type(x) is Lazy:
         if x.value is None:
-            if x.conv is not None and x.bn is None:
-                norm = _norm(f)
+            if role is _RELU:
+                if (x.bn is not None or x.residual is not None) and unobserved(f):
+                    return x.evaluate(f)
+            elif role is _IDENTITY:
+                if unobserved(f):
+                    return x
+            elif x.conv is not None and x.bn is None:
+                norm = f if role is _NORM else _norm(f)
                 if norm is not None:
                     x.bn = norm
                     return x
-            activation = activation_of(f) if isinstance(f, nn.Module) else "relu" if f in _RELUS else None
-            if activation == "identity":
-                return x
-            if activation == "relu" and (x.bn is not None or x.residual is not None):
-                return x.evaluate(f if isinstance(f, nn.Module) else RELU)
-    elif type(x) not in _TENSORS:
-        lazy = lazily(f) if type(x) is list and x and type(x[0]) in _TENSORS else None  # as in a DenseNet
+            if f in _RELUS and (x.bn is not None or x.residual is not None):
+                return x.evaluate(RELU)
+    elif not _is_tensor(x):
+        lazy = lazily(f) if type(x) is list and x and _is_tensor(x[0]) else None  # as in a DenseNet
         return f(x) if lazy is None else lazy(receiver(f), x)
-    conv = _convolution(f)
-    norm = None if conv is not None else _norm(f)
-    if conv is not None or norm is not None:
-        if type(x) is Lazy and ((isinstance(f, nn.Module) and not unobserved(f)) or global_hooks()):
-            force(x)
-        return Lazy(conv, norm, settle(x), channels_last and conv is not None)
+    if role is _CONVOLUTION or role is _NORM:
+        if type(x) is Lazy and x.value is None:
+            x.evaluate()
+        return Lazy(f, None, x, channels_last) if role is _CONVOLUTION else Lazy(None, f, x)
+    if role is None:
+        conv = _convolution(f)
+        norm = None if conv is not None else _norm(f)
+        if conv is not None or norm is not None:
+            return Lazy(conv, norm, settle(x), channels_last and conv is not None)
     lazy = lazily(f)
     if lazy is not None:
-        return lazy(receiver(f), x if last else force(x))
-    held = settle(x).held if last and type(x) is Lazy else SHARED
-    value = force(x)
-    if type(value) is Symbol and isinstance(f, nn.Module):
-        return Lazy.of(value.tracer.leaf(f, value), UNSHARED)
-    result = f(value)
-    if not isinstance(f, nn.Module) or type(result) is not Tensor:
+        held, value = SHARED, None
+        result = lazy(receiver(f), x if last else force(x))
+    else:
+        held = settle(x).held if last and type(x) is Lazy else SHARED
+        value = force(x)
+        is_leaf = type(value) is Symbol and isinstance(f, nn.Module)
+        result = value.tracer.leaf(f, value) if is_leaf else f(value)
+    if not isinstance(f, nn.Module) or type(result) not in (Tensor, Symbol):
         return result
     if result is value:  # as from a dropout in inference
         return result if held == SHARED or not _unshared(result, 5) else Lazy.of(result, UNSHARED)
     return Lazy.of(result, UNSHARED) if _unshared(result, 3) else result
 
 
-def _unshared(tensor: Tensor, references: int) -> bool:
+def _unshared(tensor: Any, references: int) -> bool:
     """True if nobody in Python holds a tensor but by so many references, that of this call and its own included."""
+    if type(tensor) is Symbol:
+        return True
     return not torch.compiler.is_compiling() and tensor._base is None and sys.getrefcount(tensor) <= references
 
 
 def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
     """`f(*args, **options)`, or what will be; `channels_last` as for `call`."""
-    if isinstance(f, nn.Module) and not args and tuple(options) == ("input",):  # the name in PyTorch's own modules
-        if type(f) is nn.Conv2d or type(f) is nn.ReLU or batch_norm_kind(f) is not None:
-            return call(f, options["input"], channels_last=channels_last)
+    if type(f) in _ROLES and not args and tuple(options) == ("input",):
+        return call(f, options["input"], channels_last=channels_last)
     known = None if isinstance(f, nn.Module) else _FUNCTIONS.get(getattr(f, "__func__", f))
     if known is not None:
         if type(getattr(f, "__self__", None)) is FloatFunctional:
@@ -271,7 +291,7 @@ def add(a: Any, b: Any, last: bool = False) -> Any:
     second = force(b)
     fresh = fresh and _alike(a.value, second)
     first = a.value if fresh else force(a)
-    if type(first) not in _TENSORS or type(second) not in _TENSORS:
+    if not _is_tensor(first) or not _is_tensor(second):
         return first + second
     total = Lazy(None, None, first)
     total.residual, total.in_place = second, fresh
@@ -280,35 +300,38 @@ def add(a: Any, b: Any, last: bool = False) -> Any:
 
 def add_(a: Any, b: Any, last: bool = False) -> Any:
     """`a += b`, or what will be; `last`: the caller does not read `b` afterwards."""
-    if type(a) is Lazy and a.normalised():
-        return _attach(a, b, True, last)
-    a = settle(a)
-    if type(a) is Lazy and a.held != SHARED:
-        second = force(b)
-        if type(second) in _TENSORS:
-            total = Lazy(None, None, a.value)
-            total.residual, total.in_place = second, True
-            return total
+    if type(a) is Lazy:
+        if a.value is None and a.bn is not None and a.residual is None:
+            return _attach(a, b, True, last)
+        a = settle(a)
+        if a.held != SHARED:
+            second = force(b)
+            if _is_tensor(second):
+                total = Lazy(None, None, a.value)
+                total.residual, total.in_place = second, True
+                return total
     value = force(a)
     value += force(b)
     return value
 
 
 def _attach(lazy: Lazy, residual: Any, in_place: bool, last: bool) -> Lazy:
-    if _is_padded(residual):
-        lazy.residual, lazy.pad = residual.input, residual.pad
-    else:
-        residual = settle(residual)
-        if type(peek(residual)) not in _TENSORS:
-            lazy.evaluate()
-            value = force(lazy)
-            if in_place:
-                value += force(residual)
-            else:
-                value = value + force(residual)
-            return value
-        lazy.residual, lazy.consume = residual, last and type(residual) is Lazy
-    lazy.in_place = in_place
+    """`lazy`, a batch norm, with a residual."""
+    if type(residual) is Lazy:
+        if residual.value is None:
+            if _is_padded(residual):
+                lazy.residual, lazy.pad, lazy.in_place = residual.input, residual.pad, in_place
+                return lazy
+            residual.evaluate()
+        lazy.consume = last
+    elif not _is_tensor(residual):
+        value = force(lazy)
+        if in_place:
+            value += residual
+        else:
+            value = value + residual
+        return value
+    lazy.residual, lazy.in_place = residual, in_place
     return lazy
 
 
@@ -319,8 +342,9 @@ def _is_padded(x: Any) -> bool:
 def _alike(one: Any, other: Any) -> bool:
     if type(one) is Symbol or type(other) is Symbol:
         return type(one) is type(other)
-    alike = type(other) in _TENSORS and one.dtype is other.dtype and one.shape == other.shape
-    return alike and not fused_call.must_decompose(one)
+    if not _is_tensor(other) or fused_call.must_decompose(one):
+        return False
+    return one.dtype is other.dtype and one.shape == other.shape
 
 
 def lazily(f: Any) -> Callable[..., Any] | None:
@@ -363,7 +387,7 @@ def _convolution(f: Any) -> Any:
     if type(f) is nn.Conv2d:
         return f
     if type(f) is MethodType and f.__func__ is nn.Conv2d.forward:
-        return ConvCall.of(f.__self__)  # super().forward
+        return ConvCall.of(receiver(f))  # super().forward
     return None
 
 
@@ -382,7 +406,7 @@ def _conv2d(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     weight, bias = force(weight), force(bias)
-    if type(peek(settle(input))) not in _TENSORS or type(weight) not in _TENSORS:
+    if not _is_tensor(peek(settle(input))) or not _is_tensor(weight):
         return None
     return Lazy(ConvCall(weight, bias, stride, padding, dilation, groups), None, input)
 
@@ -397,13 +421,14 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    vectors = [force(vector) for vector in (running_mean, running_var, weight, bias)]
-    norm = BatchNorm(*vectors, training, momentum, eps)
+    norm = BatchNorm(
+        force(running_mean), force(running_var), force(weight), force(bias), training, momentum, eps
+    )  # fmt: skip
     if type(input) is Lazy and input.value is None and input.conv is not None and input.bn is None:
         input.bn = norm
         return input
     input = settle(input)
-    return Lazy(None, norm, input) if type(peek(input)) in _TENSORS else None
+    return Lazy(None, norm, input) if _is_tensor(peek(input)) else None
 
 
 def _relu(input: Any, inplace: bool = False) -> Any:
@@ -419,6 +444,11 @@ def _plain(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda a, b=None, *more, **options: None if b is None or more or options else function(a, b)
 
 
+_CONVOLUTION, _NORM, _RELU, _IDENTITY = range(4)
+# Exactly these classes.
+_ROLES = {
+    nn.Conv2d: _CONVOLUTION, nn.BatchNorm2d: _NORM, nn.SyncBatchNorm: _NORM, nn.ReLU: _RELU, nn.Identity: _IDENTITY,
+}  # fmt: skip
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 ATTRIBUTES = ("ndim", "device", "is_cuda", "shape", "dtype", "requires_grad")
 TENSOR_METHODS: dict[str, Callable[..., Any]] = {

@@ -18,6 +18,7 @@ import resfuse
 from resfuse import _extension
 from resfuse.backends import dispatch, reference
 from resfuse.cli import COMMANDS, main, networks
+from resfuse.types import BatchNorm
 from tests import models
 from tests.needs import ROOT
 
@@ -150,15 +151,17 @@ def test_verify_says_what_is_skipped(capsys: pytest.CaptureFixture[str], monkeyp
 def test_verify_a_model(
     mistake: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = resfuse.functional.conv_bn_act
+    exact = resfuse.functional.packed_conv_bn_act
 
-    def wrong(input: Tensor, weight: Tensor, mean: Tensor, *args: Any, **options: Any) -> Tensor:
-        output = exact(input, weight, mean.clone() if mistake == "a statistic is forgotten" else mean, *args, **options)
+    def wrong(input: Tensor, weight: Tensor, bias: Any, settings: Any, bn: BatchNorm, *args: Any) -> Tensor:
+        if mistake == "a statistic is forgotten":
+            bn = bn._replace(running_mean=bn.running_mean.clone())
+        output = exact(input, weight, bias, settings, bn, *args)
         return output * 1.01 if mistake == "the output is off by 1 %" else output
 
     network = networks.Network(torch.nn.Sequential(models.conv_bn_relu(3), torch.nn.Dropout(0.5)), (3, 8, 8))
     monkeypatch.setattr(networks, "build", lambda *_, **__: network)
-    monkeypatch.setattr(resfuse.functional, "conv_bn_act", wrong)
+    monkeypatch.setattr(resfuse.functional, "packed_conv_bn_act", wrong)
     assert main([*ONE_OP, "--model", "small"]) == (mistake is not None)
     text = words(capsys)
     assert "small, fused by resfuse.fuse_, on cpu, bfloat16" in text

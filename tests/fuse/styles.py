@@ -342,9 +342,10 @@ class Unread(Block):
     """The statistics of bn1 are updated all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x))
+        unread = self.bn1(self.conv1(x))
         if self.training:
-            y = self.conv1(x)
+            unread = self.conv1(x)
+        del unread
         self.bn1(self.conv2(x))
         return F.relu(self.bn2(self.conv2(x)))
 

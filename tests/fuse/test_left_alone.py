@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib
+import linecache
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +58,7 @@ def forward_replaced() -> nn.Module:
 def from_text(source: str) -> nn.Module:
     """A module of a class whose source is nowhere."""
     namespace: dict[str, Any] = {"nn": nn}
-    builtins.exec(source, namespace)
+    exec(source, namespace)
     return namespace["Block"](*conv_bn_relu())
 
 
@@ -134,6 +136,19 @@ def test_part_is_left_with_a_reason(name: str) -> None:
     assert [module.ops for module in report.fused] == [ops]
     assert [(module.name, module.reason) for module in report.left] == [(left, reason)]
     models.assert_same(fused.double(), eager.double(), models.random_input((2, 8, 6, 6)))
+
+
+def test_source_edited_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs counts, not what stands in the file by now."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_since.py"
+    file.write_text("from torch import nn\n" + NO_SOURCE)
+    block = importlib.import_module("edited_since").Block(*conv_bn_relu())
+    file.write_text(file.read_text().replace("self[2](", "self[2](2 * "))
+    linecache.checkcache()
+    report = fuse_(block)
+    assert report.fused == []
+    assert "its source is not the one that runs" in report.left[0].reason
 
 
 @pytest.mark.parametrize("model", [None, [conv_bn_relu()], conv_bn_relu])
