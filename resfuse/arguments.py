@@ -77,6 +77,11 @@ def check_batch_norm(input: Tensor, channels: int, bn: BatchNorm) -> None:
             raise ValueError(f"{name}: expected device {device} (that of input), got {vector.device}")
 
 
+def check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
 def check_values_per_channel(shape: Any) -> None:
     if shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")

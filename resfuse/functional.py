@@ -85,7 +85,7 @@ def bn_act(
         training: normalise by the batch's statistics (biased variance over N, H, W) and update the running ones
             (unbiased variance), instead of normalising by the running ones.
         momentum: weight of the batch in the running statistics.
-        eps: added to the variance.
+        eps: added to the variance; positive, as for `F.batch_norm`.
         pad_residual: let the residual have fewer channels, (N, C', H, W) with C' <= C: adds
             `F.pad(residual, (0, 0, 0, 0, 0, C - C'))` without making that tensor (the parameter-free shortcut of He et
             al. 2016, arXiv:1512.03385, option A).
@@ -108,6 +108,7 @@ def bn_act(
         True
     """
     relu = arguments.check_activation(activation)
+    arguments.check_eps(eps)
     bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     arguments.check_input("input", input, 4)
     arguments.check_batch_norm(input, input.shape[1], bn)
@@ -178,6 +179,7 @@ def sync_bn_act(
     if world_size == 1:
         return bn_act(input, running_mean, running_var, weight, bias, training=True, **options)
     relu = arguments.check_activation(activation)
+    arguments.check_eps(eps)
     bn = BatchNorm(running_mean, running_var, weight, bias, True, momentum, eps)
     arguments.check_input("input", input, 4)
     arguments.check_batch_norm(input, input.shape[1], bn)
@@ -262,6 +264,7 @@ def conv_bn_act(
         (torch.Size([2, 4, 4, 4]), True)
     """
     relu = arguments.check_activation(activation)
+    arguments.check_eps(eps)
     bn = BatchNorm(running_mean, running_var, weight, bias, training, momentum, eps)
     settings = (stride, padding, dilation, groups)
     return packed_conv_bn_act(

@@ -81,8 +81,8 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
                 if name == "forward" and depth == 0:
                     raise
                 continue
-            if depth == 0:
-                namespace[name], lazy_version = _versions(original, name, function, fused or function)
+            if depth == 0 and fused is not None:
+                namespace[name], lazy_version = _versions(original, name, function, fused)
                 METHODS[namespace[name]] = lazy_version
                 if name == "forward":
                     FORWARDS[namespace[name]] = lazy_version
@@ -120,7 +120,10 @@ def _versions(
         return getattr(cls, name)(self, *args, **options)
 
     def lazy_method(self: Any, *args: Any, **options: Any) -> Any:
-        return (fused if getattr(cls, name) is function else getattr(cls, name))(self, *args, **options)
+        if getattr(cls, name) is function:
+            return fused(self, *args, **options)
+        options = {key: force(value) for key, value in options.items()}
+        return getattr(cls, name)(self, *map(force, args), **options)
 
     method.__name__, method.__doc__, method.__wrapped__ = name, function.__doc__, function  # type: ignore[attr-defined]
     return method, lazy_method

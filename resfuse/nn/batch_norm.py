@@ -93,7 +93,8 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
     The batch that is about to run is not yet counted in `num_batches_tracked` (see `count_batch`).
 
     Raises:
-        KeyError: a parameter or buffer was replaced by something that only the module itself can use.
+        KeyError: a parameter or buffer was replaced by something that only the module itself can use, or eps by what
+            it cannot use.
     """
     attributes = bn.__dict__
     if "weight" in attributes or "bias" in attributes or "running_mean" in attributes or "running_var" in attributes:
@@ -105,6 +106,8 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
             raise KeyError("a buffer was removed")
         eps = bn.eps if kind.eps is None else kind.eps
         return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, eps)  # type: ignore[arg-type]
+    if not bn.eps > 0:
+        raise KeyError("F.batch_norm raises, too")
     weight, bias = bn._parameters["weight"], bn._parameters["bias"]
     momentum = bn.momentum
     if not bn.training:

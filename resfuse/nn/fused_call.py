@@ -224,7 +224,7 @@ def _call_bn_act(norm: _Norm, input: Tensor, residual: Tensor | None, activation
     if residual is not None and residual.shape != input.shape:
         return None
     state, kind, module, group = norm
-    if kind.frozen and (state.weight is None or state.weight.dtype is not input.dtype):
+    if kind.frozen and (state.eps <= 0 or state.weight.dtype is not input.dtype):  # type: ignore[union-attr]
         return None
     if module is not None:
         count_batch(module)

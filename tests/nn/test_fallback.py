@@ -155,6 +155,12 @@ def test_another_activation_is_called() -> None:
         assert_module_matches(WithResidual(fused), WithResidual(eager), models.random_input((2, 8, 5, 5)))
 
 
+def test_eps_of_zero_raises_as_in_eager() -> None:
+    for model in pair(bn=nn.BatchNorm2d(8, eps=0.0)):
+        with pytest.raises(ValueError, match="eps must be positive"):
+            model(models.random_input((2, 6, 5, 5)))
+
+
 def test_residual_that_broadcasts_or_does_not_fit() -> None:
     eager, fused = pair()
     input, residual = models.random_input((2, 6, 5, 5)), models.random_input((1, 8, 1, 5))

@@ -48,6 +48,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Callable[[], Any]], type[Exception]
     (NORMS, {"running_mean": lambda: None, "running_var": lambda: None, "training": lambda: False}, ValueError,
      r"running_mean: expected a tensor, because training is False"),
     (NORMS, {"activation": lambda: "gelu"}, ValueError, r'activation: expected "relu" or "identity", got \'gelu\''),
+    (NORMS, {"eps": lambda: 0.0}, ValueError, r"eps: expected a positive number, got 0\.0"),
     (CONV, {"conv_weight": lambda: torch.ones(12, 7, 3, 3)}, ValueError, r"input: expected 7 channels .*got 8"),
     (CONV, {"conv_weight": lambda: torch.ones(12, 8, 3)}, ValueError, r"conv_weight: expected 4 dimensions, got 3"),
     (CONV, {"conv_weight": lambda: torch.ones(12, 8, 3, 3).double()}, TypeError, r"conv_weight: .*float32.*float64"),
