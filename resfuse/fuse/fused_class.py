@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from resfuse.fuse.rewrite import NotRewrittenError, methods_called, rewrite
-from resfuse.nn.lazy import FORWARDS, METHODS, force
+from resfuse.fuse.rewrite import NotRewrittenError, rewrite
+from resfuse.nn.lazy import FORWARDS, force
 
 
 class Fused:
@@ -23,6 +23,8 @@ class Fused:
     _resfuse_original: ClassVar[type[nn.Module]]
     """The module's class before `fuse_`."""
     _resfuse_channels_last: ClassVar[bool]
+    _resfuse_methods: ClassVar[dict[Callable[..., Any], Callable[..., Any]]]
+    """Methods, and those of its bases -> the same for a caller that can take a `Lazy`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Nothing that the original class asks of its subclasses."""
@@ -69,7 +71,7 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
         raise NotRewrittenError("it is PyTorch's own")
     namespace: dict[str, Any] = {
         "__module__": original.__module__, "__doc__": original.__doc__,
-        "_resfuse_original": original, "_resfuse_channels_last": channels_last,
+        "_resfuse_original": original, "_resfuse_channels_last": channels_last, "_resfuse_methods": {},
     }  # fmt: skip
     names, todo = {"forward"}, ["forward"]
     while todo:
@@ -83,12 +85,12 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
                 continue
             if depth == 0 and fused is not None:
                 namespace[name], lazy_version = _versions(original, name, function, fused)
-                METHODS[namespace[name]] = lazy_version
+                namespace["_resfuse_methods"][namespace[name]] = lazy_version
                 if name == "forward":
                     FORWARDS[namespace[name]] = lazy_version
             elif fused is not None:
-                METHODS[function] = fused
-            found = {called for called in methods_called(function) if _definitions(original, called)}
+                namespace["_resfuse_methods"][function] = fused  # called by super()
+            found = {called for called in function.__code__.co_names if _definitions(original, called)}
             todo += found - names
             names |= found
     return type(f"Fused{original.__name__}", (Fused, original), namespace)

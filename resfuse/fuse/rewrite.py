@@ -33,7 +33,10 @@ HELPERS = {
 _CHILDREN = "_resfuse_children"
 _FUNCTION_NODES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_UNSUPPORTED = (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Match, ast.Global, ast.Nonlocal)
+_UNSUPPORTED = (
+    *(ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Match, ast.Global, ast.Nonlocal),
+    *([ast.TryStar] if hasattr(ast, "TryStar") else []),
+)
 # Builtins that change nothing.
 _PURE = {
     *("getattr", "hasattr", "isinstance", "len", "range", "enumerate", "zip", "reversed", "list", "tuple", "dict"),
@@ -57,14 +60,7 @@ def rewrite(function: FunctionType, cls: type, channels_last: bool) -> FunctionT
     Raises:
         NotRewrittenError: its source is not available, is not what runs, or has a construct that is not supported.
     """
-    definition = _definition(function)
-    rewriter = _Rewriter(definition, function, cls, channels_last)
-    return rewriter.result()
-
-
-def methods_called(function: FunctionType) -> set[str]:
-    """Names of what a method may call on `self` or `super()`."""
-    return set(function.__code__.co_names)
+    return _Rewriter(_definition(function), function, cls, channels_last).result()
 
 
 def _definition(function: FunctionType) -> ast.FunctionDef:
@@ -164,12 +160,16 @@ class _Rewriter:
         for node in ast.walk(definition):
             if isinstance(node, _UNSUPPORTED):
                 raise NotRewrittenError(f"it has a construct that is not supported, at line {node.lineno}")
+        if self.self_name in _stores(definition.body):
+            raise NotRewrittenError(f"it assigns to {self.self_name}")
         self.parameters = _parameters(definition.args) - {self.self_name} - self.captured
         self.lazy_names: set[str] = set()
         self.aliases: dict[str, set[str]] = {}
         self.pending: set[str] = set()
         self.statement: Any = None
         self.contexts = 0
+        self.before_loop: set[str] = set()
+        """Variables that were assigned before the innermost loop."""
         self.temporaries = 0
         self.changed = False
         self.comprehension = 0
@@ -382,7 +382,7 @@ class _Rewriter:
         new = self._raw_children(node)
         ended = isinstance(node, (ast.Return, ast.Raise))
         if isinstance(node, (ast.Break, ast.Continue)):
-            return [*self._settle_all(pending - bound, node), new], None
+            return [*self._settle_all(pending - self.before_loop, node), new], None
         return [new], None if ended else pending
 
     def _compound(self, node: Any, bound: set[str]) -> tuple[list[ast.stmt], set[str] | None]:
@@ -420,7 +420,9 @@ class _Rewriter:
                 self.pending = head
                 node_copy.test = self._raw(node.test)
             head = (pending | (self.pendable & bound & _stores(node.body))) - targets
+            outer, self.before_loop = self.before_loop, set(bound)
             new, out = self._block(node.body, set(head), inner)
+            self.before_loop = outer
             node_copy.body = new + self._settle_all((out or set()) - bound, node)
             self._assign_aliases_of(node.body)
             after = head | ((out or set()) & bound)
@@ -487,7 +489,8 @@ class _Rewriter:
         if any(keyword.arg in ("inplace", "out") for keyword in node.keywords) and self._kind(node) == "plain":
             return False
         if isinstance(root, ast.Name) and root.id == self.self_name:
-            return not (len(chain) == 1 and hasattr(self.cls, chain[0])) and not chain[-1].endswith("_")
+            own = not chain or (len(chain) == 1 and hasattr(self.cls, chain[0]))
+            return not own and not chain[-1].endswith("_")
         if isinstance(root, ast.Name) and root.id in self.locals:
             return not chain or not chain[-1].endswith("_") or self._kind(node) == "method"
         if isinstance(root, ast.Name):

@@ -106,7 +106,7 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
             raise KeyError("a buffer was removed")
         eps = bn.eps if kind.eps is None else kind.eps
         return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, eps)  # type: ignore[arg-type]
-    if not bn.eps > 0:
+    if not bn.eps > 0:  # type: ignore[operator]
         raise KeyError("F.batch_norm raises, too")
     weight, bias = bn._parameters["weight"], bn._parameters["bias"]
     momentum = bn.momentum

@@ -39,9 +39,6 @@ SHARED, UNSHARED, OWN = range(3)
 FORWARDS: dict[Any, Callable[..., Any]] = {}
 """forward of a class -> the same for a caller that can take a `Lazy`.  A class that overrides it does not match."""
 
-METHODS: dict[Any, Callable[..., Any]] = {}
-"""Other methods of fused modules, and forwards that are called by `super()`."""
-
 
 class Symbol(fx.Proxy):
     """Stands for a tensor while `fuse_` follows a forward; `tracer` hears what would be computed."""
@@ -347,10 +344,13 @@ def _alike(one: Any, other: Any) -> bool:
     return one.dtype is other.dtype and one.shape == other.shape
 
 
+_NO_METHODS: dict[Any, Callable[..., Any]] = {}
+
+
 def lazily(f: Any) -> Callable[..., Any] | None:
     """What to call with `receiver(f)` in place of a module or method; None if that must be called itself."""
     if type(f) is MethodType:
-        return METHODS.get(f.__func__)
+        return getattr(type(f.__self__), "_resfuse_methods", _NO_METHODS).get(f.__func__)
     if not isinstance(f, nn.Module):
         return None
     lazy = FORWARDS.get(getattr(type(f), "forward", None))

@@ -400,6 +400,20 @@ class OutputsOfALoop(nn.Module):
         return x + outputs[0]
 
 
+class BrokenLoop(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        for i in range(3):
+            y = self.bn1(self.conv1(x))
+            if i == 1:
+                break
+        x += 1
+        while i < 2:
+            i += 1
+            x = self.bn2(self.conv2(x))
+        return F.relu(y) + F.relu(x)
+
+
 class Contexts(Block):
     def forward(self, x: Tensor) -> Tensor:
         try:
@@ -461,6 +475,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "random numbers": Random,
     "outputs of a loop": OutputsOfALoop,
     "contexts": Contexts,
+    "a loop that is left": BrokenLoop,
     "attribute assigned": Counts,
     "residual broadcasts": Broadcasts,
     "recursion": CallsItself,
