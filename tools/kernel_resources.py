@@ -291,6 +291,8 @@ def cuda_rows(library: Path = LIBRARY) -> list[Row]:
             "matrix_loads": found.count("LDSM"),
             "fma_looped": found.count("FFMA", looped=True),
             "local": found.count("LDL", "STL"),
+            "loads_after_stores": found.loads_after_stores,
+            "loads_at_once": found.loads_at_once,
             "wide_loads": found.count("LDG", "LDGSTS", suffix=".128"),
             "wide_stores": found.count("STG", suffix=".128"),
         })  # fmt: skip
