@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import conv_tile, reduce
-from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
-from resfuse.backends.triton.plan import COOPERATIVE, conv_plan
+from resfuse.backends.triton.launch import in_phases, launch, properties, shared_words, unstrided
+from resfuse.backends.triton.plan import conv_plan
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
 
@@ -154,16 +154,17 @@ def conv_bn_act_forward(
     workspace = torch.empty(
         (plan.programs // plan.constants.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device
     )
-    cooperative = plan.phases == COOPERATIVE
-    word = shared_words("barrier", x.device, 1) if cooperative else None
-    for phase in plan.phases:
+
+    def run(phase: int, word: Tensor | None) -> None:
         launch(
             conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
             mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
             *plan.sizes, CONV=plan.constants, RELU=relu,
-            IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
-            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
+            IN_REGISTERS=phase == 0 and plan.tiles_per_program == 1, PHASE=phase,
+            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=phase == 0,
         )  # fmt: skip
+
+    in_phases(plan.phases, x.device, run)
     copy_back(bn, running_mean, running_var)
     memory_format = conv_memory_format(input, conv_weight)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
