@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
+import subprocess
 import threading
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ if triton.unavailable_reason() is not None:
 
 import triton.language as tl
 from triton import jit
+from triton.backends.nvidia import driver as nvidia_driver
 
 from resfuse.backends.triton import bn_act, launch, plan, reduce
 from resfuse.backends.triton.config import A100, H100
@@ -155,6 +158,21 @@ def test_statistics_do_not_depend_on_the_number_of_parts(layout: str, monkeypatc
         found_mean, found_m2 = triton.bn_statistics(LAYOUTS[layout](x))
         torch.testing.assert_close(found_mean.double(), mean, rtol=1e-7, atol=0)  # one rounding, of the result
         torch.testing.assert_close(found_m2.double(), m2, rtol=5e-7, atol=0)
+
+
+def test_why_kernels_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles C when it launches first: that it cannot is a reason, not an exception in a forward."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    reason = triton.launch_failure.__wrapped__()
+    assert reason is not None and ("C compiler" in reason or not hasattr(nvidia_driver, "make_launcher"))
+    monkeypatch.setenv("CC", "cc")
+    failing, working = Mock(), Mock()
+    failing.active.get_current_device.side_effect = subprocess.CalledProcessError(1, ["cc", "main.c"])
+    for driver, expected in ((failing, "CalledProcessError: Command '['cc', 'main.c']' returned"), (working, None)):
+        monkeypatch.setattr("triton.runtime.driver", driver)
+        reason = triton.launch_failure.__wrapped__()
+        assert reason is expected or (reason and expected and expected in reason)
 
 
 # --- words through which programs meet -------------------------------------------------------------------------------
