@@ -226,6 +226,7 @@ def _measured(index: int) -> Row:
         "instructions": len(re.findall(r";$", ptx, re.MULTILINE)),
         "mma": next((name for name in MMA.values() if name in ptx), ""),
         "vector_loads": _wide(ptx, "ld") + copies.count("10") + ptx.count("shared::cluster.global"),
+        "narrow_loads": len(re.findall(r"ld\.global\.(?![\w.]*acquire)", ptx)) - _wide(ptx, "ld"),
         "narrow_copies": len(copies) - copies.count("10"),
         "vector_stores": _wide(ptx, "st") + bulk_stores,
     }  # fmt: skip

@@ -44,6 +44,12 @@ def conv_bn_act_kernel(
         tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, CONV)
         pixels = conv_tile.output_pixels(tile_m, CONV)
         pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
+        centre = conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)
+        if running_mean_ptr is not None:
+            centre = conv_tile.vector(running_mean_ptr, channels, channel_mask, 0.0) - centre
+            scale = reduce.inverse_deviation(conv_tile.vector(running_var_ptr, channels, channel_mask, 1.0), eps)
+            scale *= conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
+            shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
         acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV)
         last = True
         if SPLIT_K > 1:
@@ -61,12 +67,10 @@ def conv_bn_act_kernel(
                     acc += tl.load(part + other * stride, mask=inside, other=0.0, cache_modifier=".cg")
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
-            if conv_bias_ptr is not None:
-                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             if running_mean_ptr is not None:
-                mean = reduce.per_channel(running_mean_ptr, channels, channel_mask, 0.0)
-                invstd = reduce.inverse_deviation(reduce.per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
-                acc = conv_tile.normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+                acc = (acc - centre[None, :]) * scale[None, :] + shift[None, :]
+            elif conv_bias_ptr is not None:
+                acc += centre[None, :]
             conv_tile.activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 

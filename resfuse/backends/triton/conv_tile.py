@@ -54,6 +54,13 @@ def output_pixels(tile_m, CONV: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(x):
+    """To 10 bits of fraction, ties away from zero: tensor cores cut off the other 13, and so lose twice as much."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def tap_sums(
     x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, group, M, H, W, OH, OW,
     CONV: tl.constexpr, ISOLATE: tl.constexpr,
@@ -127,6 +134,8 @@ def tap_sums(
                     b = tl.load(w_ptrs, mask=channel_mask[None, :], other=0.0)
                 else:
                     b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
+                if CONV.precision == "tf32":
+                    a, b = rounded_to_tf32(a), rounded_to_tf32(b)
                 acc = tl.dot(a, b, acc, input_precision=CONV.precision)
     return acc
 
@@ -152,6 +161,22 @@ def tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W
                 )  # fmt: skip
                 acc = tl.where((group_of_channel == group)[None, :], alone, acc)
     return acc
+
+
+@triton.jit
+def vector(ptr, channels, mask, DEFAULT: tl.constexpr):
+    """`per_channel`, but loaded once.
+
+    Triton repeats a load of fewer elements than there are threads in the layout of the accumulators, where each thread
+    has many channels: 64 loads for four vectors.  So this one has more elements, all but a row of them masked.
+    """
+    if ptr is None:
+        loaded = tl.full(channels.shape, DEFAULT, tl.float32)
+    else:
+        row = tl.arange(0, 512 // channels.shape[0])[:, None]
+        rows = tl.load(ptr + (channels[None, :] + 0 * row), mask=mask[None, :] & (row == 0), other=0.0)
+        loaded = tl.sum(rows.to(tl.float32), axis=0)
+    return loaded
 
 
 @triton.jit

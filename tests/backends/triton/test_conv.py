@@ -191,6 +191,23 @@ def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) 
     assert specs[0].constants["CONV"].precision == precision
 
 
+def test_tf32_operands_are_rounded(convolutions: Any) -> None:
+    """To nearest, as cuDNN and the CUDA kernels do: tensor cores cut off the bits that TF32 does not have."""
+    convolutions.fp32_precision = "tf32"
+    ulp = 2.0**-10
+    values = torch.tensor([1 + 0.75 * ulp, 1 + 0.25 * ulp, -1 - 0.5 * ulp, math.inf, -math.inf, math.nan])
+    values.view(torch.int32)[-1] = 0x7FFFFFFF  # CUDA's NaN, to which nothing can be added
+    expected = torch.tensor([1 + ulp, 1, -1 - ulp, math.inf, -math.inf, math.nan], device=DEVICE)
+    ones = torch.zeros(16, 16, device=DEVICE)
+    ones[:, 0] = 1
+    given = torch.zeros(6, 16, device=DEVICE)
+    given[:, 0] = values.to(DEVICE)
+    as_input = triton.conv_forward(given.T.reshape(1, 16, 6, 1), ones.reshape(16, 16, 1, 1), None, UNIT)
+    as_weight = triton.conv_forward(ones[:1].reshape(1, 16, 1, 1), given.reshape(6, 16, 1, 1), None, UNIT)
+    torch.testing.assert_close(as_input[0, 0, :, 0], expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(as_weight[0, :, 0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
 def conv_problem(conv: Convolution) -> ConvProblem:
     n, c, h, w = conv.input
     return ConvProblem("forward", torch.bfloat16, n, h, w, c, conv.channels, *conv.kernel, *conv.settings)
