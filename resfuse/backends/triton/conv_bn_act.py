@@ -6,14 +6,17 @@ Activations and weights lie in NHWC memory and have one dtype; vectors may have 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import conv_tile, reduce
-from resfuse.backends.triton.launch import in_phases, launch, properties, shared_words, unstrided
-from resfuse.backends.triton.plan import conv_plan
+from resfuse.backends.triton.launch import in_phases, launch, properties, registers, shared_words, unstrided
+from resfuse.backends.triton.plan import ConvPlan, conv_plan
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
 
@@ -154,24 +157,57 @@ def conv_bn_act_forward(
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
     residual = residual_for(output, residual)
-    plan = conv_plan("train", x, w, convolution, properties(x.device))
-    workspace = torch.empty(
-        (plan.programs // plan.constants.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device
-    )
+
+    def arguments(plan: ConvPlan, phase: int, workspace: Tensor, word: Tensor | None) -> tuple[tuple[Any, ...], Any]:
+        return (
+            x, w, running_mean, running_var, *vectors, residual, z, output, mean, invstd, workspace, word,
+            float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program, *plan.sizes,
+        ), {
+            "CONV": plan.constants, "RELU": relu, "IN_REGISTERS": phase == 0 and plan.tiles_per_program == 1,
+            "PHASE": phase, "num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages,
+        }  # fmt: skip
+
+    def registers_of(plan: ConvPlan) -> int:
+        tensors, options = arguments(plan, 0, mean, shared_words("barrier", x.device, 1))
+        return registers(conv_bn_act_train_kernel, *tensors, **options)
+
+    form = (relu, residual is None, conv_bias is None)
+    plan = resident_plan(x, w, convolution, form, registers_of)
+    parts = plan.programs // plan.constants.tiles_n
+    workspace = torch.empty((parts, 2, w.shape[0]), dtype=torch.float32, device=x.device)
 
     def run(phase: int, word: Tensor | None) -> None:
-        launch(
-            conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
-            mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
-            *plan.sizes, CONV=plan.constants, RELU=relu,
-            IN_REGISTERS=phase == 0 and plan.tiles_per_program == 1, PHASE=phase,
-            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=phase == 0,
-        )  # fmt: skip
+        tensors, options = arguments(plan, phase, workspace, word)
+        launch(conv_bn_act_train_kernel, plan.programs, *tensors, **options, cooperative=phase == 0)
 
     in_phases(plan.phases, x.device, run)
     copy_back(bn, running_mean, running_var)
     memory_format = conv_memory_format(input, conv_weight)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
+
+
+_registers: dict[tuple[Any, ...], int] = {}
+
+
+def resident_plan(
+    x: Tensor, w: Tensor, convolution: Convolution, form: tuple[bool, ...], registers_of: Callable[[ConvPlan], int]
+) -> ConvPlan:
+    """The plan for training by what its kernel was compiled to, in a form of the call that decides what is compiled.
+
+    A first kernel, planned for the most registers, tells how many it needs, with which more programs may be resident.
+    That may make another kernel of it: until one needs no more than was assumed.
+    """
+    device = properties(x.device)
+    plan = conv_plan("train", x, w, convolution, device)
+    if device.interpreted or x.is_meta:
+        return plan
+    key = (plan, x.dtype, form)
+    if key not in _registers:
+        assumed = registers_of(plan)
+        while (needed := registers_of(conv_plan("train", x, w, convolution, device, assumed))) > assumed:
+            assumed = needed
+        _registers[key] = assumed
+    return conv_plan("train", x, w, convolution, device, _registers[key])
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:

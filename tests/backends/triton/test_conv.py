@@ -182,6 +182,33 @@ def test_forms_of_training(device: DeviceProperties) -> None:
     assert form(1, 1, 1 << 17) == [(False, False, 1), (False, False, 2)]
 
 
+@pytest.mark.parametrize(("alone", "several"), [(120, 100), (100, 120), (255, 90), (168, 168)])
+def test_the_grid_of_training_is_as_large_as_its_own_kernel_allows(
+    alone: int, several: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program with one tile runs another kernel than one with several; no grid is larger than what is resident."""
+    monkeypatch.setattr(conv_bn_act, "properties", lambda device: H100)
+    monkeypatch.setattr(conv_bn_act, "_registers", {})
+    compiled: list[plan.ConvPlan] = []
+
+    def registers_of(planned: plan.ConvPlan) -> int:
+        compiled.append(planned)
+        return alone if planned.tiles_per_program == 1 else several
+
+    for batch in (1, 4, 8, 32):
+        x, w = (torch.empty_like(meta(*shape), device="cpu") for shape in ((batch, 64, 28, 28), (64, 64, 1, 1)))
+        with plan.forced("train", ConvConfig(64, 64, 32, 4, 2)):
+            before = plan.conv_plan("train", x, w, UNIT, H100)
+            found = conv_bn_act.resident_plan(x, w, UNIT, (True,), registers_of)
+        needed = alone if found.tiles_per_program == 1 else several
+        assert before.programs <= found.programs <= H100.resident_programs(4, needed)
+    assert found.programs > before.programs or alone == plan.MAX_REGISTERS
+    count = len(compiled)
+    with plan.forced("train", ConvConfig(64, 64, 32, 4, 2)):
+        assert conv_bn_act.resident_plan(x, w, UNIT, (True,), registers_of) is found
+    assert len(compiled) == count, "a kernel is looked at once"
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) -> None:
     x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
