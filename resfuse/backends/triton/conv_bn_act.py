@@ -6,6 +6,7 @@ Activations and weights lie in NHWC memory and have one dtype; vectors may have 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,29 +159,22 @@ def conv_bn_act_forward(
     running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
     residual = residual_for(output, residual)
 
-    def arguments(plan: ConvPlan, phase: int, workspace: Tensor, word: Tensor | None) -> tuple[tuple[Any, ...], Any]:
-        return (
-            x, w, running_mean, running_var, *vectors, residual, z, output, mean, invstd, workspace, word,
-            float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program, *plan.sizes,
-        ), {
-            "CONV": plan.constants, "RELU": relu, "IN_REGISTERS": phase == 0 and plan.tiles_per_program == 1,
-            "PHASE": phase, "num_warps": plan.config.num_warps, "num_stages": plan.config.num_stages,
-        }  # fmt: skip
+    def run(function: Callable[..., Any], plan: ConvPlan, workspace: Tensor, phase: int, word: Tensor | None) -> Any:
+        return function(
+            conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
+            mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
+            *plan.sizes, CONV=plan.constants, RELU=relu,
+            IN_REGISTERS=phase == 0 and plan.tiles_per_program == 1, PHASE=phase,
+            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=phase == 0,
+        )  # fmt: skip
 
-    def registers_of(plan: ConvPlan) -> int:
-        tensors, options = arguments(plan, 0, mean, shared_words("barrier", x.device, 1))
-        return registers(conv_bn_act_train_kernel, *tensors, **options)
+    def registers_of(plan: ConvPlan) -> int:  # any vector and word will do for compiling
+        return run(registers, plan, mean, 0, shared_words("barrier", x.device, 1))
 
-    form = (relu, residual is None, conv_bias is None)
-    plan = resident_plan(x, w, convolution, form, registers_of)
+    plan = resident_plan(x, w, convolution, (relu, residual is None, conv_bias is None), registers_of)
     parts = plan.programs // plan.constants.tiles_n
     workspace = torch.empty((parts, 2, w.shape[0]), dtype=torch.float32, device=x.device)
-
-    def run(phase: int, word: Tensor | None) -> None:
-        tensors, options = arguments(plan, phase, workspace, word)
-        launch(conv_bn_act_train_kernel, plan.programs, *tensors, **options, cooperative=phase == 0)
-
-    in_phases(plan.phases, x.device, run)
+    in_phases(plan.phases, x.device, functools.partial(run, launch, plan, workspace))
     copy_back(bn, running_mean, running_var)
     memory_format = conv_memory_format(input, conv_weight)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd

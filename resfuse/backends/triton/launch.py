@@ -168,12 +168,10 @@ def takes_direct_calls(launcher: type) -> bool:
     return rest and len(names) >= 5 and names == _LAUNCHER_PARAMETERS[: len(names)]
 
 
-def registers(kernel: Any, *args: Any, num_warps: int, num_stages: int, **constants: Any) -> int:
-    """Registers per thread of a kernel as it is compiled for a cooperative launch with these arguments."""
+def registers(kernel: Any, programs: int, *args: Any, cooperative: bool, **options: Any) -> int:
+    """Registers per thread of a kernel that is compiled, but not launched, as `launch` would."""
     with torch.cuda.device(args[0].device):
-        compiled = kernel.warmup(
-            *args, grid=(1,), **constants, num_warps=num_warps, num_stages=num_stages, launch_cooperative_grid=True
-        )
+        compiled = kernel.warmup(*args, grid=(programs,), **options, launch_cooperative_grid=cooperative)
         compiled._init_handles()
     return int(compiled.n_regs)
 
