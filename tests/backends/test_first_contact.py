@@ -75,7 +75,7 @@ def test_one_check_is_stored_for_all_processes(gpu: FakeGPU, caplog: pytest.LogC
     assert gpu.choice()[0] == "cuda"
     assert gpu.checked == ["cuda"]
     assert [record.getMessage() for record in caplog.records] == [
-        "checking the cuda kernels for bfloat16 on Testing 3000, once: about half a minute"
+        "checking the cuda kernels for bfloat16 on Testing 3000, once: about a minute"
     ]
     for fact in FACTS:
         gpu.facts = {**gpu.facts, fact: "other"}
@@ -235,8 +235,9 @@ def test_kernels_that_are_wrong_raise_exit_or_sleep(planted: list[list[str]]) ->
         "is wrong on (4, 64, 14, 14) to 64 channels, with training: an error of "
     )
     assert reasons["bn_act_forward"] == "raises ValueError on (4, 64, 14, 14) to 64 channels, with training: not today"
-    assert reasons["bn_statistics"] == "ended its process with status 7: "
-    assert reasons["bn_apply"] == "did not finish within 4 s"
+    about = "on (4, 64, 14, 14) to 64 channels, with training"
+    assert reasons["bn_statistics"] == f"ended its process (status 7, '') {about}"
+    assert reasons["bn_apply"] == f"did not finish within 4 s {about}"
     assert [len(kernels) for kernels in planted] == [6, 2, 1], "another process has the rest"
 
 
@@ -245,7 +246,7 @@ def test_a_process_that_does_not_get_to_a_kernel_blames_none(
 ) -> None:
     monkeypatch.setattr(planted_kernels, "PLANTED", {"blind": None})
     planted_kernels.register()
-    with pytest.raises(first_contact.UnsettledError, match="ended its process with status 1: no GPU here"):
+    with pytest.raises(first_contact.UnsettledError, match=r"ended its process \(status 1, 'no GPU here'\)"):
         first_contact.check("planted", torch.float32, 0)
     program = """print('["unsettled", "out of memory"]')"""
     monkeypatch.setattr(first_contact, "command", lambda *_: [sys.executable, "-c", program])
