@@ -113,7 +113,7 @@ def conv_bn_act_train_kernel(
             pixels = conv_tile.output_pixels(first + i, CONV)
             acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV)
             if conv_bias_ptr is not None:
-                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+                acc += conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             z = acc.to(z_ptr.dtype.element_ty)
             inside = (pixels < M)[:, None] & channel_mask[None, :]
             tl.store(z_ptr + (pixels[:, None] * K + channels[None, :]), z, mask=inside)
@@ -135,12 +135,14 @@ def conv_bn_act_train_kernel(
             tl.store(mean_ptr + channels, mean, mask=channel_mask)
             tl.store(invstd_ptr + channels, invstd, mask=channel_mask)
             reduce.update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
+        scale = invstd * conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
+        shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
         for i in range(own_tiles):
             pixels = conv_tile.output_pixels(first + own_tiles - 1 - i, CONV)
             if not IN_REGISTERS:
                 inside = (pixels < M)[:, None] & channel_mask[None, :]
                 z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
-            y = conv_tile.normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            y = (z.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
             conv_tile.activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 

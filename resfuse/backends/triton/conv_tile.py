@@ -18,8 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resfuse.backends.triton.reduce import per_channel
-
 
 @triton.jit
 def tile_of(index, tiles_m, CONV: tl.constexpr):
@@ -165,7 +163,7 @@ def tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W
 
 @triton.jit
 def vector(ptr, channels, mask, DEFAULT: tl.constexpr):
-    """`per_channel`, but loaded once.
+    """A vector over the channels of a tile, in float32, loaded once; the default where the pointer is None.
 
     Triton repeats a load of fewer elements than there are threads in the layout of the accumulators, where each thread
     has many channels: 64 loads for four vectors.  So this one has more elements, all but a row of them masked.
@@ -177,14 +175,6 @@ def vector(ptr, channels, mask, DEFAULT: tl.constexpr):
         rows = tl.load(ptr + (channels[None, :] + 0 * row), mask=mask[None, :] & (row == 0), other=0.0)
         loaded = tl.sum(rows.to(tl.float32), axis=0)
     return loaded
-
-
-@triton.jit
-def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
-    """(z - mean) invstd weight + bias for a tile z, with mean and invstd [BLOCK_N]."""
-    scale = invstd * per_channel(weight_ptr, channels, mask, 1.0)
-    bias = per_channel(bias_ptr, channels, mask, 0.0)
-    return (z - mean[None, :]) * scale[None, :] + bias[None, :]
 
 
 @triton.jit
