@@ -31,15 +31,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from resfuse import _build
 from resfuse.layout import conv_output_shape
 from resfuse.types import BatchNorm, Convolution, Problem
 
 logger = logging.getLogger("resfuse")
 
-KERNEL_FILES = {"cuda": "_cuda.abi3.so", "triton": "backends/triton/*.py"}
+_PACKAGE = Path(__file__).parent.parent
+KERNEL_FILES = {
+    "cuda": ((_PACKAGE, "_cuda.abi3.so"), (_build.csrc_dir() / "cuda", "*.cu*")),
+    "triton": ((_PACKAGE / "backends" / "triton", "*.py"),),
+}
 """The backends whose kernels are checked, and what these are made of."""
 SECONDS = 60.0  # for one problem, compiling its kernel included; four times as many for the start of a process
-_PACKAGE = Path(__file__).parent.parent
 _STARTED = time.time()
 
 Verdicts = dict[str, str | None]
@@ -126,13 +130,16 @@ def identity(backend: str, device: int) -> dict[str, str | None]:
     """Everything that a verdict holds for."""
     driver = Path("/sys/module/nvidia/version")
     triton = [one.version for one in importlib.metadata.distributions(name="triton")]
-    contents = b"".join(path.read_bytes() for path in sorted(_PACKAGE.glob(KERNEL_FILES[backend])))
+    kernels = hashlib.sha256()
+    for directory, pattern in KERNEL_FILES[backend]:
+        for path in sorted(directory.glob(pattern)):
+            kernels.update(path.read_bytes())
     return {
         "gpu": torch.cuda.get_device_name(device),
         "driver": driver.read_text().strip() if driver.exists() else None,
         "torch": str(torch.__version__),
         "triton": triton[0] if triton else None,
-        "kernels": hashlib.sha256(contents).hexdigest()[:16],
+        "kernels": kernels.hexdigest()[:16],
     }
 
 

@@ -269,6 +269,19 @@ def test_right_kernels_of_every_name_pass(dtype: torch.dtype, monkeypatch: pytes
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
 
 
+def test_a_verdict_is_for_these_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Testing 3000")
+    identity = first_contact.identity.__wrapped__
+    facts = {backend: identity(backend, 0) for backend in first_contact.KERNEL_FILES}
+    assert facts["cuda"].keys() == FACTS.keys() and facts["cuda"]["kernels"] != facts["triton"]["kernels"]
+    found = []
+    for content in ("first", "second"):
+        (tmp_path / "kernel.cu").write_text(content)
+        monkeypatch.setitem(first_contact.KERNEL_FILES, "cuda", ((tmp_path, "*.cu*"),))
+        found.append(identity("cuda", 0)["kernels"])
+    assert found[0] != found[1]
+
+
 def test_the_process_runs_the_check_of_this_package() -> None:
     arguments = first_contact.command("cuda", DTYPE, 1, ["bn_apply"])
     assert arguments[0] == sys.executable and arguments[3:] == ["cuda", "bfloat16", "cuda:1", "bn_apply"]
