@@ -47,6 +47,10 @@ class Instructions(NamedTuple):
 
     all: Counter[str]
     looped: Counter[str]
+    loads_after_stores: int
+    """How often the code goes back to loading from global memory after it has stored there: each time it waits."""
+    loads_at_once: int
+    """The longest run, without a branch or a division, of loads that bypass L1: of what other blocks have written."""
 
     def count(self, *opcodes: str, suffix: str = "", looped: bool = False) -> int:
         """Instructions with one of these opcodes ("LDL") and `suffix` (".128") in their name."""
@@ -165,4 +169,11 @@ def _counted(code: list[tuple[int, str, str]]) -> Instructions:
         if target and int(target[1], 16) < address:
             first = bisect.bisect_left(addresses, int(target[1], 16))
             inside.update(range(first, bisect.bisect_right(addresses, address)))
-    return Instructions(Counter(name for _, name, _ in code), Counter(code[i][1] for i in inside))
+    opcodes = [name.partition(".")[0] for _, name, _ in code]
+    accesses = [opcode == "STG" for opcode in opcodes if opcode in ("STG", "LDG", "LDGSTS")]
+    waits = sum(stored and not stores for stored, stores in itertools.pairwise(accesses))
+    parts = (".STRONG" in name for _, name, _ in code if re.match(r"BRA|CALL|MUFU|LDG\..*STRONG", name))
+    runs = [sum(run) for _, run in itertools.groupby(parts)]
+    return Instructions(
+        Counter(name for _, name, _ in code), Counter(code[i][1] for i in inside), waits, max(runs, default=0)
+    )

@@ -226,6 +226,7 @@ def _measured(index: int) -> Row:
         "instructions": len(re.findall(r";$", ptx, re.MULTILINE)),
         "mma": next((name for name in MMA.values() if name in ptx), ""),
         "vector_loads": _wide(ptx, "ld") + copies.count("10") + ptx.count("shared::cluster.global"),
+        "narrow_loads": len(re.findall(r"ld\.global\.(?![\w.]*acquire)", ptx)) - _wide(ptx, "ld"),
         "narrow_copies": len(copies) - copies.count("10"),
         "vector_stores": _wide(ptx, "st") + bulk_stores,
     }  # fmt: skip
@@ -291,6 +292,8 @@ def cuda_rows(library: Path = LIBRARY) -> list[Row]:
             "matrix_loads": found.count("LDSM"),
             "fma_looped": found.count("FFMA", looped=True),
             "local": found.count("LDL", "STL"),
+            "loads_after_stores": found.loads_after_stores,
+            "loads_at_once": found.loads_at_once,
             "wide_loads": found.count("LDG", "LDGSTS", suffix=".128"),
             "wide_stores": found.count("STG", suffix=".128"),
         })  # fmt: skip

@@ -16,8 +16,8 @@ struct Moments {
 
   __device__ __forceinline__ void merge(const Moments& other) {
     const float total = count + other.count;
-    if (total == 0.f) return;
-    const float share = other.count / total, delta = other.mean - mean;
+    // Both may be empty.  A branch would keep the compiler from loading ahead across an unrolled loop of merges.
+    const float share = other.count / fmaxf(total, 1.f), delta = other.mean - mean;
     mean = fmaf(delta, share, mean);
     add(other.m2);
     add(delta * (delta * (count * share)));

@@ -11,20 +11,16 @@ namespace resfuse::cuda {
 // A thread loads and stores kRun neighbouring channels of a pixel at a time.
 constexpr int kRun = 8;
 
-// `count` of them are inside; `wide`: all are, and 16-byte accesses are possible.
+// From shared memory: 16 bytes at a time, `stride` elements apart.
 template <class E>
-__device__ __forceinline__ void load_run(const E* from, float (&values)[kRun], int count, bool wide) {
+__device__ __forceinline__ void load_run(const E* from, float (&values)[kRun], int stride = kVectorSize<E>) {
   using Vector = Elements<E, kVectorSize<E>>;
-  if (wide) {
 #pragma unroll
-    for (int k = 0; k < kRun; k += kVectorSize<E>)
-      Vector::unpack(Vector::load(from + k), reinterpret_cast<float (&)[kVectorSize<E>]>(values[k]));
-  } else {
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) values[k] = k < count ? to_float(from[k]) : 0.f;
-  }
+  for (int k = 0; k < kRun; k += kVectorSize<E>, from += stride)
+    Vector::unpack(Vector::load(from), reinterpret_cast<float (&)[kVectorSize<E>]>(values[k]));
 }
 
+// `count` of them are inside; `wide`: all are, and 16-byte accesses are possible.
 template <class E>
 __device__ __forceinline__ void store_run(E* to, const float (&values)[kRun], int count, bool wide) {
   using Vector = Elements<E, kVectorSize<E>>;
@@ -44,25 +40,32 @@ template <class T>
 constexpr int kSlabs = T::kMmaN / 4;
 template <class T>
 constexpr int kSlabRows = T::kMmaM * 2;
+template <class T>
+constexpr int kPieces = kSlabs<T> * kSlabRows<T>;
 
-// Calls body(slab, slab row, row, channel, values) for every piece; row and first channel are relative to the tile, and
-// `values` is written back to the accumulators.
-template <class T, class Body>
-__device__ __forceinline__ void for_each_run(Accumulators<T>& acc, const Body& body) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_row = warp % T::kWarpsM * T::kWarpM + lane / 4;
-  const int first_channel = warp / T::kWarpsM * T::kWarpN + lane % 4 * kRun;
+// Row and first channel of a piece, relative to the tile.
+template <class T>
+__device__ __forceinline__ int row_of(int piece) {
+  return threadIdx.x / 32 % T::kWarpsM * T::kWarpM + threadIdx.x % 32 / 4 + piece % kSlabRows<T> * 8;
+}
+template <class T>
+__device__ __forceinline__ int channel_of(int piece) {
+  return threadIdx.x / 32 / T::kWarpsM * T::kWarpN + threadIdx.x % 4 * kRun + piece / kSlabRows<T> * 32;
+}
+
+// Calls body(piece, row, channel, values) for kCount pieces; `values` is written back to the accumulators.
+template <class T, int kCount = kPieces<T>, class Body>
+__device__ __forceinline__ void for_each_run(Accumulators<T>& acc, const Body& body, int first_piece = 0) {
 #pragma unroll
-  for (int slab = 0; slab < kSlabs<T>; ++slab)
+  for (int i = 0; i < kCount; ++i) {
+    const int piece = first_piece + i, slab = piece / kSlabRows<T>, r = piece % kSlabRows<T>;
+    float values[kRun];
 #pragma unroll
-    for (int r = 0; r < kSlabRows<T>; ++r) {
-      float values[kRun];
+    for (int k = 0; k < kRun; ++k) values[k] = acc[r / 2][slab * 4 + k / 2][r % 2 * 2 + k % 2];
+    body(piece, row_of<T>(piece), channel_of<T>(piece), values);
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) values[k] = acc[r / 2][slab * 4 + k / 2][r % 2 * 2 + k % 2];
-      body(slab, r, first_row + r * 8, first_channel + slab * 32, values);
-#pragma unroll
-      for (int k = 0; k < kRun; ++k) acc[r / 2][slab * 4 + k / 2][r % 2 * 2 + k % 2] = values[k];
-    }
+    for (int k = 0; k < kRun; ++k) acc[r / 2][slab * 4 + k / 2][r % 2 * 2 + k % 2] = values[k];
+  }
 }
 
 // Destination of a tile's results.
@@ -74,35 +77,110 @@ struct Output {
   bool relu, wide;  // wide: 16-byte accesses are possible
 };
 
+// Where the output has the first element of a piece.
+template <class T, class E>
+__device__ __forceinline__ int64_t offset_of(const Output<E>& out, const TileIndex& tile, int piece) {
+  const int channel = tile.group * out.group_filters + tile.first_filter + channel_of<T>(piece);
+  return (tile.first_pixel + row_of<T>(piece)) * out.filters + channel;
+}
+
 // output = act((value - centre) scale + shift + residual), with the three vectors in shared memory.
 template <class T>
 struct alignas(16) ChannelTerms {
   float centre[T::kBlockN], scale[T::kBlockN], shift[T::kBlockN];
 };
 
+// Pieces of two tensors, residual and z, on their way to a thread, in the slots that the main loop has left.  No load
+// moves ahead of a store that may be to the same memory: loaded one by one, each piece would wait for DRAM after the
+// store of the one before it.  A thread reads what it has copied itself, so it waits for its copies and for nobody
+// else.
 template <class T, class E>
-__device__ __forceinline__ void normalize_run(const ChannelTerms<T>& terms, const Output<E>& out, const TileIndex& tile,
-                                              int64_t pixel, int channel, float (&values)[kRun]) {
-  const int count = out.group_filters - tile.first_filter - channel;
-  if (count <= 0) return;
-  const int64_t at = pixel * out.filters + tile.group * out.group_filters + tile.first_filter + channel;
-  float centre[kRun], scale[kRun], shift[kRun];
-  load_run(terms.centre + channel, centre, kRun, true);
-  load_run(terms.scale + channel, scale, kRun, true);
-  load_run(terms.shift + channel, shift, kRun, true);
-#pragma unroll
-  for (int k = 0; k < kRun; ++k) values[k] = (values[k] - centre[k]) * scale[k] + shift[k];
-  if (out.residual != nullptr) {
-    float residual[kRun];
-    load_run(out.residual + at, residual, count, out.wide);
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) values[k] += residual[k];
+struct Staging {
+  static constexpr int kWords = kRun * static_cast<int>(sizeof(E)) / 16, kPerWord = kVectorSize<E>;
+  static constexpr int kRoom = T::kStages * T::kSlotBytes / (2 * kWords * 16 * T::kThreads);
+  static constexpr int kAtOnce = kRoom >= kPieces<T> ? kPieces<T> : kRoom >= 8 ? 8 : kRoom >= 4 ? 4 : 2;
+  static_assert(kRoom >= 2 && kPieces<T> % kAtOnce == 0);
+  E* own;
+
+  __device__ __forceinline__ explicit Staging(unsigned char* slots)
+      : own(reinterpret_cast<E*>(slots) + threadIdx.x * kPerWord) {}
+
+  __device__ __forceinline__ E* word(int tensor, int piece, int which) const {
+    return own + ((tensor * kAtOnce + piece % kAtOnce) * kWords + which) * T::kThreads * kPerWord;
   }
-  if (out.relu) {
+
+  __device__ __forceinline__ void copy(int tensor, int piece, const E* from, int count, bool wide) const {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) values[k] = relu(values[k]);
+    for (int w = 0; w < kWords; ++w) {
+      E* to = word(tensor, piece, w);
+      if (wide) {
+        copy_async<16>(to, from + w * kPerWord, true);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kPerWord; ++k)
+          to[k] = w * kPerWord + k < count ? from[w * kPerWord + k] : from_float<E>(0.f);
+      }
+    }
   }
-  store_run(out.output + at, values, count, out.wide);
+
+  __device__ __forceinline__ void read(int tensor, int piece, float (&values)[kRun]) const {
+    load_run(word(tensor, piece, 0), values, T::kThreads * kPerWord);
+  }
+};
+
+// Writes a tile of the output, from the accumulators or, where z is given, from that: those of its pieces for which
+// `own` is true.  `rows` of the tile exist.
+template <class T, class E, class Own>
+__device__ __forceinline__ void store_tile(Accumulators<T>& acc, const ChannelTerms<T>& terms, const Output<E>& out,
+                                           const TileIndex& tile, int64_t rows, const E* z, unsigned char* slots,
+                                           const Own& own) {
+  const Staging<T, E> staging(slots);
+  constexpr int kAtOnce = Staging<T, E>::kAtOnce;
+  const auto at = [&](int piece) { return offset_of<T>(out, tile, piece); };
+  const auto inside = [&](int channel) { return out.group_filters - tile.first_filter - channel; };
+#pragma unroll
+  for (int first = 0; first < kPieces<T>; first += kAtOnce) {
+    __syncthreads();  // what was copied before has been read, and the terms are there
+    if (out.residual != nullptr || z != nullptr)
+#pragma unroll 1  // no registers for this while the accumulators hold most of them
+      for (int piece = first; piece < first + kAtOnce; ++piece) {
+        const int row = row_of<T>(piece), channel = channel_of<T>(piece);
+        if (row >= rows || inside(channel) <= 0 || !own(piece)) continue;
+        if (out.residual != nullptr) staging.copy(0, piece, out.residual + at(piece), inside(channel), out.wide);
+        if (z != nullptr) staging.copy(1, piece, z + at(piece), inside(channel), out.wide);
+      }
+    copy_async_commit();
+    copy_async_wait<0>();
+    for_each_run<T, kAtOnce>(
+        acc,
+        [&](int piece, int row, int channel, const float (&sums)[kRun]) {
+          if (row >= rows || inside(channel) <= 0 || !own(piece)) return;
+          float values[kRun], centre[kRun], scale[kRun], shift[kRun];
+          if (z != nullptr) {
+            staging.read(1, piece, values);
+          } else {
+#pragma unroll
+            for (int k = 0; k < kRun; ++k) values[k] = sums[k];
+          }
+          load_run(terms.centre + channel, centre);
+          load_run(terms.scale + channel, scale);
+          load_run(terms.shift + channel, shift);
+#pragma unroll
+          for (int k = 0; k < kRun; ++k) values[k] = (values[k] - centre[k]) * scale[k] + shift[k];
+          if (out.residual != nullptr) {
+            float residual[kRun];
+            staging.read(0, piece, residual);
+#pragma unroll
+            for (int k = 0; k < kRun; ++k) values[k] += residual[k];
+          }
+          if (out.relu) {
+#pragma unroll
+            for (int k = 0; k < kRun; ++k) values[k] = relu(values[k]);
+          }
+          store_run(out.output + at(piece), values, inside(channel), out.wide);
+        },
+        first);
+  }
 }
 
 }  // namespace resfuse::cuda

@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
   int tile_m, tile_n;
   rasterize(conv, blockIdx.x, tile_m, tile_n);
   const TileIndex tile = tile_index<T>(conv, tile_m, tile_n);
-  constexpr int kPieces = kSlabs<T> * kSlabRows<T>;
   const int split = blockIdx.y, splits = gridDim.y;
+  const auto own = [&](int piece) { return splits == 1 || piece % splits == split; };
   float4* partial = reinterpret_cast<float4*>(bn.partial) +
-                    static_cast<int64_t>(blockIdx.x) * splits * kPieces * 2 * T::kThreads + threadIdx.x;
+                    static_cast<int64_t>(blockIdx.x) * splits * kPieces<T> * 2 * T::kThreads + threadIdx.x;
 
   const int channel = threadIdx.x;
   if (channel < T::kBlockN) {
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
     const auto share = [&](int which) { return static_cast<int>(static_cast<int64_t>(conv.steps) * which / splits); };
     convolve<Math, T, kCopies>(acc, conv, tile, share(split), share(split + 1), shared.slots);
     if (splits > 1)
-      for_each_run<T>(acc, [&](int slab, int r, int, int, const float (&values)[kRun]) {
-        float4* to = partial + (split * kPieces + slab * kSlabRows<T> + r) * 2 * T::kThreads;
+      for_each_run<T>(acc, [&](int piece, int, int, const float (&values)[kRun]) {
+        float4* to = partial + (split * kPieces<T> + piece) * 2 * T::kThreads;
         to[0] = make_float4(values[0], values[1], values[2], values[3]);
         to[T::kThreads] = make_float4(values[4], values[5], values[6], values[7]);
       });
@@ -80,24 +80,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
   if (splits > 1) {
     if (phase == Phase::first) return;
     if (phase == Phase::both) cooperative_groups::this_grid().sync();
-    __syncthreads();  // the terms
-  }
-  for_each_run<T>(acc, [&](int slab, int r, int row, int first, float (&values)[kRun]) {
-    if (splits > 1) {
-      const int piece = slab * kSlabRows<T> + r;
-      if (piece % splits != split) return;
+    for_each_run<T>(acc, [&](int, int, int, float (&values)[kRun]) {
 #pragma unroll
       for (int k = 0; k < kRun; ++k) values[k] = 0;
-      for (int from = 0; from < splits; ++from) {
-        const float4* parts = partial + (from * kPieces + piece) * 2 * T::kThreads;
+    });
+#pragma unroll 1
+    for (int from = 0; from < splits; ++from)
+      for_each_run<T>(acc, [&](int piece, int, int, float (&values)[kRun]) {
+        if (!own(piece)) return;
+        const float4* parts = partial + (from * kPieces<T> + piece) * 2 * T::kThreads;
         const float4 low = parts[0], high = parts[T::kThreads];
         values[0] += low.x, values[1] += low.y, values[2] += low.z, values[3] += low.w;
         values[4] += high.x, values[5] += high.y, values[6] += high.z, values[7] += high.w;
-      }
-    }
-    if (tile.first_pixel + row < conv.pixels)
-      normalize_run(shared.terms, out, tile, tile.first_pixel + row, first, values);
-  });
+      });
+  }
+  store_tile<T, Element>(acc, shared.terms, out, tile, conv.pixels - tile.first_pixel, nullptr, shared.slots, own);
 }
 
 struct ConvTraining {
@@ -131,7 +128,6 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
   TileIndex tile = tile_index<T>(conv, first_tile, tile_n);
   const int first_filter = tile.group * conv.group_filters + tile.first_filter, filter = first_filter + channel;
   const bool has_channel = channel < T::kBlockN && tile.first_filter + channel < conv.group_filters;
-  const auto at = [&](int row, int first) { return (tile.first_pixel + row) * conv.filters + first_filter + first; };
   const auto inside = [&](int first) { return conv.group_filters - tile.first_filter - first; };
 
   Accumulators<T> acc;
@@ -143,11 +139,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
       tile.first_pixel = static_cast<int64_t>(first_tile + t) * T::kBlockM;
       convolve<Math, T, kCopies>(acc, conv, tile, 0, conv.steps, shared.slots);
       const int rows = static_cast<int>(min(conv.pixels - tile.first_pixel, int64_t{T::kBlockM}));
-      for_each_run<T>(acc, [&](int, int, int row, int first, float (&values)[kRun]) {
+      for_each_run<T>(acc, [&](int, int, int first, float (&values)[kRun]) {
 #pragma unroll
         for (int k = 0; k < kRun; ++k)
           values[k] = to_float(from_float<Element>(values[k] + shared.terms.shift[first + k]));
-        if (row < rows && inside(first) > 0) store_run(z + at(row, first), values, inside(first), out.wide);
+      });
+      for_each_run<T>(acc, [&](int piece, int row, int first, const float (&values)[kRun]) {
+        if (row < rows && inside(first) > 0)
+          store_run(z + offset_of<T>(out, tile, piece), values, inside(first), out.wide);
       });
       float mean, m2;
       tile_moments<T>(acc, rows, shared.statistics, mean, m2);
@@ -162,10 +161,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
   if (phase == Phase::both) cooperative_groups::this_grid().sync();
   if (phase == Phase::first) return;
 
+  const Moments all = merge_parts<T>(bn.workspace, conv, plan, tile, shared.statistics);
   if (channel < T::kBlockN) {
     float centre = 0, scale = 0, shift = 0;
     if (has_channel) {
-      const Moments all = merge_parts<T>(bn.workspace, conv, plan, filter);
       const float invstd = inverse_deviation(all.m2 / all.count, bn.eps);
       centre = all.mean;
       scale = invstd * channel_value<Element>(bn.weight, filter, 1.f);
@@ -186,18 +185,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerProcessor)
     shared.terms.scale[channel] = scale;
     shared.terms.shift[channel] = shift;
   }
-  __syncthreads();
-  for (int t = tiles - 1; t >= 0; --t) {
+  const auto all_pieces = [](int) { return true; };
+  const auto store = [&](int t, const Element* from) {
     tile.first_pixel = static_cast<int64_t>(first_tile + t) * T::kBlockM;
-    const auto left = conv.pixels - tile.first_pixel;
-    if (phase == Phase::second || t != tiles - 1)
-      for_each_run<T>(acc, [&](int, int, int row, int first, float (&values)[kRun]) {
-        if (row < left && inside(first) > 0) load_run(z + at(row, first), values, inside(first), out.wide);
-      });
-    for_each_run<T>(acc, [&](int, int, int row, int first, float (&values)[kRun]) {
-      if (row < left) normalize_run(shared.terms, out, tile, tile.first_pixel + row, first, values);
-    });
-  }
+    store_tile<T>(acc, shared.terms, out, tile, conv.pixels - tile.first_pixel, from, shared.slots, all_pieces);
+  };
+  int left = tiles;
+  if (phase == Phase::both) store(--left, nullptr);
+  while (left > 0) store(--left, z);
 }
 
 }  // namespace resfuse::cuda

@@ -96,9 +96,9 @@ inline void check_workspace(int64_t needed, int64_t given) {
 // One cooperative launch of phase `both`, or one launch each of `first` and `second`.
 template <class Kernel>
 void in_phases(int requested, bool resident, const Kernel& launch_phase) {
-  if (requested == 1 && !resident)
+  if (requested != 2 && resident && launch_phase(Phase::both, true)) return;
+  if (requested == 1)
     throw std::runtime_error("convolution: one launch was asked for, but its blocks are not all resident");
-  if (requested != 2 && resident) return launch_phase(Phase::both, true);
   launch_phase(Phase::first, false);
   launch_phase(Phase::second, false);
 }
@@ -118,9 +118,12 @@ void launch_inference(const ConvInferenceForward& args, void* stream) {
   auto* kernel = conv_inference_kernel<Math, T, kCopies>;
   const dim3 grid(conv.tiles_m * conv.tiles_n, splits);
   const auto run = [&](Phase phase, bool cooperative) {
-    launch(kernel, grid, dim3(T::kThreads), sizeof(ConvShared<T>), stream, cooperative, conv, bn, out, phase);
+    return launch(kernel, grid, dim3(T::kThreads), sizeof(ConvShared<T>), stream, cooperative, conv, bn, out, phase);
   };
-  if (splits == 1) return run(Phase::both, false);
+  if (splits == 1) {
+    run(Phase::both, false);
+    return;
+  }
   const int64_t blocks = static_cast<int64_t>(grid.x) * splits;
   check_workspace(blocks * T::kBlockM * T::kBlockN, args.workspace_size);
   in_phases(args.config.launches,
@@ -151,8 +154,8 @@ void launch_train(const ConvTrainForward& args, void* stream) {
   check_workspace(int64_t{2} * plan.parts * conv.filters, args.workspace_size);
   in_phases(args.config.launches, plan.parts * conv.tiles_n <= resident && can_cooperate(),
             [&](Phase phase, bool cooperative) {
-              launch(kernel, dim3(plan.parts * conv.tiles_n), dim3(T::kThreads), sizeof(ConvShared<T>), stream,
-                     cooperative, conv, bn, out, plan, phase);
+              return launch(kernel, dim3(plan.parts * conv.tiles_n), dim3(T::kThreads), sizeof(ConvShared<T>), stream,
+                            cooperative, conv, bn, out, plan, phase);
             });
 }
 

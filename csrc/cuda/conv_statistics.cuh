@@ -34,9 +34,9 @@ template <class T>
 __device__ __forceinline__ void tile_moments(Accumulators<T>& acc, int rows, StatisticsScratch<T>& scratch, float& mean,
                                              float& m2) {
   float sums[kSlabs<T>][kRun] = {}, squares[kSlabs<T>][kRun] = {};
-  for_each_run<T>(acc, [&](int slab, int, int row, int, const float (&values)[kRun]) {
+  for_each_run<T>(acc, [&](int piece, int row, int, const float (&values)[kRun]) {
 #pragma unroll
-    for (int k = 0; k < kRun; ++k) sums[slab][k] += row < rows ? values[k] : 0.f;
+    for (int k = 0; k < kRun; ++k) sums[piece / kSlabRows<T>][k] += row < rows ? values[k] : 0.f;
   });
   sum_rows<T>(sums, scratch.sums[0]);
   __syncthreads();
@@ -53,7 +53,8 @@ __device__ __forceinline__ void tile_moments(Accumulators<T>& acc, int rows, Sta
   for (int slab = 0; slab < kSlabs<T>; ++slab)
 #pragma unroll
     for (int k = 0; k < kRun; ++k) sums[slab][k] = 0;
-  for_each_run<T>(acc, [&](int slab, int, int row, int first, const float (&values)[kRun]) {
+  for_each_run<T>(acc, [&](int piece, int row, int first, const float (&values)[kRun]) {
+    const int slab = piece / kSlabRows<T>;
 #pragma unroll
     for (int k = 0; k < kRun; ++k) {
       const float deviation = row < rows ? values[k] - scratch.centre[first + k] : 0.f;
@@ -79,17 +80,51 @@ struct TrainPlan {
   int tiles_per_part;  // neighbouring tiles of M; the last part may have fewer
 };
 
-// All parts of a channel, in their order.
+// All parts of channel c of the tile, in thread c < kBlockN; undefined in the others.  The parts are dealt out to all
+// threads of a channel, each of which loads kBatch of them at a time and merges those around their common mean.
 template <class T>
 __device__ __forceinline__ Moments merge_parts(const float* workspace, const ConvGeometry& conv, const TrainPlan& plan,
-                                               int filter) {
-  Moments all;
+                                               const TileIndex& tile, StatisticsScratch<T>& scratch) {
+  constexpr int kBatch = 8, kGroups = T::kThreads / T::kBlockN;
+  static_assert(kGroups == 1 || (kGroups == 2 && T::kWarpsM == 2));
+  const int channel = threadIdx.x % T::kBlockN, group = threadIdx.x / T::kBlockN;
+  const bool there = tile.first_filter + channel < conv.group_filters;
+  const float* of = workspace + tile.group * conv.group_filters + tile.first_filter + channel;
   const int64_t part_pixels = static_cast<int64_t>(plan.tiles_per_part) * T::kBlockM;
-#pragma unroll 4
-  for (int part = 0; part < plan.parts; ++part) {
-    const int64_t left = conv.pixels - part * part_pixels;
-    const float* row = workspace + static_cast<int64_t>(part) * 2 * conv.filters + filter;
-    all.merge({static_cast<float>(left < part_pixels ? left : part_pixels), row[0], row[conv.filters]});
+  Moments all;
+  for (int first = group; first < plan.parts; first += kBatch * kGroups) {
+    float counts[kBatch], means[kBatch], m2s[kBatch], count = 0, centre = 0, error = 0, m2 = 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int part = first + i * kGroups;
+      const int64_t left = conv.pixels - part * part_pixels, row = static_cast<int64_t>(part) * 2 * conv.filters;
+      const bool inside = there && part < plan.parts;
+      counts[i] = inside ? static_cast<float>(left < part_pixels ? left : part_pixels) : 0.f;
+      means[i] = inside ? __ldcg(of + row) : 0.f;
+      m2s[i] = inside ? __ldcg(of + row + conv.filters) : 0.f;
+      count += counts[i];
+    }
+    const float inverse = 1.f / fmaxf(count, 1.f);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) centre = fmaf(means[i], counts[i], centre);
+    centre *= inverse;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float deviation = means[i] - centre, weighted = deviation * counts[i];
+      error += weighted;
+      m2 += fmaf(deviation, weighted, m2s[i]);
+    }
+    error *= inverse;  // of the centre, which is as large as the mean and rounded accordingly
+    all.merge({count, centre + error, fmaf(-error * error, count, m2)});
+  }
+  if constexpr (kGroups > 1) {
+    auto& to = scratch.sums;
+    if (group == 1) {
+      to[0][0][channel] = all.count, to[0][1][channel] = all.mean;
+      to[1][0][channel] = all.m2, to[1][1][channel] = all.m2_low;
+    }
+    __syncthreads();
+    if (group == 0) all.merge({to[0][0][channel], to[0][1][channel], to[1][0][channel], to[1][1][channel]});
   }
   return all;
 }

@@ -77,9 +77,10 @@ inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
 }
 
 // Runs kernel(arguments...) on `stream`. cudaLaunchKernelEx reports the errors of the launch itself; those of the
-// running kernel surface at the next synchronisation, as for every asynchronous launch.
+// running kernel surface at the next synchronisation, as for every asynchronous launch. False where a cooperative grid
+// is refused, and nothing runs: under MPS or in a green context less is resident than `resident_blocks` is told.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
+bool launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
             Arguments... arguments) {
   const auto* function = reinterpret_cast<const void*>(kernel);
   allow_shared_memory(function, shared_bytes);
@@ -93,7 +94,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx", function);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // clear it
+    return false;
+  }
+  check(status, "cudaLaunchKernelEx", function);
+  return true;
 }
 
 // The largest grid whose blocks are all resident at once on the current device. Cached, because the driver is slow to
@@ -129,10 +136,12 @@ inline bool can_cooperate() { return device_attribute(cudaDevAttrCooperativeLaun
 namespace resfuse::cuda {
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
+bool launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
             Arguments... arguments) {
   (void)stream;
+  if (cooperative && emu::refuses_cooperation()) return false;
   emu::launch([=] { kernel(static_cast<Parameters>(arguments)...); }, grid, block, shared_bytes, cooperative);
+  return true;
 }
 
 inline size_t shared_memory_limit() { return 163 * 1024; }  // of compute capability 8.0

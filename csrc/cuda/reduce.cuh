@@ -70,12 +70,23 @@ __device__ Value merge_parts(const float* workspace, const ChannelTiles& t, cons
   const int groups = most < t.parts ? most : t.parts;
   const int slot = static_cast<int>(threadIdx.x) % channels, group = static_cast<int>(threadIdx.x) / channels;
   const int channel = share.tile_channel + slot;
+  constexpr int kBatch = 4;  // loaded before the first of them is merged
   Value values[1];
   if (channel < t.channels)
-#pragma unroll 4
-    for (int part = group < groups ? group : t.parts; part < t.parts; part += groups) {
-      const float* row = workspace + static_cast<int64_t>(part) * 2 * t.channels + channel;
-      values[0].merge(load(part, __ldcg(row), __ldcg(row + t.channels)));
+    for (int first = group < groups ? group : t.parts; first < t.parts; first += kBatch * groups) {
+      float pairs[kBatch][2];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int part = first + i * groups;
+        const float* row = workspace + static_cast<int64_t>(part) * 2 * t.channels + channel;
+        pairs[i][0] = part < t.parts ? __ldcg(row) : 0.f;
+        pairs[i][1] = part < t.parts ? __ldcg(row + t.channels) : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int part = first + i * groups;
+        values[0].merge(part < t.parts ? load(part, pairs[i][0], pairs[i][1]) : Value{});
+      }
     }
   merge_members(values, 1, slot, channels, group, groups, scratch);
   return values[0];

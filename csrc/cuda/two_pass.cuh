@@ -39,16 +39,15 @@ void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args&
   const ChannelTiles t = cut(args.shape, N, kTwoPassThreads, resident_blocks(kernel, kTwoPassThreads, limit));
   const auto run = [&](Phase phase, int kept, size_t bytes) {
     const bool cooperative = phase == Phase::both && t.parts > 1;
-    launch(kernel, dim3(t.grid()), dim3(t.threads()), bytes, stream, cooperative, args, t, kept, phase);
+    return launch(kernel, dim3(t.grid()), dim3(t.threads()), bytes, stream, cooperative, args, t, kept, phase);
   };
   const size_t fixed = Shared::fixed_bytes(t), item = words * sizeof(typename Shared::Word) * t.threads();
-  if (args.launches == 2 || (args.launches == 0 && t.parts > 1 && !can_cooperate())) {
-    run(Phase::first, 0, fixed);
-    run(Phase::second, 0, fixed);
-  } else {
+  if (args.launches != 2 && (t.parts == 1 || can_cooperate())) {
     const int kept = item == 0 ? 0 : std::min(t.most_steps(), static_cast<int>((limit - fixed) / item));
-    run(Phase::both, kept, fixed + kept * item);
+    if (run(Phase::both, kept, fixed + kept * item)) return;
   }
+  run(Phase::first, 0, fixed);
+  run(Phase::second, 0, fixed);
 }
 
 // Calls function(T{}, N) with the element type of an activation and the number of elements to read at a time.

@@ -1,9 +1,9 @@
 """The choice of the backend for a problem: made here alone, once per problem, and with reasons.
 
 Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `RANKING` names a faster one,
-and logs why it passed over the others.  An explicit request (`use_backend`, or the environment variable
-RESFUSE_BACKEND) that cannot be met raises; only a kernel that the requested backend does not declare goes to
-`reference`: the gradients of convolutions, which are cuDNN's on a GPU.
+and logs why it passed over the others; on a GPU, one whose kernel has been right there (first_contact.py).  An explicit
+request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises; only a kernel that the
+requested backend does not declare goes to `reference`: the gradients of convolutions, which are cuDNN's on a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from resfuse.backends import first_contact
 from resfuse.types import AbsentDevice, Convolution, Problem
 
 logger = logging.getLogger("resfuse")
@@ -200,7 +201,11 @@ def backend_for(
     """
     # A plain tuple hashes and compares like the Problem that `choose` makes of it, and is made faster.
     problem = (kernel, input.device, input.dtype, input.shape, weight_shape, convolution)
-    return choose(problem, _request.get() if request is IN_FORCE else request)[1]
+    try:
+        return choose(problem, _request.get() if request is IN_FORCE else request)[1]
+    except first_contact.UnsettledError as error:  # for as long as a graph is captured: not a choice to remember
+        logger.warning("reference runs %s: %s", kernel, error)
+        return backend("reference")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -244,4 +249,8 @@ def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str,
         unavailable = module.unavailable_reason() or (module.only_on_request_reason() if automatic else None)
         if unavailable:
             return (unavailable,)
-    return tuple(module.unsupported_reasons(problem))
+    reasons = tuple(module.unsupported_reasons(problem))
+    if reasons or not automatic or isinstance(problem.device, AbsentDevice):
+        return reasons
+    objection = first_contact.objection(name, problem)
+    return (objection,) if objection else ()

@@ -16,7 +16,7 @@ import torch
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import dispatch
+from resfuse.backends import dispatch, first_contact
 from resfuse.roofline import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
@@ -45,6 +45,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "backends": {name: reason or "available" for name, reason in dispatch.unavailable_reasons().items()},
         "exceptions": [_exception(entry) for entry in dispatch.RANKING],
+        "first contact": first_contact.stored(),
         "libraries": {name: _extension.load(name) or "loaded" for name in _build.LIBRARIES},
         "build": _extension.build_info(),
         "environment": {
@@ -65,6 +66,7 @@ def _text(facts: dict[str, Any], width: int = 80) -> str:
         or {"none": "torch.cuda sees no device"},
         "backends, by preference": facts["backends"],
         "exceptions to that order": {str(number): text for number, text in enumerate(facts["exceptions"], 1)},
+        "first contact with GPUs": facts["first contact"] or {"none": "no kernels have been checked on a GPU"},
         "compiled libraries": facts["libraries"],
         "build settings": build or {"none": "this copy was never built"},
         "environment variables": facts["environment"] or {"none": "none that resfuse reads"},

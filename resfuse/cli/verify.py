@@ -16,7 +16,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 import resfuse
 from resfuse import contract
-from resfuse.backends import dispatch
+from resfuse.backends import dispatch, first_contact
 from resfuse.cli import cases, networks
 from resfuse.contract import Deviation
 
@@ -53,13 +53,28 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name} is skipped: {unavailable[name]}")
     backends = [name for name in wanted if unavailable[name] is None]
     dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
+    faults = first_contact_faults(backends, dtypes) if device.type == "cuda" else 0
     findings = _verify_ops(backends, args.op or list(cases.KERNELS), dtypes)
     if model is not None:
         for dtype in (torch.float32, torch.bfloat16):
             compared = list(_verify_model(*model, dtype))
             _print_table(f"{args.model}, fused by resfuse.fuse_, on {device.type}, {_name(dtype)}", compared)
             findings += compared
-    return _conclude(findings, time.perf_counter() - started)
+    return max(_conclude(findings, time.perf_counter() - started), faults)
+
+
+def first_contact_faults(backends: Sequence[str], dtypes: Sequence[torch.dtype]) -> int:
+    """Make the checks of a first contact again, and print them; 1 where one leaves out a kernel or cannot be made."""
+    faults = False
+    for name, dtype in itertools.product((name for name in backends if name in first_contact.KERNEL_FILES), dtypes):
+        try:
+            verdicts = first_contact.verdicts(name, dtype, torch.cuda.current_device(), "force")
+            faults |= any(verdicts.values())
+            told = first_contact.described(verdicts)
+        except first_contact.UnsettledError as error:
+            faults, told = True, f"could not be checked: {error}"
+        print(f"first contact, {name}, {_name(dtype)}: {told}")
+    return int(faults)
 
 
 def _verify_ops(backends: Sequence[str], ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Finding]:

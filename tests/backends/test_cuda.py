@@ -69,6 +69,18 @@ def test_the_grid_fills_the_device(resident: Callable[[int], AbstractContextMana
     assert counted.blocks == 4
 
 
+@EMULATED
+def test_two_launches_where_a_cooperative_one_is_refused() -> None:
+    """Under MPS or in a green context fewer blocks are resident than the device is said to hold."""
+    operands = Operands(cuda, VECTORS, torch.float32, "cpu", "nhwc")
+    for name in TWO_PASSES:
+        expected = operands.calls()[name]()
+        with emulator.device(cooperative=False), emulator.launches() as counted:
+            found = operands.calls()[name]()
+        assert counted.launches == 2, name
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), name
+
+
 @DEVICE
 @DTYPE
 @LAYOUT

@@ -20,6 +20,14 @@ SMALLEST_SHARED_MEMORY = 101376
 """Bytes that a block can have on 8.6 and 8.9, the least of all GPUs from 8.0 on: each convolution's tile fits."""
 FEWEST_WARPS = 25.0
 """Static occupancy, at least, in percent, of kernels that are bound by memory: threads have many bytes under way."""
+MOST_LOADS_AFTER_STORES = {"conv_inference_kernel": 2, "conv_training_kernel": 7}
+"""An epilogue loads all that it needs, or half of that, before it stores: in training also z and running statistics."""
+COPIES_OF_EPILOGUE = {"conv_inference_kernel": 1, "conv_training_kernel": 3}
+"""Asynchronous copies of the residual and z, at most; twice as many of 32-bit elements."""
+LEAST_LOADS_AT_ONCE = {
+    "conv_training_kernel": 16, "bn_statistics_kernel": 7, "bn_train_forward_kernel": 7, "bn_backward_kernel": 7
+}  # fmt: skip
+"""Of the parts of a reduction, of which there are hundreds: one by one, each takes its time from L2."""
 
 pytestmark = pytest.mark.slow  # disassembling takes a minute
 
@@ -71,14 +79,19 @@ def objections(row: Row) -> list[str]:
             found.append(f"{row['blocks']} blocks on a multiprocessor, not {resident}")
         if (row["mma_looped"] > 0) != (math != "Fp32"):
             found.append(f"{row['mma_looped']} tensor-core instructions in the main loop")
+        if row["loads_after_stores"] > MOST_LOADS_AFTER_STORES[row["kernel"]]:
+            found.append(f"{row['loads_after_stores']} times a load behind a store, for which it has to wait")
         if math != "Fp32" and row["matrix_loads"] == 0:
             found.append("no ldmatrix")
         if math == "Fp32" and row["fma_looped"] < 32:
             found.append(f"{row['fma_looped']} multiply-adds in the main loop")
-        if (row["copies_looped"] > 0) != (copies != "2"):
-            found.append(f"{row['copies_looped']} asynchronous copies in the main loop")
+        of_epilogue = COPIES_OF_EPILOGUE[row["kernel"]] * (2 if math.endswith("32") else 1)
+        if (row["copies_looped"] > of_epilogue) != (copies != "2"):
+            found.append(f"{row['copies_looped']} asynchronous copies in loops, {of_epilogue} of them the epilogue's")
     elif row["occupancy"] < FEWEST_WARPS:
         found.append(f"{row['occupancy']:.0f} % of the warps")
+    if row["loads_at_once"] < LEAST_LOADS_AT_ONCE.get(row["kernel"], 0):
+        found.append(f"{row['loads_at_once']} loads of parts at a time")
     if is_vectorised(row) and row["wide_loads"] == 0:
         found.append("no loads of 16 bytes")
     if is_vectorised(row) and row["wide_stores"] == 0 and "statistics" not in row["kernel"]:

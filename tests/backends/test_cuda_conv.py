@@ -275,6 +275,23 @@ def test_any_number_of_resident_blocks(resident: int) -> None:
         assert same(found, check(given, ConvConfig(32, 64, launches=2)))
 
 
+@EMULATED
+@MODES
+def test_two_launches_where_a_cooperative_one_is_refused(training: bool) -> None:
+    given = problem(Convolution((1, 64, 6, 6), 72, (3, 3), padding=(1, 1)), torch.bfloat16, "cpu", training)
+    with use_config(ConvConfig(64, 64, 1 if training else 2)):
+        expected = convolved(cuda_conv, given)
+        with emulator.device(cooperative=False), emulator.launches() as counted:
+            found = convolved(cuda_conv, given)
+    assert counted.launches == 2 and same(found, expected)
+    with (
+        emulator.device(cooperative=False),
+        use_config(ConvConfig(64, 64, 1 if training else 2, launches=1)),
+        pytest.raises(RuntimeError, match="one launch was asked for"),
+    ):
+        convolved(cuda_conv, given)
+
+
 # Arguments of the bindings
 
 

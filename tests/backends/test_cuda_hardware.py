@@ -19,6 +19,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import cuda_conv, dispatch
+from resfuse.nn import BNAct2d, ConvBNAct2d
 from resfuse.types import Convolution as Geometry
 from tests import contract, shapes
 from tests.contract import Call
@@ -151,6 +152,29 @@ def test_cuda_graphs(training_step: bool, name: str, dtype: torch.dtype) -> None
             graph.replay()
             replayed = [tensor.clone() for tensor in captured]
             assert equal(replayed, run(fresh))
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_reduce_overhead(backend: str) -> None:
+    """`torch.compile`'s graphs, which reject tensors that stay in their memory pool, of kernels that meet in memory."""
+    if (reason := dispatch.backend(backend).unavailable_reason()) is not None:
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    modules = {
+        torch.nn.Sequential(*(ConvBNAct2d(512, 512, 3, padding=1) for _ in range(2))).eval(): (1, 512, 7, 7),  # splits
+        torch.nn.Sequential(ConvBNAct2d(64, 64, 1), BNAct2d(64)).train(): (4, 64, 14, 14),  # a grid barrier each
+    }
+    with resfuse.use_backend(backend), torch.no_grad():
+        for module, shape in modules.items():
+            module.to("cuda", memory_format=torch.channels_last)
+            compiled = torch.compile(module, mode="reduce-overhead")
+            for seed in range(5):  # warm-up, recording, replays
+                torch.manual_seed(seed)
+                input = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+                expected = module(input)
+                torch.compiler.cudagraph_mark_step_begin()
+                assert equal([compiled(input).clone()], [expected])
 
 
 @gpu

@@ -79,7 +79,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(facts["backends"]) == set(dispatch.PREFERENCE)
     assert set(facts["libraries"]) == {"_cpu", "_cuda"}
     sections = {"versions", "machine", "gpus", "backends", "exceptions", "libraries", "build", "environment"}
-    assert sections == set(facts)
+    assert sections | {"first contact"} == set(facts)
     assert "triton before cuda for conv_bn_act_forward and conv_forward on" in facts["exceptions"][0]
     assert all("(predicted, not measured)" in text or "(measured on " in text for text in facts["exceptions"])
 

@@ -48,14 +48,17 @@ def __getattr__(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def device(*, seed: int = 0, resident_blocks: int = RESIDENT_BLOCKS) -> Iterator[None]:
-    """Run kernels on a device that holds so many blocks at once, in an order drawn from the seed (0: in order)."""
-    _library().emulator_configure(seed, resident_blocks)
+def device(*, seed: int = 0, resident_blocks: int = RESIDENT_BLOCKS, cooperative: bool = True) -> Iterator[None]:
+    """Run kernels on a device that holds so many blocks at once, in an order drawn from the seed (0: in order).
+
+    Where it is not `cooperative` it refuses all cooperative launches, though it says that it can do them.
+    """
+    _library().emulator_configure(seed, resident_blocks, cooperative)
     try:
         with mock.patch.object(cuda, "_workspace_sizes", {}):  # a GPU never changes its size
             yield
     finally:
-        _library().emulator_configure(SEED, RESIDENT_BLOCKS)
+        _library().emulator_configure(SEED, RESIDENT_BLOCKS, True)
 
 
 @dataclasses.dataclass
@@ -82,7 +85,7 @@ def _library() -> ctypes.CDLL:
     path = LIBRARY or str(build.library())
     torch.ops.load_library(path)
     library = ctypes.CDLL(path)
-    library.emulator_configure(SEED, RESIDENT_BLOCKS)
+    library.emulator_configure(SEED, RESIDENT_BLOCKS, True)
     return library
 
 

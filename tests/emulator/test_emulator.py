@@ -31,7 +31,7 @@ def library(variant: build.Variant = build.PLAIN) -> ctypes.CDLL:
 def probe(name: str, seed: int = 0, variant: build.Variant = build.PLAIN) -> tuple[str, list[float]]:
     """The error of a kernel ("" if none) and the values that it wrote over zeros."""
     out = (ctypes.c_float * (OUTPUTS + 4))(*[0.0] * OUTPUTS, *[1.0] * 4)
-    library(variant).emulator_configure(seed, backend.RESIDENT_BLOCKS)
+    library(variant).emulator_configure(seed, backend.RESIDENT_BLOCKS, True)
     message = library(variant).probe(name.encode(), out, (ctypes.c_uint * 2)())
     return (message or b"").decode(), list(out)[:OUTPUTS]
 
@@ -144,7 +144,7 @@ def test_sanitizers(names: list[str], variant: build.Variant, report: str | None
 import ctypes
 loaded = ctypes.CDLL({str(path)!r})
 loaded.probe.restype = ctypes.c_char_p
-loaded.emulator_configure(1, 4)
+loaded.emulator_configure(1, 4, True)
 for name in {names!r}:
     message = loaded.probe(name.encode(), (ctypes.c_float * 260)(*[0.0] * 256, *[1.0] * 4), (ctypes.c_uint * 2)())
     assert message is None, message

@@ -72,9 +72,14 @@ BUGS = {
         "conv eval bf16 64x64", CONVOLUTION, "heap-buffer-overflow",
     ),
     "pixel_beyond_the_last": Bug(
-        "conv_kernels.cuh", r"if \(tile\.first_pixel \+ row < conv\.pixels\)",
-        "if (tile.first_pixel + row <= conv.pixels)", "asan", "conv eval bf16 64x64", CONVOLUTION,
-        "heap-buffer-overflow",
+        "conv_epilogue.cuh", r"row >= rows( \|\| inside\(channel\) <= 0 \|\| !own\(piece\)\) continue)",
+        r"row > rows\1", "asan", "conv eval bf16 64x64", CONVOLUTION, "heap-buffer-overflow",
+    ),
+    "residual_not_waited_for": Bug(
+        "conv_epilogue.cuh", r"copy_async_wait<0>\(\);", "", "numbers", "conv eval bf16 64x64", CONVOLUTION
+    ),
+    "terms_of_a_convolution_read_too_early": Bug(
+        "conv_epilogue.cuh", r"__syncthreads\(\);", "", "numbers", "conv train bf16 64x64", CONVOLUTION
     ),
     "swizzle_off_by_a_bit": Bug(
         "conv_tile.cuh", r"\(row / 2 % 4\)\) << 4\)", "(row / 2 % 4)) << 3)", "emulator", "conv eval bf16 64x64",

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def unavailable_reason() -> str | None:
         )
     if torch.version.hip is not None:
         return "written for NVIDIA GPUs, torch is built for AMD"
-    return import_failure()
+    return import_failure() or (None if INTERPRETED else launch_failure())
 
 
 def only_on_request_reason() -> str | None:
@@ -77,4 +78,24 @@ def import_failure() -> str | None:
             importlib.import_module(f"{__name__}.{module}")
     except ImportError as error:
         return f"Triton cannot be used: {error}"
+    return None
+
+
+@functools.cache
+def launch_failure() -> str | None:
+    """Why kernels cannot be launched, or None: Triton first compiles some C of its own, with the headers of Python.
+
+    What it has compiled it finds in its cache again; but in Triton 3.6 each kernel needs another piece.
+    """
+    from triton import knobs
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    compilers = [os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"), knobs.build.impl]
+    if hasattr(nvidia, "make_launcher") and not any(compilers):
+        return "Triton needs a C compiler to launch kernels: install gcc or clang, or set CC"
+    try:
+        driver.active.get_current_device()
+    except Exception as error:
+        return f"Triton cannot launch kernels: {type(error).__name__}: {error}"
     return None

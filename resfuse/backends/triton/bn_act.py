@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import bn_tile, reduce
-from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
-from resfuse.backends.triton.plan import COOPERATIVE, ELEMENTWISE, REDUCTION, batch_norm_plan
+from resfuse.backends.triton.launch import in_phases, launch, properties, unstrided
+from resfuse.backends.triton.plan import ELEMENTWISE, REDUCTION, batch_norm_plan
 from resfuse.layout import copy_back, dense, ordered_like, residual_for
 from resfuse.types import BatchNorm
 
@@ -285,14 +285,15 @@ def _apply(x: Tensor, residual: Tensor | None, y: Tensor, vectors: Any, eps: flo
 def _reduce(kernel: Any, x: Tensor, pointers: tuple[Any, ...], scalars: tuple[float, ...], **flags: bool) -> None:
     plan = batch_norm_plan(x, REDUCTION, properties(x.device))
     workspace = torch.empty((plan.parts, 2, plan.channels), dtype=torch.float32, device=x.device)
-    cooperative = plan.phases == COOPERATIVE
-    word = shared_words("barrier", x.device, 1) if cooperative else None
-    for phase in plan.phases:
+
+    def run(phase: int, word: Tensor | None) -> None:
         launch(
             kernel, plan.programs, *pointers, workspace, word, plan.images, plan.positions, plan.channels,
             plan.parts, plan.tiles_per_part, *scalars, **flags, TILE=plan.tile,
-            PHASE=phase, num_warps=plan.num_warps, cooperative=cooperative,
+            PHASE=phase, num_warps=plan.num_warps, cooperative=phase == 0,
         )  # fmt: skip
+
+    in_phases(plan.phases, x.device, run)
 
 
 def _vector_like(input: Tensor) -> Tensor:

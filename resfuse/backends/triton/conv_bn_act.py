@@ -6,14 +6,18 @@ Activations and weights lie in NHWC memory and have one dtype; vectors may have 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resfuse.backends.triton import conv_tile, reduce
-from resfuse.backends.triton.launch import launch, properties, shared_words, unstrided
-from resfuse.backends.triton.plan import COOPERATIVE, conv_plan
+from resfuse.backends.triton.launch import in_phases, launch, properties, registers, shared_words, unstrided
+from resfuse.backends.triton.plan import ConvPlan, conv_plan
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
 
@@ -44,6 +48,12 @@ def conv_bn_act_kernel(
         tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, CONV)
         pixels = conv_tile.output_pixels(tile_m, CONV)
         pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
+        centre = conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)
+        if running_mean_ptr is not None:
+            centre = conv_tile.vector(running_mean_ptr, channels, channel_mask, 0.0) - centre
+            scale = reduce.inverse_deviation(conv_tile.vector(running_var_ptr, channels, channel_mask, 1.0), eps)
+            scale *= conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
+            shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
         acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV)
         last = True
         if SPLIT_K > 1:
@@ -61,12 +71,10 @@ def conv_bn_act_kernel(
                     acc += tl.load(part + other * stride, mask=inside, other=0.0, cache_modifier=".cg")
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
-            if conv_bias_ptr is not None:
-                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             if running_mean_ptr is not None:
-                mean = reduce.per_channel(running_mean_ptr, channels, channel_mask, 0.0)
-                invstd = reduce.inverse_deviation(reduce.per_channel(running_var_ptr, channels, channel_mask, 1.0), eps)
-                acc = conv_tile.normalize(acc, mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+                acc = (acc - centre[None, :]) * scale[None, :] + shift[None, :]
+            elif conv_bias_ptr is not None:
+                acc += centre[None, :]
             conv_tile.activate_and_store(acc, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
@@ -105,7 +113,7 @@ def conv_bn_act_train_kernel(
             pixels = conv_tile.output_pixels(first + i, CONV)
             acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, 0, M, H, W, OH, OW, CONV)
             if conv_bias_ptr is not None:
-                acc += reduce.per_channel(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
+                acc += conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)[None, :]
             z = acc.to(z_ptr.dtype.element_ty)
             inside = (pixels < M)[:, None] & channel_mask[None, :]
             tl.store(z_ptr + (pixels[:, None] * K + channels[None, :]), z, mask=inside)
@@ -127,12 +135,14 @@ def conv_bn_act_train_kernel(
             tl.store(mean_ptr + channels, mean, mask=channel_mask)
             tl.store(invstd_ptr + channels, invstd, mask=channel_mask)
             reduce.update_running(running_mean_ptr, running_var_ptr, channels, channel_mask, mean, m2, count, momentum)
+        scale = invstd * conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
+        shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
         for i in range(own_tiles):
             pixels = conv_tile.output_pixels(first + own_tiles - 1 - i, CONV)
             if not IN_REGISTERS:
                 inside = (pixels < M)[:, None] & channel_mask[None, :]
                 z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
-            y = conv_tile.normalize(z.to(tl.float32), mean, invstd, weight_ptr, bias_ptr, channels, channel_mask)
+            y = (z.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
             conv_tile.activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 
@@ -150,23 +160,50 @@ def conv_bn_act_forward(
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     running_mean, running_var, *vectors = unstrided(*bn[:4], conv_bias)
     residual = residual_for(output, residual)
-    plan = conv_plan("train", x, w, convolution, properties(x.device))
-    workspace = torch.empty(
-        (plan.programs // plan.constants.tiles_n, 2, w.shape[0]), dtype=torch.float32, device=x.device
-    )
-    cooperative = plan.phases == COOPERATIVE
-    word = shared_words("barrier", x.device, 1) if cooperative else None
-    for phase in plan.phases:
-        launch(
+
+    def run(function: Callable[..., Any], plan: ConvPlan, workspace: Tensor, phase: int, word: Tensor | None) -> Any:
+        return function(
             conv_bn_act_train_kernel, plan.programs, x, w, running_mean, running_var, *vectors, residual, z, output,
             mean, invstd, workspace, word, float(bn.momentum), float(bn.eps), plan.tiles_m, plan.tiles_per_program,
             *plan.sizes, CONV=plan.constants, RELU=relu,
-            IN_REGISTERS=cooperative and plan.tiles_per_program == 1, PHASE=phase,
-            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=cooperative,
+            IN_REGISTERS=phase == 0 and plan.tiles_per_program == 1, PHASE=phase,
+            num_warps=plan.config.num_warps, num_stages=plan.config.num_stages, cooperative=phase == 0,
         )  # fmt: skip
+
+    def registers_of(plan: ConvPlan) -> int:  # any vector and word will do for compiling
+        return run(registers, plan, mean, 0, shared_words("barrier", x.device, 1))
+
+    plan = resident_plan(x, w, convolution, (relu, residual is None, conv_bias is None), registers_of)
+    parts = plan.programs // plan.constants.tiles_n
+    workspace = torch.empty((parts, 2, w.shape[0]), dtype=torch.float32, device=x.device)
+    in_phases(plan.phases, x.device, functools.partial(run, launch, plan, workspace))
     copy_back(bn, running_mean, running_var)
     memory_format = conv_memory_format(input, conv_weight)
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
+
+
+_registers: dict[tuple[Any, ...], int] = {}
+
+
+def resident_plan(
+    x: Tensor, w: Tensor, convolution: Convolution, form: tuple[bool, ...], registers_of: Callable[[ConvPlan], int]
+) -> ConvPlan:
+    """The plan for training by what its kernel was compiled to, in a form of the call that decides what is compiled.
+
+    A first kernel, planned for the most registers, tells how many it needs, with which more programs may be resident.
+    That may make another kernel of it: until one needs no more than was assumed.
+    """
+    device = properties(x.device)
+    plan = conv_plan("train", x, w, convolution, device)
+    if device.interpreted or x.is_meta:
+        return plan
+    key = (plan, x.dtype, form)
+    if key not in _registers:
+        assumed = registers_of(plan)
+        while (needed := registers_of(conv_plan("train", x, w, convolution, device, assumed))) > assumed:
+            assumed = needed
+        _registers[key] = assumed
+    return conv_plan("train", x, w, convolution, device, _registers[key])
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:

@@ -18,8 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resfuse.backends.triton.reduce import per_channel
-
 
 @triton.jit
 def tile_of(index, tiles_m, CONV: tl.constexpr):
@@ -51,6 +49,13 @@ def output_pixels(tile_m, CONV: tl.constexpr):
     if CONV.index64:
         tile_m = tile_m.to(tl.int64)
     return tile_m * CONV.block_m + tl.arange(0, CONV.block_m)
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """To 10 bits of fraction, ties away from zero: tensor cores cut off the other 13, and so lose twice as much."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -127,6 +132,8 @@ def tap_sums(
                     b = tl.load(w_ptrs, mask=channel_mask[None, :], other=0.0)
                 else:
                     b = tl.load(w_ptrs, mask=channel_mask[None, :] & (k < RUN)[:, None], other=0.0)
+                if CONV.precision == "tf32":
+                    a, b = rounded_to_tf32(a), rounded_to_tf32(b)
                 acc = tl.dot(a, b, acc, input_precision=CONV.precision)
     return acc
 
@@ -155,11 +162,19 @@ def tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W
 
 
 @triton.jit
-def normalize(z, mean, invstd, weight_ptr, bias_ptr, channels, mask):
-    """(z - mean) invstd weight + bias for a tile z, with mean and invstd [BLOCK_N]."""
-    scale = invstd * per_channel(weight_ptr, channels, mask, 1.0)
-    bias = per_channel(bias_ptr, channels, mask, 0.0)
-    return (z - mean[None, :]) * scale[None, :] + bias[None, :]
+def vector(ptr, channels, mask, DEFAULT: tl.constexpr):
+    """A vector over the channels of a tile, in float32, loaded once; the default where the pointer is None.
+
+    Triton repeats a load of fewer elements than there are threads in the layout of the accumulators, where each thread
+    has many channels: 64 loads for four vectors.  So this one has more elements, all but a row of them masked.
+    """
+    if ptr is None:
+        loaded = tl.full(channels.shape, DEFAULT, tl.float32)
+    else:
+        row = tl.arange(0, 512 // channels.shape[0])[:, None]
+        rows = tl.load(ptr + (channels[None, :] + 0 * row), mask=mask[None, :] & (row == 0), other=0.0)
+        loaded = tl.sum(rows.to(tl.float32), axis=0)
+    return loaded
 
 
 @triton.jit

@@ -6,28 +6,34 @@ would be compiled for one (`collected`).
 
 from __future__ import annotations
 
+import inspect
+import logging
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
 from resfuse.backends.triton import INTERPRETED
 from resfuse.backends.triton.config import INTERPRETER, DeviceProperties, cuda_properties
+from resfuse.backends.triton.plan import COOPERATIVE, TWO_LAUNCHES
 
 if INTERPRETED:
     from resfuse.backends.triton import interpreter
 
     interpreter.correct()
 
-# The release whose `JITFunction.run` and `CompiledKernel.run` the direct call was written after.
-HAS_DIRECT_CALL = triton.__version__.startswith("3.6.")
+logger = logging.getLogger("resfuse")
+
 MOST_COMPILED = 1 << 16  # signatures to remember; shapes are part of them
+ARENA_WORDS = 1 << 20
+"""Per device, four MiB: all convolutions of a captured ResNet-50 take a hundredth of it."""
 
 
 class KernelSpec(NamedTuple):
@@ -141,10 +147,33 @@ def _launch(
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_cooperative_grid": cooperative}
     compiled = kernel[(programs,)](*args, **constants, **options)
-    if known is None and pointers & 15 == 0 and HAS_DIRECT_CALL:
+    if known is None and pointers & 15 == 0 and takes_direct_calls(type(compiled.run)):
         if len(_compiled) >= MOST_COMPILED:
             _compiled.clear()
         _compiled[signature] = compiled
+
+
+# What is passed to a launcher before the kernel's arguments, in Triton 3.6 (which names the first five) to 3.9.
+_LAUNCHER_PARAMETERS = (
+    "gridX", "gridY", "gridZ", "stream", "function", "kernel_metadata", "launch_metadata", "launch_enter_hook",
+    "launch_exit_hook",
+)  # fmt: skip
+
+
+def takes_direct_calls(launcher: type) -> bool:
+    """Whether Triton's launcher is called as `_launch` does it; another release may have another."""
+    _, *parameters = inspect.signature(launcher.__call__).parameters.values()
+    names = tuple(parameter.name for parameter in parameters[:-1])
+    rest = parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL if parameters else False
+    return rest and len(names) >= 5 and names == _LAUNCHER_PARAMETERS[: len(names)]
+
+
+def registers(kernel: Any, programs: int, *args: Any, cooperative: bool, **options: Any) -> int:
+    """Registers per thread of a kernel that is compiled, but not launched, as `launch` would."""
+    with torch.cuda.device(args[0].device):
+        compiled = kernel.warmup(*args, grid=(programs,), **options, launch_cooperative_grid=cooperative)
+        compiled._init_handles()
+    return int(compiled.n_regs)
 
 
 def _interpret(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -181,23 +210,87 @@ def _spec(
     return KernelSpec(kernel, signature, compiled_in, tuple(aligned), options, (programs,))
 
 
-_words: dict[tuple[str, int | None, int], Tensor] = {}
+_refused: set[torch.device] = set()
+
+
+def in_phases(planned: tuple[int, ...], device: torch.device, run: Callable[[int, Tensor | None], None]) -> None:
+    """Call run(PHASE, word of the grid barrier or None) once, cooperatively, or for each of two launches.
+
+    What the driver calls resident may be less than the device has: under MPS, or in a green context.  It refuses a
+    grid that is too large before anything has run.
+    """
+    if planned == COOPERATIVE and device not in _refused:
+        try:
+            run(0, shared_words("barrier", device, 1))
+            return
+        except RuntimeError as error:
+            if "cooperative launch" not in str(error):
+                raise
+            _refused.add(device)
+            logger.warning("triton: two launches instead of each cooperative one on %s: %s", device, error)
+    for phase in TWO_LAUNCHES:
+        run(phase, None)
+
+
+class Arena:
+    """Words of one device, all zero at first, that are handed out once and never taken back."""
+
+    def __init__(self, words: Tensor) -> None:
+        self._words, self._used, self._lock = words, 0, threading.Lock()
+
+    def take(self, size: int) -> Tensor | None:
+        """A part of its own, in lines of L2 of its own; None where too little is left."""
+        with self._lock:
+            first, self._used = self._used, self._used + -(-size // 32) * 32
+            if self._used > self._words.numel():
+                self._used = first
+                return None
+            return self._words[first : first + size]
+
+
+_arenas: dict[torch.device, Arena] = {}
+_words: dict[tuple[str, torch.device, int], Tensor] = {}
 
 
 def shared_words(purpose: str, device: torch.device, size: int) -> Tensor:
     """At least `size` int32 words through which programs meet: zero at first, and each launch leaves them reusable.
 
-    No launch on another stream uses them at the same time.
+    No other launch uses them at the same time: those of one stream share theirs, and a captured launch has its own,
+    because a graph may be replayed beside anything else.  They are parts of an arena, for a tensor that lives on must
+    not lie in a graph's memory pool; so nothing is filled with zeros inside a graph but where there is no arena, or
+    no more of it.
     """
     if _collectors:
         return torch.empty(size, dtype=torch.int32, device="meta")
-    if INTERPRETED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed beside anything else
+    if INTERPRETED:
         return torch.zeros(size, dtype=torch.int32, device=device)
-    key = (purpose, device.index, driver.active.get_current_stream(device.index))
-    words = _words.get(key)
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = (purpose, device, driver.active.get_current_stream(device.index))
+    words = None if capturing else _words.get(key)
     if words is None or words.numel() < size:
-        words = _words[key] = torch.zeros(max(size, 1024), dtype=torch.int32, device=device)
+        arena = _arenas.get(device)
+        if arena is None and not capturing:
+            arena = _arenas[device] = _new_arena(device)
+        taken = None if arena is None else arena.take(size if capturing else max(size, 1024))
+        if taken is None:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+        if capturing:
+            return taken
+        words = _words[key] = taken
     return words
+
+
+def _new_arena(device: torch.device) -> Arena:
+    """An arena outside of any memory pool in force, which is in force for a stream or a thread: not for a new one."""
+
+    def allocate() -> Tensor:
+        with torch.cuda.device(device):
+            words = torch.zeros(ARENA_WORDS, dtype=torch.int32, device=device)
+            torch.cuda.current_stream().synchronize()  # other streams will use them
+        return words
+
+    with ThreadPoolExecutor(1) as thread:
+        return Arena(thread.submit(allocate).result())
 
 
 def unstrided(*vectors: Tensor | None) -> list[Tensor | None]:

@@ -82,19 +82,22 @@ class ConvPlan(NamedTuple):
     phases: tuple[int, ...]  # in training
 
 
-def conv_plan(kind: Kind, x: Tensor, w: Tensor, convolution: Convolution, device: DeviceProperties) -> ConvPlan:
-    """The plan for x and w in NHWC memory; cached."""
+def conv_plan(
+    kind: Kind, x: Tensor, w: Tensor, convolution: Convolution, device: DeviceProperties,
+    registers: int = MAX_REGISTERS,
+) -> ConvPlan:  # fmt: skip
+    """The plan for x and w in NHWC memory, for a kernel with so many registers at most; cached."""
     precision: Precision = "ieee"
     if x.dtype == torch.float32:  # reading torch's switch takes microseconds
         switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
         precision = "tf32" if switch == "tf32" else "ieee"
-    return _conv_plan(kind, x.dtype, x.shape, w.shape, convolution, precision, device, _forced.get(kind))
+    return _conv_plan(kind, x.dtype, x.shape, w.shape, convolution, precision, device, registers, _forced.get(kind))
 
 
 @functools.lru_cache(maxsize=4096)
 def _conv_plan(
     kind: Kind, dtype: torch.dtype, x_shape: torch.Size, w_shape: torch.Size, convolution: Convolution,
-    precision: Precision, device: DeviceProperties, forced: ConvConfig | None,
+    precision: Precision, device: DeviceProperties, registers: int, forced: ConvConfig | None,
 ) -> ConvPlan:  # fmt: skip
     n, c, h, w = x_shape
     k, _, r, s = w_shape
@@ -106,7 +109,7 @@ def _conv_plan(
     most_splits = 1 if kind == "train" else power_of_two_below(config.steps(tiled))  # batch statistics need whole sums
     config = config._replace(split_k=min(config.split_k, most_splits))
     tiles_m, tiles_n = config.tiles(tiled)
-    resident = device.resident_programs(config.num_warps, MAX_REGISTERS, config.shared_memory(tiled))
+    resident = device.resident_programs(config.num_warps, registers, config.shared_memory(tiled))
     programs, tiles_per_program = tiles_m * tiles_n * config.split_k, 1
     if kind == "train":
         tiles_per_program = cdiv(tiles_m, max(1, resident // tiles_n))

@@ -27,12 +27,15 @@ POINTWISE = (
 SHARED_MEMORY = {"80": 166912, "90": 232448, "100": 232448}
 """Bytes that a program can have: A100, H100, B200."""
 MMA = {"80": "mma.sync", "90": "wgmma.mma_async", "100": "tcgen05.mma"}
-SPILL = {"80": 16, "90": 16, "100": 512}
+SPILL = {"80": 24, "90": 16, "100": 512}
 """Bytes of stack per thread, at most.  On sm_100 main loops need few registers, for their sums are in tensor memory;
 the epilogue spills, which takes all of them at once."""
 
 SPILL_OF_SEVERAL_TILES = 32
 """In training, where a program merges the statistics of several tiles: 128x128 with 8 warps needs it on sm_90."""
+
+NARROW_LOADS = 16
+"""Of fewer than 16 bytes, at most: of four vectors over the channels, which could be loaded again for every row."""
 
 LAYERS = ("--network", "resnet50", "--batch", "32")
 
@@ -76,6 +79,8 @@ def objections(row: dict[str, str]) -> list[str]:
         if all(count % 8 == 0 for count in channels(row)):
             if int(row["vector_stores"]) == 0 or int(row["vector_loads"]) == 0:
                 found.append("has no accesses of 16 bytes")
+            if int(row["narrow_loads"]) > NARROW_LOADS:
+                found.append(f"{row['narrow_loads']} loads of fewer than 16 bytes")
             block_m, block_n, block_k = map(int, row["variant"].split("x"))
             enough = min(block_m, block_n) * block_k >= 8 * 32 * int(row["warps"])  # for 16 bytes per thread
             excused = "persistent" in row["flags"]  # whose loop has the vectors over channels as well

@@ -182,6 +182,33 @@ def test_forms_of_training(device: DeviceProperties) -> None:
     assert form(1, 1, 1 << 17) == [(False, False, 1), (False, False, 2)]
 
 
+@pytest.mark.parametrize(("alone", "several"), [(120, 100), (100, 120), (255, 90), (168, 168)])
+def test_the_grid_of_training_is_as_large_as_its_own_kernel_allows(
+    alone: int, several: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program with one tile runs another kernel than one with several; no grid is larger than what is resident."""
+    monkeypatch.setattr(conv_bn_act, "properties", lambda device: H100)
+    monkeypatch.setattr(conv_bn_act, "_registers", {})
+    compiled: list[plan.ConvPlan] = []
+
+    def registers_of(planned: plan.ConvPlan) -> int:
+        compiled.append(planned)
+        return alone if planned.tiles_per_program == 1 else several
+
+    for batch in (1, 4, 8, 32):
+        x, w = (torch.empty_like(meta(*shape), device="cpu") for shape in ((batch, 64, 28, 28), (64, 64, 1, 1)))
+        with plan.forced("train", ConvConfig(64, 64, 32, 4, 2)):
+            before = plan.conv_plan("train", x, w, UNIT, H100)
+            found = conv_bn_act.resident_plan(x, w, UNIT, (True,), registers_of)
+        needed = alone if found.tiles_per_program == 1 else several
+        assert before.programs <= found.programs <= H100.resident_programs(4, needed)
+    assert found.programs > before.programs or alone == plan.MAX_REGISTERS
+    count = len(compiled)
+    with plan.forced("train", ConvConfig(64, 64, 32, 4, 2)):
+        assert conv_bn_act.resident_plan(x, w, UNIT, (True,), registers_of) is found
+    assert len(compiled) == count, "a kernel is looked at once"
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) -> None:
     x, w = (meta(*shape, dtype=torch.float32) for shape in ((2, 64, 8, 8), (64, 64, 3, 3)))
@@ -189,6 +216,23 @@ def test_float32_follows_the_switch_of_torch(precision: str, convolutions: Any) 
     with launch.collected(H100) as specs:
         triton.conv_forward(x, w, None, UNIT)
     assert specs[0].constants["CONV"].precision == precision
+
+
+def test_tf32_operands_are_rounded(convolutions: Any) -> None:
+    """To nearest, as cuDNN and the CUDA kernels do: tensor cores cut off the bits that TF32 does not have."""
+    convolutions.fp32_precision = "tf32"
+    ulp = 2.0**-10
+    values = torch.tensor([1 + 0.75 * ulp, 1 + 0.25 * ulp, -1 - 0.5 * ulp, math.inf, -math.inf, math.nan])
+    values.view(torch.int32)[-1] = 0x7FFFFFFF  # CUDA's NaN, to which nothing can be added
+    expected = torch.tensor([1 + ulp, 1, -1 - ulp, math.inf, -math.inf, math.nan], device=DEVICE)
+    ones = torch.zeros(16, 16, device=DEVICE)
+    ones[:, 0] = 1
+    given = torch.zeros(6, 16, device=DEVICE)
+    given[:, 0] = values.to(DEVICE)
+    as_input = triton.conv_forward(given.T.reshape(1, 16, 6, 1), ones.reshape(16, 16, 1, 1), None, UNIT)
+    as_weight = triton.conv_forward(ones[:1].reshape(1, 16, 1, 1), given.reshape(6, 16, 1, 1), None, UNIT)
+    torch.testing.assert_close(as_input[0, 0, :, 0], expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(as_weight[0, :, 0, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def conv_problem(conv: Convolution) -> ConvProblem:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
+import subprocess
+import threading
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ if triton.unavailable_reason() is not None:
 
 import triton.language as tl
 from triton import jit
+from triton.backends.nvidia import driver as nvidia_driver
 
 from resfuse.backends.triton import bn_act, launch, plan, reduce
 from resfuse.backends.triton.config import A100, H100
@@ -154,6 +160,119 @@ def test_statistics_do_not_depend_on_the_number_of_parts(layout: str, monkeypatc
         torch.testing.assert_close(found_m2.double(), m2, rtol=5e-7, atol=0)
 
 
+def test_why_kernels_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles C when it launches first: that it cannot is a reason, not an exception in a forward."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    reason = triton.launch_failure.__wrapped__()
+    assert reason is not None and ("C compiler" in reason or not hasattr(nvidia_driver, "make_launcher"))
+    monkeypatch.setenv("CC", "cc")
+    failing, working = Mock(), Mock()
+    failing.active.get_current_device.side_effect = subprocess.CalledProcessError(1, ["cc", "main.c"])
+    for driver, expected in ((failing, "CalledProcessError: Command '['cc', 'main.c']' returned"), (working, None)):
+        monkeypatch.setattr("triton.runtime.driver", driver)
+        reason = triton.launch_failure.__wrapped__()
+        assert reason is expected or (reason and expected and expected in reason)
+
+
+# --- words through which programs meet -------------------------------------------------------------------------------
+
+
+class FakeGPU:
+    """Torch's allocator as far as it matters here: a memory pool is in force for a thread, and zeros are launches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing, self.in_pool = 1, False, 0
+        self.filled: list[int] = []
+        thread, zeros = threading.get_ident(), torch.zeros
+
+        def allocate(size: int, **_: Any) -> Tensor:
+            self.filled.append(size)
+            self.in_pool += threading.get_ident() == thread
+            return zeros(size, dtype=torch.int32)
+
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        monkeypatch.setattr(launch, "_arenas", {})
+        monkeypatch.setattr(launch, "_words", {})
+        monkeypatch.setattr(launch, "_refused", set())
+        monkeypatch.setattr(launch, "driver", MagicMock())
+        launch.driver.active.get_current_stream = lambda _: self.stream
+        monkeypatch.setattr(torch, "zeros", allocate)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+
+    def words(self, size: int = 1, purpose: str = "barrier", device: str = "cuda:0") -> Tensor:
+        return launch.shared_words(purpose, torch.device(device), size)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    if torch.cuda.is_available():
+        pytest.skip("stands for a GPU")
+    return FakeGPU(monkeypatch)
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    first, second = sorted((one.data_ptr(), one.data_ptr() + 4 * one.numel()) for one in (a, b))
+    return first[1] > second[0]
+
+
+def test_words_that_live_on_are_in_no_memory_pool(gpu: FakeGPU) -> None:
+    """`torch.compile(mode="reduce-overhead")` warms up inside a graph's pool and rejects what stays there."""
+    first = gpu.words()
+    assert gpu.words() is first, "launches of a stream come one after the other"
+    others = [gpu.words(purpose="arrivals"), gpu.words(5000, "arrivals"), gpu.words(device="cuda:1")]
+    gpu.stream = 2
+    others.append(gpu.words())
+    assert not any(overlap(first, other) for other in others)
+    assert gpu.filled == [launch.ARENA_WORDS] * 2, "one arena per device"
+    assert gpu.in_pool == 0
+
+
+def test_captured_launches_have_words_of_their_own_and_fill_none(gpu: FakeGPU) -> None:
+    eager = gpu.words()
+    gpu.capturing, gpu.filled = True, []
+    captured = [gpu.words() for _ in range(3)] + [gpu.words(53, "arrivals")]
+    assert gpu.filled == []
+    for one, other in itertools.combinations([eager, *captured], 2):
+        assert not overlap(one, other)
+    gpu.capturing = False
+    assert gpu.words() is eager
+
+
+def test_without_an_arena_or_enough_of_it_words_are_filled_at_each_call(gpu: FakeGPU) -> None:
+    gpu.capturing = True
+    assert gpu.words(7).numel() == 7 and gpu.filled == [7] and gpu.in_pool == 1
+    gpu.capturing, gpu.filled = False, []
+    assert gpu.words(launch.ARENA_WORDS + 1).numel() > launch.ARENA_WORDS
+    assert gpu.words(3).numel() >= 3
+    assert gpu.filled == [launch.ARENA_WORDS, launch.ARENA_WORDS + 1]
+
+
+def test_two_launches_where_the_driver_refuses_a_cooperative_one(
+    gpu: FakeGPU, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under MPS or in a green context fewer programs are resident than the device could hold."""
+    device, phases = torch.device("cuda:0"), list[int]()
+
+    def run(phase: int, word: Tensor | None) -> None:
+        phases.append(phase)
+        assert (word is not None) == (phase == 0)
+        if phase == 0:
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    for _ in range(2):
+        launch.in_phases(plan.COOPERATIVE, device, run)
+    assert phases == [0, 1, 2, 1, 2] and "too many blocks" in caplog.text
+
+    def fails(phase: int, word: Tensor | None) -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        launch.in_phases(plan.COOPERATIVE, torch.device("cuda:1"), fails)
+
+
 # --- past Triton's binder --------------------------------------------------------------------------------------------
 
 
@@ -170,7 +289,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     if torch.cuda.is_available():
         pytest.skip("stands for a GPU")
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "HAS_DIRECT_CALL", True)
+    monkeypatch.setattr(launch, "takes_direct_calls", lambda _: True)
     monkeypatch.setattr(launch, "driver", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as get_device() of a CPU tensor
     monkeypatch.setattr(launch, "_compiled", {})
@@ -215,6 +334,28 @@ def test_another_signature_is_bound_by_triton(change: dict[str, Any], kernel: Ma
     second = change.get("second")
     aligned = second is None or second.data_ptr() % 16 == 0
     assert other.compiled.run.call_count == aligned, "a misaligned tensor is never passed directly"
+
+
+def test_the_installed_launcher_takes_direct_calls() -> None:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    assert launch.takes_direct_calls(CudaLauncher)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "direct"),
+    [
+        ("self, gridX, gridY, gridZ, stream, function, *args", True),  # 3.6
+        ("self, gridX, gridY, gridZ, stream, function, kernel_metadata, launch_metadata, launch_enter_hook, "
+         "launch_exit_hook, *args", True),  # 3.7 to 3.9
+        ("self, gridX, gridY, gridZ, function, stream, *args", False),
+        ("self, gridX, gridY, gridZ, *args", False),
+        ("self, gridX, gridY, gridZ, stream, function, args", False),
+    ],
+)  # fmt: skip
+def test_launchers_of_other_releases(parameters: str, direct: bool) -> None:
+    launcher = type("Launcher", (), {"__call__": eval(f"lambda {parameters}: None")})
+    assert launch.takes_direct_calls(launcher) is direct
 
 
 def test_profilers_see_every_launch(kernel: MagicMock, monkeypatch: pytest.MonkeyPatch) -> None:

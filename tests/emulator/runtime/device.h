@@ -10,6 +10,7 @@ struct Device {
   unsigned seed = 0;
   unsigned launches_since_seeded = 0;
   int resident_blocks = 4;
+  bool cooperative = true;
 };
 extern Device device;
 

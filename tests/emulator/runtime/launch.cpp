@@ -134,11 +134,15 @@ int resident_blocks(int threads, size_t shared_bytes) {
   return threads > 1024 || shared_bytes > kSharedBytesPerBlock ? 0 : device.resident_blocks;
 }
 
+bool refuses_cooperation() { return !device.cooperative; }
+
 }  // namespace emu
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // A seed of 0 runs warps, lanes and blocks in order; any other draws an order of its own at every barrier.
-EXPORTED void emulator_configure(unsigned seed, int resident_blocks) { emu::device = {seed, 0, resident_blocks}; }
+EXPORTED void emulator_configure(unsigned seed, int resident_blocks, bool cooperative) {
+  emu::device = {seed, 0, resident_blocks, cooperative};
+}
 
 EXPORTED void emulator_statistics(emu::Statistics* statistics) { *statistics = emu::statistics; }
