@@ -180,18 +180,27 @@ def _joined(tensors: dict[str, Tensor], minus: dict[str, Tensor], scales: dict[s
 def recorded() -> Iterator[Signs]:
     """Record the signs of all ReLUs that are called, alone or as part of a fused call."""
     signs: Signs = []
+    depth = 0
 
     def recording(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **options: Any) -> Tensor:
-            output = function(*args, **options)
-            if options.get("activation", "relu") == "relu":
+            nonlocal depth
+            depth += 1
+            try:
+                output = function(*args, **options)
+            finally:
+                depth -= 1
+            linear = options.get("activation") == "identity" or (len(args) > 6 and args[6] is False)
+            if not linear and depth == 0:  # not what a backend calls inside
                 signs.append(output.detach() > 0)
             return output
 
         return call
 
+    # Not F.relu: a model in which that is replaced is not fused.
+    operators = ((functional, ("packed_conv_bn_act", "bn_act", "add_relu")), (torch, ("relu", "relu_")))
     with ExitStack() as patches:
-        for owner, names in ((functional, ("conv_bn_act", "bn_act", "add_relu")), (F, ("relu",))):
+        for owner, names in operators:
             for name in names:
                 patches.enter_context(mock.patch.object(owner, name, recording(getattr(owner, name))))
         yield signs

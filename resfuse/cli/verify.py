@@ -200,7 +200,6 @@ def _calibrated(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
     """
     torch.manual_seed(0)
     model, (channels, height, width) = networks.build(name, meta=False)
-    images = torch.randn(8, channels, min(height, 96), min(width, 96), generator=torch.Generator().manual_seed(0))
     momenta = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -210,7 +209,16 @@ def _calibrated(name: str, device: torch.device) -> tuple[nn.Module, Tensor]:
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.1)
-    output = model.to(device).train()(images.to(device))
+    # Small images are enough, but not for every network (a ViT).
+    for size in {(min(height, 96), min(width, 96)): None, (height, width): None}:
+        images = torch.randn(8, channels, *size, generator=torch.Generator().manual_seed(0))
+        try:
+            output = model.to(device).train()(images.to(device))
+            break
+        except (AssertionError, RuntimeError, ValueError) as error:
+            failure = error
+    else:
+        raise ValueError(f"model: {name} cannot be run on images of {height}x{width}: {failure}") from failure
     if not isinstance(output, Tensor):
         raise ValueError(f"model: expected a network whose output is a tensor, {name} returns {type(output).__name__}")
     for norm, momentum in momenta.items():

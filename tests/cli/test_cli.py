@@ -179,6 +179,21 @@ def test_verify_a_model_whose_output_is_no_tensor(
     assert "verify: model: expected a network whose output is a tensor, fcn returns dict" in words(capsys)
 
 
+def test_verify_a_model_that_takes_no_small_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(torch.nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            torch._assert(input.shape[-1] == size, "wrong height")
+            return super().forward(input)
+
+    network = networks.Network(Fixed(models.conv_bn_relu(3)), (3, 100, 100))
+    monkeypatch.setattr(networks, "build", lambda *_, **__: network)
+    for size, status in ((100, 0), (224, 1)):
+        assert main([*ONE_OP, "--model", "fixed"]) == status
+    assert "verify: model: fixed cannot be run on images of 100x100: wrong height" in words(capsys)
+
+
 def test_unknown_networks() -> None:
     for package in ("torchvision", "timm"):
         pytest.importorskip(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import linecache
 import logging
 import os
 import pydoc
@@ -95,6 +96,8 @@ def test_examples_run(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python" and not block.title:
             code = "\n" * block.line + block.source  # so that a traceback has the line of the page
+            lines = code.splitlines(keepends=True)
+            linecache.cache[name_of(page)] = (len(code), None, lines, name_of(page))  # as a notebook does
             try:
                 exec(compile(code, name_of(page), "exec"), namespace)
             except ModuleNotFoundError as error:
