@@ -184,12 +184,12 @@ def test_verify_a_model_that_takes_no_small_images(
 ) -> None:
     class Fixed(torch.nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
-            torch._assert(input.shape[-1] == size, "wrong height")
+            torch._assert(input.shape[-1] == self.height, "wrong height")
             return super().forward(input)
 
-    network = networks.Network(Fixed(models.conv_bn_relu(3)), (3, 100, 100))
-    monkeypatch.setattr(networks, "build", lambda *_, **__: network)
-    for size, status in ((100, 0), (224, 1)):
+    model = Fixed(models.conv_bn_relu(3))
+    monkeypatch.setattr(networks, "build", lambda *_, **__: networks.Network(model, (3, 100, 100)))
+    for model.height, status in ((100, 0), (224, 1)):
         assert main([*ONE_OP, "--model", "fixed"]) == status
     assert "verify: model: fixed cannot be run on images of 100x100: wrong height" in words(capsys)
 
