@@ -59,7 +59,7 @@ LIBRARIES: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, int, int]]] 
     "smp Unet": (lambda: segmentation_model("Unet", "resnet18"), 64, (30, 30, 8)),
     "smp FPN": (lambda: segmentation_model("FPN", "resnet18"), 64, (20, 20, 8)),
     "smp DeepLabV3Plus": (lambda: segmentation_model("DeepLabV3Plus", "resnet18"), 64, (29, 29, 8)),
-    "smp Linknet": (lambda: segmentation_model("Linknet", "resnet18"), 64, (35, 35, 8)),
+    "smp Linknet": (lambda: segmentation_model("Linknet", "resnet18"), 64, (35, 30, 8)),
 }
 
 
