@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.parameter import Parameter
 
 from resfuse.nn import fused_call
@@ -198,7 +197,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
                 if norm is not None:
                     x.bn = norm
                     return x
-            if f in _RELUS and (x.bn is not None or x.residual is not None):
+            if is_known(f) and f in _RELUS and (x.bn is not None or x.residual is not None):
                 return x.evaluate(RELU)
     elif not _is_tensor(x):
         lazy = lazily(f) if type(x) is list and x and _is_tensor(x[0]) else None  # as in a DenseNet
@@ -239,11 +238,12 @@ def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
     """`f(*args, **options)`, or what will be; `channels_last` as for `call`."""
     if type(f) in _ROLES and not args and tuple(options) == ("input",):
         return call(f, options["input"], channels_last=channels_last)
-    known = None if isinstance(f, nn.Module) else _FUNCTIONS.get(getattr(f, "__func__", f))
+    known = _FUNCTIONS[f] if is_known(f) else None
+    owner = receiver(f)
+    if known is None and type(owner).__name__ == "FloatFunctional" and _is_identity(owner.activation_post_process):
+        known = _FLOAT_FUNCTIONAL.get(f.__name__)
     if known is not None:
-        if type(getattr(f, "__self__", None)) is FloatFunctional:
-            known = known if activation_of(f.__self__.activation_post_process) == "identity" else None
-        result = None if known is None else known(*args, **options)
+        result = known(*args, **options)
         if result is not None:
             if type(result) is Lazy and result.value is None and f is F.conv2d:
                 result.channels_last = channels_last
@@ -377,6 +377,10 @@ def evaluated(lazy: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _is_identity(module: Any) -> bool:
+    return activation_of(module) == "identity"
+
+
 def is_known(f: Any) -> bool:
     """True for a function that `call` and `invoke` may make part of a fused call."""
     return callable(f) and f.__hash__ is not None and f in _FUNCTIONS
@@ -461,9 +465,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.add: _plain(add),
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
-    FloatFunctional.add: add,
-    FloatFunctional.add_relu: lambda a, b: call(F.relu, add(a, b)),
 }
+_FLOAT_FUNCTIONAL: dict[str, Callable[..., Any]] = {"add": add, "add_relu": lambda a, b: call(F.relu, add(a, b))}
 _NORM_FORWARDS = {
     nn.BatchNorm2d.forward: BatchNormKind(),
     nn.SyncBatchNorm.forward: BatchNormKind(synchronised=True),
