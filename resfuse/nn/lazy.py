@@ -171,7 +171,10 @@ def guard(x: Any, *pending: Any) -> Any:
 def _share_memory(one: Any, other: Any) -> bool:
     if one is other or type(one) is Symbol or type(other) is Symbol or torch.compiler.is_compiling():
         return one is other
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    try:
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # as within torch.vmap
+        return True
 
 
 def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any:

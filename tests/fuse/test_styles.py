@@ -129,6 +129,16 @@ def test_forward_of_modules_replaced() -> None:
         models.assert_same(fused, eager, models.random_input(INPUT))
 
 
+def test_block_under_vmap() -> None:
+    """Tensors have no memory there that could be compared."""
+    fused, eager = forwards_of(lambda: styles.Functional(styles.projection()))
+    batches = models.random_input((3, *INPUT)).double()
+    for model in (fused, eager):
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(fused)(batches), torch.vmap(eager)(batches))
+
+
 def test_class_that_asks_something_of_its_subclasses() -> None:
     class Registered(styles.Functional):
         def __init_subclass__(cls, *, key: str) -> None:
