@@ -5,7 +5,7 @@
 // rather than sum scale + (shift - centre scale), which cancels where the mean is large.
 
 // The reduction, cut off after so many words: sums of sums lose less to rounding than one long sum.
-constexpr int64_t kSerialWords = 64;
+constexpr int64_t kSerialWords = 256;
 
 // Mean and M2 = sum (z - mean)^2 per filter of the pixels that a chunk has seen.
 struct ChunkStatistics {

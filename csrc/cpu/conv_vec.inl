@@ -67,6 +67,7 @@ struct Floats {
     __builtin_memcpy(&value, word, sizeof value);
     return sum + splat(value) * filters;
   }
+  RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
 };
 #ifdef RESFUSE_ISA_PAIRS
 struct Pairs {
@@ -74,6 +75,10 @@ struct Pairs {
   // Written out, as the rest of this file must not be compiled for processors that have the instruction.
   RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(filters), "m"(*reinterpret_cast<const uint32_t*>(word)));
+    return sum;
+  }
+  RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
   }
 };
