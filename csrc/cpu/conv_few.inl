@@ -119,7 +119,7 @@ class FewPixels {
     tile.residual = args.residual != nullptr ? static_cast<const T*>(args.residual) + at : nullptr;
     tile.filters = tile.residual_filters = kFewFilters;
     tile.relu = args.relu;
-    finish_tile<T, 1, vectors>(tile, values);
+    finish_tile<T, Mul, 1, vectors>(tile, values);
   }
 
   const ConvForward& args;

@@ -164,7 +164,7 @@ struct LanesWorker {
     };
     vec values[PIXELS][NV];
     unrolled<PIXELS>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = finish(i, v); }); });
-    finish_tile<T, PIXELS, NV>(epilogue_of(pixel), values);
+    finish_tile<T, Floats, PIXELS, NV>(epilogue_of(pixel), values);
   }
 
   Tile epilogue_of(int64_t pixel) const {

@@ -28,7 +28,7 @@ struct ConvPlan {
   int64_t panel_bytes, input_bytes;
 
   int64_t units(const Convolution& conv) const { return conv.groups * blocks * chunks; }
-  int64_t chunk_begin(int64_t chunk) const { return items * chunk / chunks; }
+  int64_t chunk_begin(int64_t chunk) const { return part_begin(items, chunks, chunk); }
   // Pixels of the output before an item.
   int64_t pixels_before(const Convolution& conv, int64_t item) const {
     if (items_per_image == 0) return std::min(item * item_pixels, pixels);

@@ -76,7 +76,7 @@ __attribute__((noinline)) void finish_partial(const Tile& tile, const vec (&valu
 }
 
 // Adds the residual, applies the ReLU, and writes the tile.
-template <class T, int64_t M, int64_t NV>
+template <class T, class Mul, int64_t M, int64_t NV>
 RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
   T* output = static_cast<T*>(tile.output);
   const T* residual = static_cast<const T*>(tile.residual);
@@ -92,7 +92,7 @@ RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
     });
   if (tile.relu) unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = vrelu(values[i][v]); }); });
   unrolled<M>([&](auto i) {
-    unrolled<NV>([&](auto v) { vstore(output + i * tile.output_stride + v * kWidth, values[i][v]); });
+    unrolled<NV>([&](auto v) { Mul::store(output + i * tile.output_stride + v * kWidth, values[i][v]); });
   });
 }
 
@@ -183,7 +183,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
       unrolled<M>([&](auto i) { values[i] = as_stored(output, sums[i][v]); });
       merge_tile<M>(*tile.statistics, v * kWidth, values);
     });
-  finish_tile<T, M, NV>(tile, sums);
+  finish_tile<T, Mul, M, NV>(tile, sums);
 }
 
 // How many of the next `left` evenly spaced pixels make a tile: 14 while there are many, then even shares.

@@ -58,8 +58,8 @@ RESFUSE_INLINE float value_of(const ConvVector& vector, int64_t i) {
                                         : scalar(static_cast<const bf16*>(vector.data)[i * vector.stride]);
 }
 
-// How words are multiplied: `sum` + the word at an address, for all filters, times theirs.  A word is four bytes: a
-// float, or with Pairs two bfloat16 of neighbouring channels.
+// How words are multiplied: `sum` + the word at an address, for all filters, times theirs; and how results are stored.
+// A word is four bytes: a float, or with Pairs two bfloat16 of neighbouring channels.
 struct Floats {
   static constexpr int64_t channels = 1;  // of a word
   RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
@@ -68,6 +68,10 @@ struct Floats {
     return sum + splat(value) * filters;
   }
   RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
+  template <class T>
+  RESFUSE_INLINE static void store(T* to, vec value) {
+    vstore(to, value);
+  }
 };
 #ifdef RESFUSE_ISA_PAIRS
 struct Pairs {
@@ -80,6 +84,12 @@ struct Pairs {
   RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
+  }
+  RESFUSE_INLINE static void store(float* to, vec value) { vstore(to, value); }
+  RESFUSE_INLINE static void store(bf16* to, vec value) {
+    vec_u16 half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(value));
+    __builtin_memcpy(to, &half, sizeof half);
   }
 };
 #endif
