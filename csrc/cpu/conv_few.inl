@@ -16,7 +16,8 @@ bool takes_few(const ConvForward& args) {
                      reinterpret_cast<uintptr_t>(args.weight) % 4 == 0;
   return words && conv.groups == 1 && pixels >= kFewPixels && pixels <= kFewPixels + kFewRest &&
          conv.filters % kFewFilters == 0 && depth % (kWidth * Mul::channels) == 0 &&
-         pixels * depth * static_cast<int64_t>(sizeof(T)) <= l2_cache_bytes() && stride.channel == 1 && stride.filter >= depth && (conv.kernel_w == 1 || stride.column == conv.channels) &&
+         pixels * depth * static_cast<int64_t>(sizeof(T)) <= l2_cache_bytes() && stride.channel == 1 &&
+         stride.filter >= depth && (conv.kernel_w == 1 || stride.column == conv.channels) &&
          (conv.kernel_h == 1 || stride.row == conv.kernel_w * conv.channels) && args.statistics == nullptr &&
          (args.residual == nullptr || args.residual_channels == conv.filters);
 }
@@ -54,8 +55,7 @@ class FewPixels {
   // Sixteen pixels to the panel, or those that are left over to lines.
   void pack(int64_t unit, float* windows) const {
     if (unit == kFewPixels / kWidth) {
-      for (int64_t i = 0; i < rest; ++i)
-        copy_window<Mul>(args, plan, input(), kFewPixels + i, lines + i * plan.depth);
+      for (int64_t i = 0; i < rest; ++i) copy_window<Mul>(args, plan, input(), kFewPixels + i, lines + i * plan.depth);
       return;
     }
     for (int64_t i = 0; i < kWidth; ++i)
@@ -97,7 +97,8 @@ class FewPixels {
     vec sums[4] = {};
     int64_t i = 0;
     for (; i + 4 * kWidth <= plan.depth; i += 4 * kWidth)
-      unrolled<4>([&](auto j) { sums[j] = Mul::multiply_add(sums[j], vload(a + i + j * kWidth), vload(b + i + j * kWidth)); });
+      unrolled<4>(
+          [&](auto j) { sums[j] = Mul::multiply_add(sums[j], vload(a + i + j * kWidth), vload(b + i + j * kWidth)); });
     for (; i < plan.depth; i += kWidth) sums[0] = Mul::multiply_add(sums[0], vload(a + i), vload(b + i));
     const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float sum = 0;

@@ -4,8 +4,10 @@
 //
 // rather than sum scale + (shift - centre scale), which cancels where the mean is large.
 
-// The reduction, cut off after so many words: sums of sums lose less to rounding than one long sum.
-constexpr int64_t kSerialWords = 256;
+// The reduction, cut off after so many words: sums of sums lose less to rounding than one long sum.  The rounding of
+// bfloat16 is larger than that of any sum.
+template <class T, class Mul>
+constexpr int64_t kSerialWords = sizeof(T) == 2 || Mul::channels == 2 ? 512 : 128;
 
 // Mean and M2 = sum (z - mean)^2 per filter of the pixels that a chunk has seen.
 struct ChunkStatistics {
@@ -114,7 +116,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { sums[i][v] = vec{}; }); });
   float earlier[M * width];  // sums that were cut off
   bool cut = false;
-  int64_t room = kSerialWords;
+  int64_t room = kSerialWords<T, Mul>;
   const float* panel = tile.panel;
   const char* ahead = tile.ahead;
   const int64_t pixel = tile.pixel_bytes, ahead_step = tile.ahead_step;
@@ -132,7 +134,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
             });
           });
           cut = true;
-          room = kSerialWords;
+          room = kSerialWords<T, Mul>;
         }
         const int64_t steps = std::min(left, room);
         left -= steps;

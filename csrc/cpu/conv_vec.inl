@@ -44,6 +44,15 @@ RESFUSE_INLINE void vstore(bf16* to, vec value) {
 // The value as it will be read back.
 RESFUSE_INLINE vec as_stored(const float*, vec value) { return value; }
 RESFUSE_INLINE vec as_stored(const bf16*, vec value) { return (vec)(rounded_to_bf16(value) << 16); }
+#if RESFUSE_ISA_LANES == 16
+RESFUSE_INLINE vec vpick(vec values, const int32_t* lanes) {  // values[lanes[i]]
+  return (vec)_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), (__m512)values);
+}
+#elif RESFUSE_ISA_LANES == 8
+RESFUSE_INLINE vec vpick(vec values, const int32_t* lanes) {
+  return (vec)_mm256_permutevar8x32_ps((__m256)values, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+#endif
 RESFUSE_INLINE vec vrelu(vec value) { return value < 0.0f ? vec{} : value; }
 
 RESFUSE_INLINE float scalar(float value) { return value; }

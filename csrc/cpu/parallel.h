@@ -26,7 +26,8 @@ void run_threads(int64_t threads, const F& f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where a part of `total` begins: the larger parts come first, so that threads that take one after another end together.
+// Where a part of `total` begins: the larger parts come first, so that threads that take one after another end
+// together.
 inline int64_t part_begin(int64_t total, int64_t parts, int64_t part) {
   return total / parts * part + std::min(part, total % parts);
 }
