@@ -144,7 +144,7 @@ struct ConvWorker {
       const int64_t bytes = row * static_cast<int64_t>(sizeof(T));
       ahead[aheads++] = {static_cast<const char*>(tensor) + pixel * bytes, kTilePixels * bytes};
     };
-    if (plan.reading == Reading::direct && !plan.whole && conv.groups == 1) add(args.input, args.input_strides[3]);
+    if (plan.dense && !plan.whole && conv.groups == 1) add(args.input, args.input_strides[3]);
     if (plan.blocks > 1 || conv.groups > 1) return;
     if (args.residual != nullptr) add(args.residual, args.residual_channels);
     add(args.output, conv.filters);

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import resfuse
-from resfuse.backends import cpu
+from resfuse.backends import cpu, cpu_conv
 from tests.backends.cpu.random_convolutions import check, fused, main, random_call
-from tests.contract import EAGER, FUSED, RUNNING, Call, forward
+from tests.contract import EAGER, FUSED, RUNNING, Call, Oracle, forward
 from tests.shapes import Convolution, conv_bn_act_call
 
 pytestmark = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
@@ -71,6 +71,17 @@ def test_not_finite(name: str, value: float, dtype: torch.dtype) -> None:
     found, expected = fused(call), forward(EAGER, call.truth())
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["in_place", "few_pixels", "winograd", "winograd_odd", "dilated", "large_groups"])
+def test_input_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the own kernels, which read the weight turned around; groups in bfloat16 are PyTorch's."""
+    used = []
+    own = cpu_conv._input_grad
+    monkeypatch.setattr(cpu_conv, "_input_grad", lambda *arguments: used.append(arguments) or own(*arguments))
+    Oracle(path_call(name, dtype, residual=False), {"input"}).check("cpu")
+    assert bool(used) == (name != "large_groups" or dtype == torch.float32)
 
 
 @DTYPES
