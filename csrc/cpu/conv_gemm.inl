@@ -145,6 +145,12 @@ struct ConvWorker {
       ahead[aheads++] = {static_cast<const char*>(tensor) + pixel * bytes, kTilePixels * bytes};
     };
     if (plan.dense && !plan.whole && conv.groups == 1) add(args.input, args.input_strides[3]);
+    if (plan.reading == Reading::direct_rows && conv.groups == 1) {
+      const int64_t rows = pixel / conv.out_width, image = rows / conv.out_height, row = rows % conv.out_height;
+      const T* from = input + image * args.input_strides[0] + row * conv.stride_h * args.input_strides[2];
+      const int64_t bytes = conv.stride_w * args.input_strides[3] * static_cast<int64_t>(sizeof(T));
+      ahead[aheads++] = {reinterpret_cast<const char*>(from) + pixel % conv.out_width * bytes, kTilePixels * bytes};
+    }
     if (plan.blocks > 1 || conv.groups > 1) return;
     if (args.residual != nullptr) add(args.residual, args.residual_channels);
     add(args.output, conv.filters);
