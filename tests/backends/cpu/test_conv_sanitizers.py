@@ -20,10 +20,16 @@ import sys, torch
 torch.ops.load_library(sys.argv[1])
 from resfuse import _extension
 _extension.mark_loaded("_cpu")
-from tests.backends.cpu.random_convolutions import main
+from tests.backends.cpu.random_convolutions import check, main
+from tests.backends.cpu.test_conv import PATHS, path_call
+from tests.contract import FUSED, forward
 torch.set_num_threads(2)
 for dtype in (torch.float32, torch.bfloat16):
     main(7, 150, dtype)
+    for name in PATHS:
+        call = path_call(name, dtype)
+        check(call)
+        forward(FUSED, call.with_options(training=True))
 print("clean")
 """
 
