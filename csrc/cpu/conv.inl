@@ -6,11 +6,11 @@ void conv_typed(const ConvForward& args) {
 #ifdef RESFUSE_ISA_PAIRS
   if constexpr (sizeof(T) == 2)
     if (args.products == BFloat16Products::pairs && args.weight_dtype == DType::bfloat16)
-      return conv_gemm<T, Pairs>(args);
+      return takes_few<T, Pairs>(args) ? conv_few<T, Pairs>(args) : conv_gemm<T, Pairs>(args);
 #endif
   if (takes_winograd(args)) return conv_winograd<T>(args);
 #if RESFUSE_ISA_LANES == 16
-  if (takes_few(args)) return conv_few(args);
+  if (takes_few<T, Floats>(args)) return conv_few<T, Floats>(args);
 #endif
   conv_gemm<T, Floats>(args);
 }

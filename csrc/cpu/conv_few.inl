@@ -5,18 +5,24 @@
 
 constexpr int64_t kFewPixels = 48, kFewRest = 4, kFewFilters = 32;  // a unit of work: so many filters
 
-inline bool takes_few(const ConvForward& args) {
+template <class T, class Mul>
+bool takes_few(const ConvForward& args) {
   const Convolution& conv = args.conv;
   const WeightStrides& stride = args.weight_strides;
   const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
   const int64_t depth = conv.kernel_h * conv.kernel_w * conv.channels;
-  return conv.dtype == DType::float32 && conv.groups == 1 && pixels >= kFewPixels && pixels <= kFewPixels + kFewRest &&
-         conv.filters % kFewFilters == 0 && depth % kWidth == 0 && pixels * depth * 4 <= l2_cache_bytes() &&
-         stride.channel == 1 && stride.filter >= depth && (conv.kernel_w == 1 || stride.column == conv.channels) &&
+  const bool words = args.weight_dtype == conv.dtype && sizeof(T) * Mul::channels == 4 &&
+                     conv.channels % Mul::channels == 0 && stride.filter % Mul::channels == 0 &&
+                     reinterpret_cast<uintptr_t>(args.weight) % 4 == 0;
+  return words && conv.groups == 1 && pixels >= kFewPixels && pixels <= kFewPixels + kFewRest &&
+         conv.filters % kFewFilters == 0 && depth % (kWidth * Mul::channels) == 0 &&
+         pixels * depth * static_cast<int64_t>(sizeof(T)) <= l2_cache_bytes() && stride.channel == 1 &&
+         stride.filter >= depth && (conv.kernel_w == 1 || stride.column == conv.channels) &&
          (conv.kernel_h == 1 || stride.row == conv.kernel_w * conv.channels) && args.statistics == nullptr &&
          (args.residual == nullptr || args.residual_channels == conv.filters);
 }
 
+template <class T, class Mul>
 class FewPixels {
  public:
   FewPixels(const ConvForward& args, const ConvPlan& plan, int64_t threads)
@@ -24,9 +30,8 @@ class FewPixels {
     const int64_t shared = (kFewPixels + kFewRest) * plan.depth;
     const int64_t own = std::max(kWidth * plan.window_words, 3 * kFewFilters * (kFewPixels + kFewRest)) + 64;
     float* scratch = reinterpret_cast<float*>(scratch_memory((shared + threads * own) * 4));
-    wide = scratch;
-    narrow = wide + kPanel * plan.depth;
-    lines = narrow + kWidth * plan.depth;
+    panel = scratch;
+    lines = panel + kFewPixels * plan.depth;
     for (int64_t thread = 0; thread < threads; ++thread) scratches.push_back(scratch + shared + thread * own);
   }
 
@@ -42,50 +47,42 @@ class FewPixels {
   }
 
  private:
-  const float* input() const { return static_cast<const float*>(args.input); }
-  const float* filter(int64_t k) const {
-    return static_cast<const float*>(args.weight) + k * args.weight_strides.filter;
+  const T* input() const { return static_cast<const T*>(args.input); }
+  const char* filter(int64_t k) const {
+    return reinterpret_cast<const char*>(static_cast<const T*>(args.weight) + k * args.weight_strides.filter);
   }
 
-  // Sixteen pixels to a panel, or those that are left over to lines.
+  // Sixteen pixels to the panel, or those that are left over to lines.
   void pack(int64_t unit, float* windows) const {
     if (unit == kFewPixels / kWidth) {
-      for (int64_t i = 0; i < rest; ++i)
-        copy_window<Floats>(args, plan, input(), kFewPixels + i, lines + i * plan.depth);
+      for (int64_t i = 0; i < rest; ++i) copy_window<Mul>(args, plan, input(), kFewPixels + i, lines + i * plan.depth);
       return;
     }
     for (int64_t i = 0; i < kWidth; ++i)
-      copy_window<Floats>(args, plan, input(), unit * kWidth + i, windows + i * plan.window_words);
-    const bool in_narrow = unit * kWidth == kPanel;
-    pack_contiguous<Floats>(windows, plan.window_words, plan.depth, in_narrow ? narrow : wide + unit * kWidth,
-                            in_narrow ? kWidth : kPanel, RowsInOrder{});
+      copy_window<Mul>(args, plan, input(), unit * kWidth + i, windows + i * plan.window_words);
+    pack_contiguous<Floats>(windows, plan.window_words, plan.depth, panel + unit * kWidth, kFewPixels, RowsInOrder{});
   }
 
   void multiply_unit(int64_t k, float* scratch) const {
     float* sums = scratch;                                            // [filter][pixel]
     float* turned = scratch + kFewFilters * (kFewPixels + kFewRest);  // [pixel][filter]
-    float vectors[3][kFewFilters], ones[kPanel], zeros[kPanel] = {};
+    float vectors[3][kFewFilters], ones[kFewPixels], zeros[kFewPixels] = {};
     const EpilogueVectors epilogue = {vectors[0], vectors[1], vectors[2]};
     epilogue.fill(args, k, kFewFilters, kFewFilters);
-    std::fill(ones, ones + kPanel, 1.0f);
+    std::fill(ones, ones + kFewPixels, 1.0f);
     Tile tile{};
-    tile.pixel_bytes = args.weight_strides.filter * 4;
+    tile.pixel_bytes = args.weight_strides.filter * static_cast<int64_t>(sizeof(T));
     tile.tap_rows = tile.tap_columns = 1;
     tile.run = plan.depth;
     tile.centre = tile.shift = zeros, tile.scale = ones;
     tile.output_stride = kFewPixels;
-    for (int64_t i = 0; i < kFewFilters;) {
-      const int64_t now = tile_pixels(kFewFilters - i), groups = now >= 8 ? 2 : 1, rows = now / groups;
-      tile.pixels[0] = reinterpret_cast<const char*>(filter(k + i));
-      tile.pixels[1] = tile.pixels[0] + rows * tile.pixel_bytes;
-      tile.panel = wide, tile.filters = kPanel, tile.output = sums + i * kFewPixels;
-      tile.ahead = tile.pixels[0] + now * tile.pixel_bytes;  // the filters of the next tile
-      tile.ahead_step = 64;
-      multiply<float, Floats>(tile, kPanel, groups, rows);
-      tile.panel = narrow, tile.filters = kWidth, tile.output = sums + i * kFewPixels + kPanel;
-      tile.ahead_step = 0;
-      multiply<float, Floats>(tile, kWidth, groups, rows);
-      i += now;
+    tile.panel = panel, tile.filters = kFewPixels;
+    tile.ahead_step = 64;
+    for (int64_t i = 0; i < kFewFilters; i += 8) {
+      tile.pixels[0] = filter(k + i), tile.pixels[1] = filter(k + i + 4);
+      tile.ahead = filter(k + i + 8);  // the filters of the next tile
+      tile.output = sums + i * kFewPixels;
+      multiply_tile<float, Mul, kFewPixels / kWidth, 2, 4>(tile);
     }
     for (int64_t f = 0; f < kFewFilters; f += kWidth)
       pack_contiguous<Floats>(sums + f * kFewPixels, kFewPixels, kFewPixels, turned + f, kFewFilters, RowsInOrder{});
@@ -95,12 +92,14 @@ class FewPixels {
     for (int64_t pixel = 0; pixel < plan.pixels; ++pixel) finish(pixel, k, turned + pixel * kFewFilters, epilogue);
   }
 
-  float dot(const float* a, const float* b) const {
+  float dot(const char* filter, const float* b) const {
+    const float* a = reinterpret_cast<const float*>(filter);
     vec sums[4] = {};
     int64_t i = 0;
     for (; i + 4 * kWidth <= plan.depth; i += 4 * kWidth)
-      unrolled<4>([&](auto j) { sums[j] += vload(a + i + j * kWidth) * vload(b + i + j * kWidth); });
-    for (; i < plan.depth; i += kWidth) sums[0] += vload(a + i) * vload(b + i);
+      unrolled<4>(
+          [&](auto j) { sums[j] = Mul::multiply_add(sums[j], vload(a + i + j * kWidth), vload(b + i + j * kWidth)); });
+    for (; i < plan.depth; i += kWidth) sums[0] = Mul::multiply_add(sums[0], vload(a + i), vload(b + i));
     const vec all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     float sum = 0;
     for (int64_t lane = 0; lane < kWidth; ++lane) sum += all[lane];
@@ -117,21 +116,22 @@ class FewPixels {
           (vload(from + f) - vload(epilogue.centre + f)) * vload(epilogue.scale + f) + vload(epilogue.shift + f);
     });
     Tile tile{};
-    tile.output = static_cast<float*>(args.output) + at;
-    tile.residual = args.residual != nullptr ? static_cast<const float*>(args.residual) + at : nullptr;
+    tile.output = static_cast<T*>(args.output) + at;
+    tile.residual = args.residual != nullptr ? static_cast<const T*>(args.residual) + at : nullptr;
     tile.filters = tile.residual_filters = kFewFilters;
     tile.relu = args.relu;
-    finish_tile<float, 1, vectors>(tile, values);
+    finish_tile<T, Mul, 1, vectors>(tile, values);
   }
 
   const ConvForward& args;
   const ConvPlan& plan;
   const int64_t threads, rest;
-  float *wide, *narrow, *lines;  // panels of 32 and 16 pixels, and the windows of the others
+  float *panel, *lines;  // of 48 pixels, and the windows of the others
   std::vector<float*> scratches;
 };
 
-inline void conv_few(const ConvForward& args) {
-  const ConvPlan plan = plan_conv(args, 1, false, 1);
-  FewPixels(args, plan, conv_threads(args.conv)).run();
+template <class T, class Mul>
+void conv_few(const ConvForward& args) {
+  const ConvPlan plan = plan_conv(args, Mul::channels, false, 1);
+  FewPixels<T, Mul>(args, plan, conv_threads(args.conv)).run();
 }

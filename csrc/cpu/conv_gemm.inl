@@ -69,7 +69,7 @@ struct ConvWorker {
     int64_t left;
   } ahead[3] = {};
   int64_t aheads = 0;
-  bool fetch_filters = false;
+  bool planned = false;  // what is fetched ahead does not depend on the tile
 
   ConvWorker(const ConvForward& args, const ConvPlan& plan, int64_t threads, char* scratch,
              ConvStatistics* partial_statistics)
@@ -90,7 +90,7 @@ struct ConvWorker {
       filter_end = std::min(filter_begin + plan.block_filters, plan.group_filters);
       input = static_cast<const T*>(args.input) + group * plan.group_channels * args.input_strides[1];
       if (block != packed) pack(block);
-      plan_ahead(block, (unit + threads) / plan.chunks);
+      plan_ahead(block, unit + threads);
       chunk = unit % plan.chunks;
       run_chunk(plan.chunk_begin(chunk), plan.chunk_begin(chunk + 1));
     }
@@ -125,15 +125,28 @@ struct ConvWorker {
     packed = block;
   }
 
-  // While it multiplies, the kernel fetches what comes next to the L2 cache: filters, where another block is next.
-  void plan_ahead(int64_t block, int64_t later) {
-    fetch_filters = later != block && later < conv.groups * plan.blocks && args.weight_strides.filter >= plan.depth;
-    if (!fetch_filters) return;
-    const int64_t first = later % plan.blocks * plan.block_filters;
-    const char* from = filter_memory(later / plan.blocks, first);
-    const char* to = filter_memory(later / plan.blocks, std::min(first + plan.block_filters, plan.group_filters));
-    aheads = 1;
-    ahead[0] = {from, to - from};
+  // While it multiplies, the kernel fetches what comes next to the L2 cache: the filters of another block, or the rows
+  // that a later unit of this one copies.
+  void plan_ahead(int64_t block, int64_t unit) {
+    const int64_t later = unit / plan.chunks;
+    planned = false;
+    if (later != block) {
+      planned = later < conv.groups * plan.blocks && args.weight_strides.filter >= plan.depth;
+      if (!planned) return;
+      const int64_t first = later % plan.blocks * plan.block_filters;
+      const char* from = filter_memory(later / plan.blocks, first);
+      const char* to = filter_memory(later / plan.blocks, std::min(first + plan.block_filters, plan.group_filters));
+      ahead[0] = {from, to - from};
+    } else if (plan.reading == Reading::banded && plan.blocks > 1 && !plan.whole) {
+      planned = true;
+      const int64_t item = plan.chunk_begin(unit % plan.chunks), in_image = item % plan.items_per_image;
+      const int64_t top = std::max<int64_t>(0, in_image * plan.item_rows * conv.stride_h - conv.padding_h);
+      const int64_t row = args.input_strides[2] * static_cast<int64_t>(sizeof(T));
+      const T* image = input + item / plan.items_per_image * args.input_strides[0];
+      ahead[0] = {reinterpret_cast<const char*>(image) + top * row,
+                  plan.input_bytes / (plan.band_width * plan.pixel_words * 4) * row};
+    }
+    aheads = planned;
   }
 
   // Otherwise what the next tile reads and writes.
@@ -144,7 +157,13 @@ struct ConvWorker {
       const int64_t bytes = row * static_cast<int64_t>(sizeof(T));
       ahead[aheads++] = {static_cast<const char*>(tensor) + pixel * bytes, kTilePixels * bytes};
     };
-    if (plan.reading == Reading::direct && !plan.whole && conv.groups == 1) add(args.input, args.input_strides[3]);
+    if (plan.dense && !plan.whole && conv.groups == 1) add(args.input, args.input_strides[3]);
+    if (plan.reading == Reading::direct_rows && conv.groups == 1) {
+      const int64_t rows = pixel / conv.out_width, image = rows / conv.out_height, row = rows % conv.out_height;
+      const T* from = input + image * args.input_strides[0] + row * conv.stride_h * args.input_strides[2];
+      const int64_t bytes = conv.stride_w * args.input_strides[3] * static_cast<int64_t>(sizeof(T));
+      ahead[aheads++] = {reinterpret_cast<const char*>(from) + pixel % conv.out_width * bytes, kTilePixels * bytes};
+    }
     if (plan.blocks > 1 || conv.groups > 1) return;
     if (args.residual != nullptr) add(args.residual, args.residual_channels);
     add(args.output, conv.filters);
@@ -152,7 +171,7 @@ struct ConvWorker {
 
   // One tile times all panels of the block.
   void tile(const void* first, const void* second, int64_t pixel_bytes, int64_t pixel, int64_t groups, int64_t rows) {
-    if (!fetch_filters) fetch_next_tile(pixel + groups * rows);
+    if (!planned) fetch_next_tile(pixel + groups * rows);
     int64_t next = 0;
     Tile tile;
     tile.pixels[0] = static_cast<const char*>(first);
@@ -188,7 +207,7 @@ struct ConvWorker {
         if (ahead[next].left <= 0) ++next;
       }
     });
-    if (fetch_filters && next > 0) aheads = 0;
+    if (planned && next > 0) aheads = 0;
     chunk_pixel += groups * rows;
   }
 

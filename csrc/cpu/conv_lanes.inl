@@ -1,17 +1,21 @@
 // Convolutions of small groups (depthwise ones too): a lane for each filter, whatever group it belongs to.
 //
-// Each filter reads the channels of its own group.  So a band holds, for each pixel and each channel c of a group, a
-// vector with the pixel's channel c of every lane's group; the filters are packed alike, and products are of lanes.
+// Each filter reads the channels of its own group.  So filters are packed as vectors, for each channel c of a group, of
+// what every lane multiplies its group's channel c by; and pixels become such vectors: as they are multiplied, where
+// groups have as many filters as channels and a vector has all values of its lanes, else as they are copied.
 
 struct LanesPlan {
   int64_t vectors, lanes, blocks;  // of a block of filters
   int64_t group_channels, group_filters;
+  bool picks;  // pixels are copied as they are
   int64_t band_width, pixel_floats;
   int64_t chunk_rows, chunks;  // of an image
 
   int64_t taps(const Convolution& conv) const { return conv.kernel_h * conv.kernel_w * group_channels; }
   int64_t scratch_bytes(const Convolution& conv) const {
-    return (band_rows(conv) * band_width * pixel_floats + taps(conv) * lanes + 3 * lanes + 256) * 4;
+    return (band_rows(conv) * band_width * pixel_floats + taps(conv) * lanes + group_channels * lanes + 3 * lanes +
+            256) *
+           4;
   }
   int64_t band_rows(const Convolution& conv) const {
     return (chunk_rows - 1) * conv.stride_h + (conv.kernel_h - 1) * conv.dilation_h + 1;
@@ -31,7 +35,9 @@ inline LanesPlan plan_lanes(const ConvForward& args, int64_t threads) {
   plan.group_channels = conv.channels / conv.groups;
   plan.group_filters = conv.filters / conv.groups;
   plan.band_width = (conv.out_width - 1) * conv.stride_w + (conv.kernel_w - 1) * conv.dilation_w + 1;
-  plan.pixel_floats = plan.group_channels * plan.lanes;
+  plan.picks = RESFUSE_ISA_LANES >= 8 && plan.group_channels > 1 && plan.group_channels == plan.group_filters &&
+               kWidth % plan.group_filters == 0 && conv.filters % kPanel == 0 && args.input_strides[1] == 1;
+  plan.pixel_floats = plan.picks ? plan.lanes : plan.group_channels * plan.lanes;
   const int64_t row_bytes = plan.band_width * plan.pixel_floats * 4 * conv.stride_h;
   const int64_t fitting = std::max<int64_t>(1, l2_cache_bytes() / 4 / row_bytes);
   const int64_t wanted = ceil_div(4 * threads, plan.blocks * conv.batch);  // chunks of an image
@@ -46,12 +52,14 @@ struct LanesWorker {
   const LanesPlan& plan;
   const Convolution& conv = args.conv;
   float *band, *filters;
+  int32_t* picks;  // for each channel of a group and each lane: where in its vector of the input the lane's value is
   EpilogueVectors vectors;
   int64_t first = 0, count = 0;  // filters of the block
 
   LanesWorker(const ConvForward& args, const LanesPlan& plan, char* scratch) : args(args), plan(plan) {
     filters = reinterpret_cast<float*>(scratch);
-    vectors.centre = filters + plan.taps(conv) * plan.lanes;
+    picks = reinterpret_cast<int32_t*>(filters + plan.taps(conv) * plan.lanes);
+    vectors.centre = filters + (plan.taps(conv) + plan.group_channels) * plan.lanes;
     vectors.scale = vectors.centre + plan.lanes;
     vectors.shift = vectors.scale + plan.lanes;
     band = vectors.shift + plan.lanes + 64;
@@ -86,20 +94,20 @@ struct LanesWorker {
 
   template <class W>
   void pack_from(const W* weight) {
+    int64_t filter[kPanel];
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const int64_t k = first + lane;
+      filter[lane] =
+          k / plan.group_filters * args.weight_strides.group + k % plan.group_filters * args.weight_strides.filter;
+    }
     float* to = filters;
     for (int64_t row = 0; row < conv.kernel_h; ++row)
       for (int64_t column = 0; column < conv.kernel_w; ++column)
-        for (int64_t c = 0; c < plan.group_channels; ++c)
-          for (int64_t lane = 0; lane < plan.lanes; ++lane, ++to) {
-            const int64_t k = first + lane, group = k / plan.group_filters;
-            *to =
-                lane < count
-                    ? scalar(
-                          weight[group * args.weight_strides.group +
-                                 k % plan.group_filters * args.weight_strides.filter + c * args.weight_strides.channel +
-                                 row * args.weight_strides.row + column * args.weight_strides.column])
-                    : 0.0f;
-          }
+        for (int64_t c = 0; c < plan.group_channels; ++c, to += plan.lanes) {
+          const W* at = weight + c * args.weight_strides.channel + row * args.weight_strides.row +
+                        column * args.weight_strides.column;
+          for (int64_t lane = 0; lane < plan.lanes; ++lane) to[lane] = lane < count ? scalar(at[filter[lane]]) : 0.0f;
+        }
   }
 
   void pack() {
@@ -108,11 +116,15 @@ struct LanesWorker {
     else
       pack_from(static_cast<const bf16*>(args.weight));
     vectors.fill(args, first, count, plan.lanes);
+    for (int64_t i = 0; i < plan.group_channels * plan.lanes; ++i) {
+      const int64_t lane = i % kWidth;
+      picks[i] = static_cast<int32_t>(lane - lane % plan.group_channels + i / plan.lanes);
+    }
   }
 
   void copy_pixel(const T* from, float* to) const {
     const int64_t stride = args.input_strides[1];
-    if (plan.group_channels == 1 && plan.group_filters == 1 && stride == 1) {
+    if (plan.picks || (plan.group_channels == 1 && plan.group_filters == 1 && stride == 1)) {
       copy_run<Floats>(from + first, to, count);
       for (int64_t lane = count; lane < plan.lanes; ++lane) to[lane] = 0;
       return;
@@ -142,7 +154,7 @@ struct LanesWorker {
       }
   }
 
-  template <int64_t NV, int64_t PIXELS>
+  template <int64_t NV, int64_t PIXELS, bool PICKS>
   __attribute__((noinline)) void multiply_lanes(const float* from, int64_t pixel) const {
     vec sums[PIXELS][NV];
     unrolled<PIXELS>([&](auto i) { unrolled<NV>([&](auto v) { sums[i][v] = vec{}; }); });
@@ -152,11 +164,17 @@ struct LanesWorker {
       for (int64_t column = 0; column < conv.kernel_w; ++column) {
         const float* at =
             from + (row * conv.dilation_h * plan.band_width + column * conv.dilation_w) * plan.pixel_floats;
-        for (int64_t c = 0; c < plan.group_channels; ++c, at += NV * kWidth, filter += NV * kWidth)
+        for (int64_t c = 0; c < plan.group_channels; ++c, filter += NV * kWidth) {
           unrolled<NV>([&](auto v) {
             const vec weight = vload(filter + v * kWidth);
-            unrolled<PIXELS>([&](auto i) { sums[i][v] = sums[i][v] + vload(at + i * step + v * kWidth) * weight; });
+            unrolled<PIXELS>([&](auto i) {
+              vec value = vload(at + i * step + v * kWidth);
+              if constexpr (PICKS) value = vpick(value, picks + c * NV * kWidth + v * kWidth);
+              sums[i][v] = sums[i][v] + value * weight;
+            });
           });
+          if constexpr (!PICKS) at += NV * kWidth;
+        }
       }
     const auto finish = [&](auto i, auto v) __attribute__((always_inline)) {
       return (sums[i][v] - vload(vectors.centre + v * kWidth)) * vload(vectors.scale + v * kWidth) +
@@ -164,7 +182,7 @@ struct LanesWorker {
     };
     vec values[PIXELS][NV];
     unrolled<PIXELS>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = finish(i, v); }); });
-    finish_tile<T, PIXELS, NV>(epilogue_of(pixel), values);
+    finish_tile<T, Floats, PIXELS, NV>(epilogue_of(pixel), values);
   }
 
   Tile epilogue_of(int64_t pixel) const {
@@ -180,29 +198,32 @@ struct LanesWorker {
     return tile;
   }
 
-  template <int64_t NV>
+  template <int64_t NV, bool PICKS>
   void multiply_vectors(const float* from, int64_t pixel, int64_t pixels) const {
     switch (pixels) {
       case 1:
-        return multiply_lanes<NV, 1>(from, pixel);
+        return multiply_lanes<NV, 1, PICKS>(from, pixel);
       case 2:
-        return multiply_lanes<NV, 2>(from, pixel);
+        return multiply_lanes<NV, 2, PICKS>(from, pixel);
       case 3:
-        return multiply_lanes<NV, 3>(from, pixel);
+        return multiply_lanes<NV, 3, PICKS>(from, pixel);
       case 4:
-        return multiply_lanes<NV, 4>(from, pixel);
+        return multiply_lanes<NV, 4, PICKS>(from, pixel);
       case 5:
-        return multiply_lanes<NV, 5>(from, pixel);
+        return multiply_lanes<NV, 5, PICKS>(from, pixel);
       case 6:
-        return multiply_lanes<NV, 6>(from, pixel);
+        return multiply_lanes<NV, 6, PICKS>(from, pixel);
       default:
-        return multiply_lanes<NV, 7>(from, pixel);
+        return multiply_lanes<NV, 7, PICKS>(from, pixel);
     }
   }
 
   void multiply_row(const float* from, int64_t pixel, int64_t pixels) const {
-    if (plan.vectors == 1) return multiply_vectors<1>(from, pixel, pixels);
-    if constexpr (kPanelVectors > 1) multiply_vectors<kPanelVectors>(from, pixel, pixels);
+#if RESFUSE_ISA_LANES >= 8
+    if (plan.picks && plan.vectors == kPanelVectors) return multiply_vectors<kPanelVectors, true>(from, pixel, pixels);
+#endif
+    if (plan.vectors == 1) return multiply_vectors<1, false>(from, pixel, pixels);
+    if constexpr (kPanelVectors > 1) multiply_vectors<kPanelVectors, false>(from, pixel, pixels);
   }
 };
 

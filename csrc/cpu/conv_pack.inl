@@ -122,6 +122,17 @@ RESFUSE_INLINE float word_at(const T* from, int64_t channel_stride, int64_t word
   }
 }
 
+// The same word of kWidth filters that are neighbours in memory.
+template <class Mul, class T>
+RESFUSE_INLINE vec words_at(const T* from, int64_t channel_stride, int64_t word, int64_t channels) {
+  if constexpr (Mul::channels == 1) {
+    return vload(from + word * channel_stride);
+  } else {
+    const vec_u32 low = (vec_u32)vload(from + 2 * word * channel_stride) >> 16;
+    return 2 * word + 1 < channels ? (vec)(low | (vec_u32)vload(from + (2 * word + 1) * channel_stride)) : (vec)low;
+  }
+}
+
 // The panel of `filters` filters from `from` on.
 template <class Mul, class T>
 void pack_panel(const ConvForward& args, const ConvPlan& plan, const T* from, int64_t filters, float* panel,
@@ -145,16 +156,15 @@ void pack_panel(const ConvForward& args, const ConvPlan& plan, const T* from, in
                              RowsChannelsFirst{taps, channels});
     }
   if (packed == width) return;
-  const bool filters_contiguous = stride.filter == 1 && Mul::channels == 1;
   for (int64_t row = 0; row < conv.kernel_h; ++row)
     for (int64_t column = 0; column < conv.kernel_w; ++column) {
       const T* tap = from + row * stride.row + column * stride.column;
       float* to = panel + (row * conv.kernel_w + column) * words * width;
       for (int64_t word = 0; word < words; ++word, to += width) {
         int64_t filter = packed;
-        if (filters_contiguous)
+        if (stride.filter == 1)
           for (; filter + kWidth <= filters; filter += kWidth)
-            vstore(to + filter, vload(tap + word * stride.channel + filter));
+            vstore(to + filter, words_at<Mul>(tap + filter, stride.channel, word, channels));
         for (; filter < filters; ++filter)
           to[filter] = word_at<Mul>(tap + filter * stride.filter, stride.channel, word, channels);
         for (; filter < width; ++filter) to[filter] = 0;

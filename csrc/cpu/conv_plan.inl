@@ -18,7 +18,7 @@ enum class Reading {
 struct ConvPlan {
   Reading reading;
   bool whole;  // few pixels: a thread prepares all of them once and then walks over filters
-  bool dense;  // 1x1 without stride or padding: pixels of the input are those of the output
+  bool dense;  // 1x1 without stride or padding on an input whose pixels are evenly spaced in memory
   int64_t group_channels, group_filters, channel_words, depth;  // depth: words of the reduction
   int64_t pixels;
   int64_t block_filters, blocks;
@@ -28,7 +28,7 @@ struct ConvPlan {
   int64_t panel_bytes, input_bytes;
 
   int64_t units(const Convolution& conv) const { return conv.groups * blocks * chunks; }
-  int64_t chunk_begin(int64_t chunk) const { return items * chunk / chunks; }
+  int64_t chunk_begin(int64_t chunk) const { return part_begin(items, chunks, chunk); }
   // Pixels of the output before an item.
   int64_t pixels_before(const Convolution& conv, int64_t item) const {
     if (items_per_image == 0) return std::min(item * item_pixels, pixels);
@@ -54,7 +54,6 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
   ConvPlan plan{};
   const int64_t rows = conv.out_height, columns = conv.out_width;
   const bool pointwise = conv.kernel_h == 1 && conv.kernel_w == 1 && conv.padding_h == 0 && conv.padding_w == 0;
-  plan.dense = pointwise && conv.stride_h == 1 && conv.stride_w == 1;
   plan.group_channels = conv.channels / conv.groups;
   plan.group_filters = conv.filters / conv.groups;
   plan.channel_words = ceil_div(plan.group_channels, channels_per_word);
@@ -62,12 +61,13 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
   plan.pixels = conv.batch * rows * columns;
 
   const int64_t column_stride = args.input_strides[3], element = conv.dtype == DType::float32 ? 4 : 2;
-  const bool even = args.input_strides[2] == conv.width * column_stride &&
-                    args.input_strides[0] == conv.height * args.input_strides[2];
+  plan.dense = pointwise && conv.stride_h == 1 && conv.stride_w == 1 &&
+               args.input_strides[2] == conv.width * column_stride &&
+               args.input_strides[0] == conv.height * args.input_strides[2];
   // Pixels that lie a multiple of 4 KB apart share the sets of the L1 cache.
   const bool aliases = column_stride * conv.stride_w * element % 4096 == 0;
   const bool in_place = words_in_place && pointwise && !aliases;
-  if (in_place && plan.dense && even)
+  if (in_place && plan.dense)
     plan.reading = Reading::direct;
   else if (in_place && columns > 3)
     plan.reading = Reading::direct_rows;

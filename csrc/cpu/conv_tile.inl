@@ -4,8 +4,10 @@
 //
 // rather than sum scale + (shift - centre scale), which cancels where the mean is large.
 
-// The reduction, cut off after so many words: sums of sums lose less to rounding than one long sum.
-constexpr int64_t kSerialWords = 64;
+// The reduction, cut off after so many words: sums of sums lose less to rounding than one long sum.  The rounding of
+// bfloat16 is larger than that of any sum.
+template <class T, class Mul>
+constexpr int64_t kSerialWords = sizeof(T) == 2 || Mul::channels == 2 ? 512 : 128;
 
 // Mean and M2 = sum (z - mean)^2 per filter of the pixels that a chunk has seen.
 struct ChunkStatistics {
@@ -76,7 +78,7 @@ __attribute__((noinline)) void finish_partial(const Tile& tile, const vec (&valu
 }
 
 // Adds the residual, applies the ReLU, and writes the tile.
-template <class T, int64_t M, int64_t NV>
+template <class T, class Mul, int64_t M, int64_t NV>
 RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
   T* output = static_cast<T*>(tile.output);
   const T* residual = static_cast<const T*>(tile.residual);
@@ -92,7 +94,7 @@ RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
     });
   if (tile.relu) unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { values[i][v] = vrelu(values[i][v]); }); });
   unrolled<M>([&](auto i) {
-    unrolled<NV>([&](auto v) { vstore(output + i * tile.output_stride + v * kWidth, values[i][v]); });
+    unrolled<NV>([&](auto v) { Mul::store(output + i * tile.output_stride + v * kWidth, values[i][v]); });
   });
 }
 
@@ -114,7 +116,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   unrolled<M>([&](auto i) { unrolled<NV>([&](auto v) { sums[i][v] = vec{}; }); });
   float earlier[M * width];  // sums that were cut off
   bool cut = false;
-  int64_t room = kSerialWords;
+  int64_t room = kSerialWords<T, Mul>;
   const float* panel = tile.panel;
   const char* ahead = tile.ahead;
   const int64_t pixel = tile.pixel_bytes, ahead_step = tile.ahead_step;
@@ -132,7 +134,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
             });
           });
           cut = true;
-          room = kSerialWords;
+          room = kSerialWords<T, Mul>;
         }
         const int64_t steps = std::min(left, room);
         left -= steps;
@@ -183,7 +185,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
       unrolled<M>([&](auto i) { values[i] = as_stored(output, sums[i][v]); });
       merge_tile<M>(*tile.statistics, v * kWidth, values);
     });
-  finish_tile<T, M, NV>(tile, sums);
+  finish_tile<T, Mul, M, NV>(tile, sums);
 }
 
 // How many of the next `left` evenly spaced pixels make a tile: 14 while there are many, then even shares.

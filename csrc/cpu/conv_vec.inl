@@ -44,6 +44,15 @@ RESFUSE_INLINE void vstore(bf16* to, vec value) {
 // The value as it will be read back.
 RESFUSE_INLINE vec as_stored(const float*, vec value) { return value; }
 RESFUSE_INLINE vec as_stored(const bf16*, vec value) { return (vec)(rounded_to_bf16(value) << 16); }
+#if RESFUSE_ISA_LANES == 16
+RESFUSE_INLINE vec vpick(vec values, const int32_t* lanes) {  // values[lanes[i]]
+  return (vec)_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), (__m512)values);
+}
+#elif RESFUSE_ISA_LANES == 8
+RESFUSE_INLINE vec vpick(vec values, const int32_t* lanes) {
+  return (vec)_mm256_permutevar8x32_ps((__m256)values, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+#endif
 RESFUSE_INLINE vec vrelu(vec value) { return value < 0.0f ? vec{} : value; }
 
 RESFUSE_INLINE float scalar(float value) { return value; }
@@ -58,14 +67,19 @@ RESFUSE_INLINE float value_of(const ConvVector& vector, int64_t i) {
                                         : scalar(static_cast<const bf16*>(vector.data)[i * vector.stride]);
 }
 
-// How words are multiplied: `sum` + the word at an address, for all filters, times theirs.  A word is four bytes: a
-// float, or with Pairs two bfloat16 of neighbouring channels.
+// How words are multiplied: `sum` + the word at an address, for all filters, times theirs; and how results are stored.
+// A word is four bytes: a float, or with Pairs two bfloat16 of neighbouring channels.
 struct Floats {
   static constexpr int64_t channels = 1;  // of a word
   RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
     float value;
     __builtin_memcpy(&value, word, sizeof value);
     return sum + splat(value) * filters;
+  }
+  RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) { return sum + a * b; }
+  template <class T>
+  RESFUSE_INLINE static void store(T* to, vec value) {
+    vstore(to, value);
   }
 };
 #ifdef RESFUSE_ISA_PAIRS
@@ -75,6 +89,16 @@ struct Pairs {
   RESFUSE_INLINE static vec multiply_add(vec sum, const char* word, vec filters) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(filters), "m"(*reinterpret_cast<const uint32_t*>(word)));
     return sum;
+  }
+  RESFUSE_INLINE static vec multiply_add(vec sum, vec a, vec b) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  RESFUSE_INLINE static void store(float* to, vec value) { vstore(to, value); }
+  RESFUSE_INLINE static void store(bf16* to, vec value) {
+    vec_u16 half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(value));
+    __builtin_memcpy(to, &half, sizeof half);
   }
 };
 #endif

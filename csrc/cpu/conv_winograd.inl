@@ -90,8 +90,8 @@ struct WinogradWorker {
       filter_end = std::min(conv.filters, filter_begin + plan.block_filters);
       if (block != packed) transform_filters();
       packed = block;
-      const int64_t last = plan.groups * (chunk + 1) / plan.chunks;
-      for (int64_t group = plan.groups * chunk / plan.chunks; group < last; ++group) {
+      const int64_t last = part_begin(plan.groups, plan.chunks, chunk + 1);
+      for (int64_t group = part_begin(plan.groups, plan.chunks, chunk); group < last; ++group) {
         float* to = pixels + (plan.whole ? group * plan.pixel_floats : 0);
         const int64_t first = group * kTilePixels, count = std::min(kTilePixels, plan.tiles - first);
         if (!prepared)

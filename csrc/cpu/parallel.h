@@ -2,12 +2,29 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstdint>
+#ifdef __SANITIZE_THREAD__
+#include <thread>
+#include <vector>
+#endif
 
 namespace resfuse::cpu {
 
 using torch::stable::get_num_threads;
+#ifndef __SANITIZE_THREAD__
 using torch::stable::parallel_for;
+#else
+// PyTorch's pool is not instrumented: ThreadSanitizer would not see it synchronise.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
+  const int64_t parts = std::min<int64_t>(end - begin, get_num_threads());
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < parts; ++i)
+    threads.emplace_back([&, i] { f(begin + (end - begin) * i / parts, begin + (end - begin) * (i + 1) / parts); });
+  for (std::thread& thread : threads) thread.join();
+}
+#endif
 
 // Elements below which a second thread costs more than it gains.
 constexpr int64_t kGrain = 16384;
@@ -24,5 +41,11 @@ void run_threads(int64_t threads, const F& f) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where a part of `total` begins: the larger parts come first, so that threads that take one after another end
+// together.
+inline int64_t part_begin(int64_t total, int64_t parts, int64_t part) {
+  return total / parts * part + std::min(part, total % parts);
+}
 
 }  // namespace resfuse::cpu

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import resfuse
-from resfuse.backends import cpu
+from resfuse.backends import cpu, cpu_conv
 from tests.backends.cpu.random_convolutions import check, fused, main, random_call
-from tests.contract import EAGER, FUSED, RUNNING, Call, forward
+from tests.contract import EAGER, FUSED, RUNNING, Call, Oracle, forward
 from tests.shapes import Convolution, conv_bn_act_call
 
 pytestmark = pytest.mark.skipif("cpu" not in resfuse.available_backends(), reason="the CPU library is not built")
@@ -42,6 +42,8 @@ PATHS = {
     "dilated": ((1, 40, 20, 20), 33, 3, 1, 2, 2, 1),
     "depthwise": ((2, 72, 14, 15), 72, 3, 2, 1, 1, 72),
     "small_groups": ((2, 64, 12, 12), 128, 3, 1, 1, 1, 16),
+    "groups_of_four": ((1, 128, 15, 14), 128, 3, 1, 1, 1, 32),
+    "groups_of_eight": ((2, 64, 13, 9), 64, 3, 2, 1, 1, 8),
     "large_groups": ((1, 96, 10, 10), 96, 3, 1, 1, 1, 3),
     "many_filters": ((1, 48, 14, 14), 1000, 1, 1, 0, 1, 1),
 }
@@ -71,6 +73,17 @@ def test_not_finite(name: str, value: float, dtype: torch.dtype) -> None:
     found, expected = fused(call), forward(EAGER, call.truth())
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isinf(), expected.isinf())
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["in_place", "few_pixels", "winograd", "winograd_odd", "dilated", "large_groups"])
+def test_input_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the own kernels, which read the weight turned around; groups in bfloat16 are PyTorch's."""
+    used = []
+    own = cpu_conv._input_grad
+    monkeypatch.setattr(cpu_conv, "_input_grad", lambda *arguments: used.append(arguments) or own(*arguments))
+    Oracle(path_call(name, dtype, residual=False), {"input"}).check("cpu")
+    assert bool(used) == (name != "large_groups" or dtype == torch.float32)
 
 
 @DTYPES
