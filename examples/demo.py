@@ -113,9 +113,10 @@ def show_conditions(console: Console) -> tuple[torch.device, dict[str, str]]:
 
 def versions(model: nn.Module, console: Console) -> dict[str, nn.Module]:
     """The model as it is, and copies of it with channels_last weights and fused."""
-    fused, channels_last = copy.deepcopy(model), copy.deepcopy(model)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(channels_last)
     console.print(resfuse.fuse_(fused))
-    return {EAGER: model, CHANNELS_LAST: channels_last.to(memory_format=torch.channels_last), FUSED: fused}
+    return {EAGER: model, CHANNELS_LAST: channels_last, FUSED: fused}
 
 
 def layout_for(version: str, images: Tensor) -> Tensor:

@@ -54,12 +54,14 @@ class _FusedOp(nn.Module):
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A model fused in place, or an op that makes resfuse's call."""
+    """A model in channels_last fused in place, as the README does, or an op that makes resfuse's call."""
     if hasattr(module, "fused"):
         return _FusedOp(module).train(module.training)
+    import torch
+
     import resfuse
 
-    resfuse.fuse_(module)
+    resfuse.fuse_(module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     return module
 
 

@@ -45,8 +45,8 @@ def fuse_(
         memory_format: with `torch.channels_last`, in which the kernels compute, fused convolutions convert inputs that
             are not in this format, and activations then follow it through the network, outputs included (use `reshape`
             rather than `view` on them).  With `torch.preserve_format` they follow PyTorch's rule: channels_last if the
-            input or the weight is.  Parameters keep their strides either way; on a GPU
-            `model.to(memory_format=torch.channels_last)` saves the kernels a copy of each weight.
+            input or the weight is.  Parameters keep their strides either way; with those of
+            `model.to(memory_format=torch.channels_last)` the kernels are faster.
 
     Returns:
         The modules that were fused, and the batch norms that were not with the reasons.
