@@ -102,6 +102,7 @@ class _Follower(fx.Tracer):
         self.root = module
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        required = required or [p for p in parameters if p.kind is p.VAR_POSITIONAL]
         with torch.no_grad(), _ReadOnly():
             module.forward(*(self.symbol() for _ in required))
 

@@ -28,7 +28,7 @@ from resfuse.nn import lazy
 
 HELPERS = {
     f"_resfuse_{name}": getattr(lazy, name)
-    for name in ("call", "invoke", "method", "attribute", "add", "add_", "force", "settle", "guard")
+    for name in ("call", "invoke", "method", "attribute", "add", "add_", "force", "force_all", "settle", "guard")
 }
 _CHILDREN = "_resfuse_children"
 _FUNCTION_NODES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -185,8 +185,21 @@ class _Rewriter:
         definition = copy.copy(self.definition)
         children = ast.Attribute(ast.Name(self.self_name, ast.Load()), "_modules", ast.Load())
         first = ast.copy_location(ast.Assign([ast.Name(_CHILDREN, ast.Store())], children), body[0])
-        definition.body = [first, *new, *self._settle_all(pending or (), body[-1])]
+        definition.body = [first, *self._force_captured(body[0]), *new, *self._settle_all(pending or (), body[-1])]
         return _compile(definition, self.function)
+
+    def _force_captured(self, where: ast.AST) -> list[ast.stmt]:
+        """A caller may pass a `Lazy` for a parameter that nested functions read, or among `*args`."""
+        arguments = self.definition.args
+        helpers = dict.fromkeys(_parameters(arguments) & self.captured, "force")
+        if arguments.vararg is not None:
+            helpers[arguments.vararg.arg] = "force_all"
+        return [
+            ast.copy_location(
+                ast.Assign([ast.Name(name, ast.Store())], _helper(helper, ast.Name(name, ast.Load()))), where
+            )
+            for name, helper in sorted(helpers.items())
+        ]
 
     # Names
 

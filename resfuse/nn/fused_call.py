@@ -206,7 +206,7 @@ _Norm = tuple[BatchNorm, BatchNormKind, Any, Any]
 def _norm(bn: Any) -> _Norm | None:
     """The state of a batch norm; None if it must be called."""
     if type(bn) is BatchNorm:
-        return bn, _PLAIN, None, None
+        return (bn, _PLAIN, None, None) if bn.eps > 0 else None  # else F.batch_norm raises
     module, kind = bn if type(bn) is NormCall else (bn, batch_norm_kind(bn))
     if kind is None or (module is bn and not unobserved(bn)):
         return None
@@ -316,7 +316,8 @@ def plain_convolution(conv: Any) -> bool:
 def _convolution(conv: Any) -> tuple[Any, Any, tuple[Any, Any, Any, int]] | None:
     """(weight, bias, (stride, padding, dilation, groups)) of a convolution; None if it must be called."""
     if type(conv) is ConvCall:
-        return None if isinstance(conv.padding, str) else (conv.weight, conv.bias, conv[2:])
+        plain = type(conv.weight) in _PLAIN_TENSORS or torch.compiler.is_compiling()
+        return (conv.weight, conv.bias, conv[2:]) if plain and not isinstance(conv.padding, str) else None
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not unobserved(conv):
         return None
     attributes = conv.__dict__

@@ -156,6 +156,11 @@ def force(x: Any) -> Any:
     return x.value
 
 
+def force_all(xs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`force` of each."""
+    return tuple(map(force, xs))
+
+
 def guard(x: Any, *pending: Any) -> Any:
     """`x`, which is about to be given to code that may write to it; what still has to read it is evaluated."""
     value = peek(x)
@@ -226,15 +231,28 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     if not isinstance(f, nn.Module) or type(result) not in (Tensor, Symbol):
         return result
     if result is value:  # as from a dropout in inference
-        return result if held == SHARED or not _unshared(result, 5) else Lazy.of(result, UNSHARED)
-    return Lazy.of(result, UNSHARED) if _unshared(result, 3) else result
+        return result if held == SHARED or not _unshared(result, 2) else Lazy.of(result, UNSHARED)
+    return Lazy.of(result, UNSHARED) if _unshared(result) else result
 
 
-def _unshared(tensor: Any, references: int) -> bool:
-    """True if nobody in Python holds a tensor but by so many references, that of this call and its own included."""
+def _unshared(tensor: Any, others: int = 0) -> bool:
+    """True if nobody in Python holds a tensor but a variable of the caller, and so many others of its own."""
     if type(tensor) is Symbol:
         return True
-    return not torch.compiler.is_compiling() and tensor._base is None and sys.getrefcount(tensor) <= references
+    return not torch.compiler.is_compiling() and tensor._base is None and sys.getrefcount(tensor) <= _ALONE + others
+
+
+def _count_alone(tensor: Any) -> int:
+    # As in `_unshared`: how many references a call makes differs between releases of Python.
+    return 0 if type(tensor) is Symbol else sys.getrefcount(tensor)
+
+
+def _count_of_a_variable() -> int:
+    variable = object()
+    return _count_alone(variable)
+
+
+_ALONE = _count_of_a_variable()
 
 
 def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
@@ -243,7 +261,7 @@ def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
         return call(f, options["input"], channels_last=channels_last)
     known = _FUNCTIONS[f] if is_known(f) else None
     owner = receiver(f)
-    if known is None and type(owner).__name__ == "FloatFunctional" and _is_identity(owner.activation_post_process):
+    if owner is not f and type(owner).__name__ == "FloatFunctional" and _is_identity(owner.activation_post_process):
         known = _FLOAT_FUNCTIONAL.get(f.__name__)
     if known is not None:
         result = known(*args, **options)
@@ -251,7 +269,7 @@ def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
             if type(result) is Lazy and result.value is None and f is F.conv2d:
                 result.channels_last = channels_last
             return result
-    args = tuple(force(argument) for argument in args)
+    args = force_all(args)
     options = {name: force(argument) for name, argument in options.items()}
     lazy = lazily(f)
     return f(*args, **options) if lazy is None else lazy(receiver(f), *args, **options)
@@ -259,7 +277,7 @@ def invoke(channels_last: bool, f: Any, *args: Any, **options: Any) -> Any:
 
 def method(name: str, x: Any, *args: Any, **options: Any) -> Any:
     """`x.name(*args, **options)`, or what will be."""
-    if type(x) is Lazy or type(x) in _TENSORS:
+    if type(x) is Lazy or _is_tensor(x):
         known = TENSOR_METHODS.get(name)
         result = None if known is None else known(x, *args, **options)
         if result is not None:
@@ -442,13 +460,13 @@ def _relu(input: Any, inplace: bool = False) -> Any:
     return call(F.relu, input) if type(input) is Lazy and input.value is None else None
 
 
-def _clamp(input: Any, min: Any = None, max: Any = None) -> Any:
-    return _relu(input) if type(min) in (int, float) and min == 0 and max is None else None
+def _clamp(input: Any, min: Any = None, max: Any = None, **others: Any) -> Any:
+    return _relu(input) if type(min) in (int, float) and min == 0 and max is None and not others else None
 
 
 def _plain(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """Without an `alpha`, which stands before or behind, or an `out`."""
-    return lambda a, b=None, *more, **options: None if b is None or more or options else function(a, b)
+    """For two positional arguments alone: without an `alpha`, which stands before or behind, or an `out`."""
+    return lambda *args, **options: function(*args) if len(args) == 2 and not options else None
 
 
 _CONVOLUTION, _NORM, _RELU, _IDENTITY = range(4)
@@ -469,7 +487,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
 }
-_FLOAT_FUNCTIONAL: dict[str, Callable[..., Any]] = {"add": add, "add_relu": lambda a, b: call(F.relu, add(a, b))}
+_FLOAT_FUNCTIONAL = {"add": _plain(add), "add_relu": _plain(lambda a, b: call(F.relu, add(a, b)))}
 _NORM_FORWARDS = {
     nn.BatchNorm2d.forward: BatchNormKind(),
     nn.SyncBatchNorm.forward: BatchNormKind(synchronised=True),

@@ -209,6 +209,18 @@ class Keyword(Block):
         return F.relu(self.bn1(input=self.conv1(input=x))) * scale + bias
 
 
+class Variadic(Block):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(inputs[0])) + inputs[-1])
+
+
+class AddedByKeyword(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.add(input=self.bn1(self.conv1(x)), other=x, alpha=2)
+        out = torch.clamp(input=out, min=0, out=None) + torch.add(input=out, other=x)
+        return self.skip.add(x=out, y=x)
+
+
 STYLES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "F.relu and +=": (Functional, 2),
     "projection": (lambda: Functional(projection()), 3),
@@ -228,6 +240,8 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "super().forward": (Inherited, 2),
     "own methods": (OwnMethods, 1),
     "keyword arguments": (Keyword, 1),
+    "sums by keyword": (lambda: AddedByKeyword(skip=FloatFunctional()), 1),
+    "*inputs": (Variadic, 1),
 }
 
 

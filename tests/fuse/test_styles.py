@@ -69,6 +69,21 @@ def test_trap(name: str) -> None:
     assert_same_without_gradient(fused, eager)
 
 
+@pytest.mark.parametrize("name", [*STYLES, *TRAPS])
+def test_between_other_layers(name: str) -> None:
+    """What a block is given may not be computed yet, and what it returns neither."""
+    build = STYLES[name][0] if name in STYLES else TRAPS[name]
+    fused, eager = forwards_of(lambda: nn.Sequential(*models.conv_bn_relu(), build(), *models.conv_bn_relu()[1:]))
+    for training in (True, False):
+        for model in (fused, eager):
+            model.train(training)
+        with torch.no_grad():
+            found, expected = (drawn_alike(model, models.random_input(INPUT).double()) for model in (fused, eager))
+        torch.testing.assert_close(found, expected)
+    fused, eager = forwards_of(lambda: nn.Sequential(nn.Conv2d(C, C, 1), build()))
+    assert_same_without_gradient(fused, eager)
+
+
 def test_python_and_torch_random_states_and_output_are_untouched(capsys: pytest.CaptureFixture[str]) -> None:
     class Draws(styles.Functional):
         def forward(self, x: Tensor) -> Tensor:
