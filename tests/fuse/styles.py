@@ -211,7 +211,7 @@ class Keyword(Block):
 
 class Variadic(Block):
     def forward(self, *inputs: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(inputs[0])) + inputs[-1])
+        return F.relu(self.bn1(self.conv1(inputs[0])) + inputs[-1].abs())
 
 
 class AddedByKeyword(Block):
@@ -392,6 +392,12 @@ class Nested(Block):
         return run(self.conv1) + sum(self.bn2(conv(x)) for conv in (self.conv1, self.conv2))
 
 
+class ReadsItsInputInside(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        scales = [x.mean() * i for i in range(2)]
+        return F.relu(self.bn1(self.conv1(x))) * scales[1] + (lambda: x.abs())()
+
+
 class Random(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(x))
@@ -486,6 +492,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "shared modules": Repeated,
     "unpacked": Unpacked,
     "nested functions": Nested,
+    "input read by nested functions": ReadsItsInputInside,
     "random numbers": Random,
     "outputs of a loop": OutputsOfALoop,
     "contexts": Contexts,
