@@ -74,6 +74,7 @@ def test_between_other_layers(name: str) -> None:
     """What a block is given may not be computed yet, and what it returns neither."""
     build = STYLES[name][0] if name in STYLES else TRAPS[name]
     fused, eager = forwards_of(lambda: nn.Sequential(*models.conv_bn_relu(), build(), *models.conv_bn_relu()[1:]))
+    assert type(fused) is not nn.Sequential  # it was followed through the block
     for training in (True, False):
         for model in (fused, eager):
             model.train(training)
