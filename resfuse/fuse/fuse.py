@@ -149,21 +149,37 @@ class _Fusion:
         """Learn what will be fused; the class of a module that cannot be followed is restored."""
         self.ops.clear()
         followed: set[nn.Module] = set()
+        failed: list[nn.Module] = []
         for module in self.names:
             if module in followed or not is_fused(module) or module in self.reasons:
                 continue
             if not any(map(is_norm, module.modules())):
                 continue  # it matters only to who normalises its output
-            try:
-                ops, entered = follow(module)
-            except NotFollowedError as reason:
-                self.reasons[module] = str(reason)
-                _restore(module)
-            else:
-                known = {op.key for op in self.ops}
-                self.ops += [op for op in ops if op.key not in known and not self._is_fused_already(op)]
-                followed |= entered.union(*(self._above(self._module(op.conv)) for op in ops))
+            entered = self._follow(module)
+            if entered is None:
+                failed.append(module)
+            followed |= entered or set()
             restore()
+        for module in reversed(failed):  # once more, the innermost first: it may have been what is inside
+            del self.reasons[module]
+            module.__class__ = fused_class(type(module), self.channels_last)
+            self._follow(module, again=True)
+            restore()
+
+    def _follow(self, module: nn.Module, again: bool = False) -> set[nn.Module] | None:
+        """The modules that were followed; None, and the reason is noted, if it cannot be."""
+        try:
+            ops, entered = follow(module)
+        except NotFollowedError as reason:
+            self.reasons[module] = str(reason)
+            _restore(module)
+            return None
+        ops = [op for op in ops if not self._is_fused_already(op)]
+        # Who contains a module knows more of what follows it.
+        first, second = (ops, self.ops) if again else (self.ops, ops)
+        known = {op.key for op in first}
+        self.ops = first + [op for op in second if op.key not in known]
+        return entered.union(*(self._above(self._module(op.conv)) for op in ops))
 
     def reject(self, filter_fn: Filter) -> bool:
         """Ask the filter about what it was not asked about; True if it turned something down."""

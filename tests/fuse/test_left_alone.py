@@ -138,6 +138,13 @@ def test_part_is_left_with_a_reason(name: str) -> None:
     models.assert_same(fused.double(), eager.double(), models.random_input((2, 8, 6, 6)))
 
 
+def test_what_contains_a_block_that_is_left_is_fused() -> None:
+    model = nn.Sequential(*conv_bn_relu(), nn.Sequential(Undefined(*conv_bn_relu()), *conv_bn_relu()))
+    report = fuse_(model)
+    assert [(module.name, module.ops) for module in report.fused] == [("", ("0 + 1 + 2",)), ("3", ("1 + 2 + 3",))]
+    assert [module.name for module in report.left] == ["3.0.1"]
+
+
 def test_source_edited_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs counts, not what stands in the file by now."""
     monkeypatch.syspath_prepend(tmp_path)
