@@ -48,12 +48,6 @@ def conv_bn_act_kernel(
         tile_m, tile_n = conv_tile.tile_of(index // SPLIT_K, tiles_m, CONV)
         pixels = conv_tile.output_pixels(tile_m, CONV)
         pack, channels, channel_mask = conv_tile.output_channels(tile_n, CONV)
-        centre = conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)
-        if running_mean_ptr is not None:
-            centre = conv_tile.vector(running_mean_ptr, channels, channel_mask, 0.0) - centre
-            scale = reduce.inverse_deviation(conv_tile.vector(running_var_ptr, channels, channel_mask, 1.0), eps)
-            scale *= conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
-            shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
         acc = conv_tile.tile_sums(x_ptr, w_ptr, pixels, pack, channels, channel_mask, split, M, H, W, OH, OW, CONV)
         last = True
         if SPLIT_K > 1:
@@ -71,7 +65,13 @@ def conv_bn_act_kernel(
                     acc += tl.load(part + other * stride, mask=inside, other=0.0, cache_modifier=".cg")
                 tl.store(arrivals_ptr + index // SPLIT_K, 0)
         if last:
+            # Not before the loop over the sums, whose registers they would take (tf32 on sm_80 spilled).
+            centre = conv_tile.vector(conv_bias_ptr, channels, channel_mask, 0.0)
             if running_mean_ptr is not None:
+                centre = conv_tile.vector(running_mean_ptr, channels, channel_mask, 0.0) - centre
+                scale = reduce.inverse_deviation(conv_tile.vector(running_var_ptr, channels, channel_mask, 1.0), eps)
+                scale *= conv_tile.vector(weight_ptr, channels, channel_mask, 1.0)
+                shift = conv_tile.vector(bias_ptr, channels, channel_mask, 0.0)
                 acc = (acc - centre[None, :]) * scale[None, :] + shift[None, :]
             elif conv_bias_ptr is not None:
                 acc += centre[None, :]

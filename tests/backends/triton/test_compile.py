@@ -27,7 +27,7 @@ POINTWISE = (
 SHARED_MEMORY = {"80": 166912, "90": 232448, "100": 232448}
 """Bytes that a program can have: A100, H100, B200."""
 MMA = {"80": "mma.sync", "90": "wgmma.mma_async", "100": "tcgen05.mma"}
-SPILL = {"80": 24, "90": 16, "100": 512}
+SPILL = {"80": 16, "90": 16, "100": 512}
 """Bytes of stack per thread, at most.  On sm_100 main loops need few registers, for their sums are in tensor memory;
 the epilogue spills, which takes all of them at once."""
 
