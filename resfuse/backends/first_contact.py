@@ -64,6 +64,8 @@ def objection(backend: str, problem: Problem) -> str | None:
     on_gpu = problem.device.type == "cuda" and torch.cuda.is_available()
     if backend not in KERNEL_FILES or not on_gpu or mode == "skip":
         return None
+    if mode not in ("", "force"):
+        return f"RESFUSE_FIRST_CONTACT: expected skip or force, got {mode!r}"
     device = cast(torch.device, problem.device).index
     try:
         known = verdicts(backend, problem.dtype, torch.cuda.current_device() if device is None else device, mode)

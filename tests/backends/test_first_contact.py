@@ -114,6 +114,13 @@ def test_the_environment_skips_and_forces(gpu: FakeGPU, monkeypatch: pytest.Monk
     assert gpu.choice()[0] == "cuda" and len(gpu.checked) == 3, "once for all processes that start together"
 
 
+def test_another_value_of_the_environment_is_a_reason(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESFUSE_FIRST_CONTACT", "never")
+    name, rejected = gpu.choice()
+    assert name == "reference" and not gpu.checked
+    assert rejected["cuda"] == ["RESFUSE_FIRST_CONTACT: expected skip or force, got 'never'"]
+
+
 def test_several_ranks_check_once(gpu: FakeGPU) -> None:
     def slowly(*arguments: Any) -> dict[str, str | None]:
         time.sleep(0.2)
