@@ -96,6 +96,15 @@ struct ConvWorker {
     }
   }
 
+  // Output rows of an image where all filters are one block.
+  void run_block(int64_t image, int64_t row, int64_t count) {
+    filter_end = plan.group_filters;
+    input = static_cast<const T*>(args.input);
+    if (packed != 0) pack(0);
+    chunk_pixel = 0, chunk_pixels = count * conv.out_width;
+    run_rows(image, row, count);
+  }
+
  private:
   // Calls f(filters, number, panel, its width) for each panel of a block.
   template <class F>

@@ -76,5 +76,8 @@ void bn_train_forward(const BnTrainForward& args) { chosen().kernels->bn_train_f
 void bn_backward_reduce(const BnBackwardReduce& args) { chosen().kernels->bn_backward_reduce(args); }
 void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backward_apply(args); }
 void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args); }
+bool conv_pool_forward(const ConvForward& args, const MaxPool& pool) {
+  return chosen().kernels->conv_pool_forward(args, pool);
+}
 
 }  // namespace resfuse::cpu

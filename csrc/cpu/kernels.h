@@ -31,6 +31,7 @@ struct Kernels {
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);
   void (*conv_forward)(const ConvForward&);
+  bool (*conv_pool_forward)(const ConvForward&, const MaxPool&);
   double (*multiply_seconds)(BFloat16Products);
 };
 
