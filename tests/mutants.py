@@ -79,7 +79,7 @@ MUTANTS = tuple(Mutant(*row) for row in (
     ("dtype of the residual unchecked", "resfuse/arguments.py",
      "    if residual.dtype != input.dtype:\n", "    if residual.dtype != input.dtype and pad:\n",
      "tests/ops/test_bad_input.py"),
-    ("stride of one dimension for both", "resfuse/arguments.py",
+    ("stride of one dimension for both", "resfuse/types.py",
      "    return pair[0], pair[-1]", "    return pair[0], pair[0]",
      "tests/ops/test_known_bugs.py::test_keyword_geometry_is_not_dropped"),
     ("channels_last output becomes NCHW", "resfuse/layout.py",
