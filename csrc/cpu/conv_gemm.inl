@@ -304,13 +304,13 @@ inline int64_t conv_threads(const Convolution& conv) {
   return work < 2 * kSmallestShare ? 1 : std::min<int64_t>(work / kSmallestShare, get_num_threads());
 }
 
-// f(scratch, counter of the units that have been taken) for each of so many threads.
+// f(scratch, that of the first thread, counter of the units that have been taken) for each of so many threads.
 template <class F>
 void share_units(int64_t threads, int64_t scratch_bytes, const F& f) {
   const int64_t share = ceil_div(scratch_bytes, 4096) * 4096;
   char* scratch = scratch_memory(share * threads);
   std::atomic<int64_t> next{0};
-  run_threads(threads, [&](int64_t thread) { f(scratch + thread * share, next); });
+  run_threads(threads, [&](int64_t thread) { f(scratch + thread * share, scratch, next); });
 }
 
 template <class T, class Mul>
@@ -326,7 +326,7 @@ void conv_gemm(const ConvForward& args) {
   const int64_t threads = std::min(wanted, plan.units(args.conv));
   std::optional<ConvStatistics> statistics;
   if (args.statistics != nullptr) statistics.emplace(ConvStatistics{plan, args.conv});
-  share_units(threads, plan.scratch_bytes(), [&](char* scratch, std::atomic<int64_t>& next) {
+  share_units(threads, plan.scratch_bytes(), [&](char* scratch, char*, std::atomic<int64_t>& next) {
     ConvWorker<T, Mul>(args, plan, threads, scratch, statistics ? &*statistics : nullptr).run(next);
   });
   if (statistics) statistics->merge_into(args.statistics, args.statistics + args.conv.filters);

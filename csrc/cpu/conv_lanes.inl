@@ -233,5 +233,5 @@ void conv_lanes(const ConvForward& args) {
   const LanesPlan plan = plan_lanes(args, threads);
   const int64_t units = plan.blocks * args.conv.batch * plan.chunks;
   share_units(std::min(threads, units), plan.scratch_bytes(args.conv),
-              [&](char* scratch, std::atomic<int64_t>& next) { LanesWorker<T>(args, plan, scratch).run(next); });
+              [&](char* scratch, char*, std::atomic<int64_t>& next) { LanesWorker<T>(args, plan, scratch).run(next); });
 }

@@ -98,7 +98,7 @@ bool conv_pool(const ConvForward& args, const MaxPool& pool) {
   // Parts of an image compute some rows twice: no more of them than keep the threads busy.
   const int64_t parts = std::min(pool.out_height, ceil_div(2 * threads, conv.batch));
   const int64_t units = conv.batch * parts, bytes = plan.scratch_bytes() + band_rows * row_bytes + 64;
-  share_units(std::min(threads, units), bytes, [&](char* scratch, std::atomic<int64_t>& next) {
+  share_units(std::min(threads, units), bytes, [&](char* scratch, char*, std::atomic<int64_t>& next) {
     PoolWorker<T, Mul> worker(args, pool, plan, band_rows, scratch);
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;)
       worker.run(unit / parts, part_begin(pool.out_height, parts, unit % parts),

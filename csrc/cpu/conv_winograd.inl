@@ -54,6 +54,24 @@ inline WinogradPlan plan_winograd(const ConvForward& args, int64_t threads) {
   return plan;
 }
 
+// Filters that all threads transform together before any of them multiplies, each panel once.
+struct SharedFilters {
+  const int64_t panels;  // 0: each thread transforms what it needs, when it needs it
+  std::atomic<int64_t> taken{0}, done{0};
+
+  explicit SharedFilters(int64_t panels) : panels(panels) {}
+
+  // transform(panel) for those that this thread takes; returns when all are transformed.
+  template <class F>
+  void transform(F transform) {
+    for (int64_t panel; (panel = taken.fetch_add(1, std::memory_order_relaxed)) < panels;) {
+      transform(panel);
+      done.fetch_add(1, std::memory_order_release);
+    }
+    while (done.load(std::memory_order_acquire) < panels) std::this_thread::yield();
+  }
+};
+
 template <class T>
 struct WinogradWorker {
   const ConvForward& args;
@@ -81,14 +99,26 @@ struct WinogradWorker {
     std::fill(zeros, zeros + kPanel, 0.0f);
   }
 
-  void run(std::atomic<int64_t>& next) {
+  // `first`: the scratch of the first thread, where shared filters lie.
+  void run(std::atomic<int64_t>& next, SharedFilters& shared, char* first) {
     int64_t packed = -1;
     bool prepared = false;
+    if (shared.panels > 0) {
+      filter_end = conv.filters;
+      filters = reinterpret_cast<float*>(first);
+      taps = filters + plan.filter_floats + 64;
+      shared.transform([&](int64_t panel) { transform_filters(panel * kPanel, (panel + 1) * kPanel); });
+      vectors.fill(args, 0, conv.filters, conv.filters);
+      packed = 0;
+    }
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.blocks * plan.chunks;) {
       const int64_t block = unit / plan.chunks, chunk = unit % plan.chunks;
       filter_begin = block * plan.block_filters;
       filter_end = std::min(conv.filters, filter_begin + plan.block_filters);
-      if (block != packed) transform_filters();
+      if (block != packed) {
+        transform_filters(filter_begin, filter_end);
+        vectors.fill(args, filter_begin, filter_end - filter_begin, filter_end - filter_begin);
+      }
       packed = block;
       const int64_t last = part_begin(plan.groups, plan.chunks, chunk + 1);
       for (int64_t group = part_begin(plan.groups, plan.chunks, chunk); group < last; ++group) {
@@ -106,10 +136,10 @@ struct WinogradWorker {
   }
 
  private:
-  // G g G^T, for all channels of all filters of the block: [panel][16][channel][filter].
-  void transform_filters() {
+  // G g G^T, for all channels of these filters of the block: [panel][16][channel][filter].
+  void transform_filters(int64_t begin, int64_t end) const {
     const int64_t count = conv.channels * kPanel;
-    for (int64_t k = filter_begin; k < filter_end; k += kPanel) {
+    for (int64_t k = begin; k < end; k += kPanel) {
       float* from = taps + (k - filter_begin) * 9 * conv.channels;
       const int64_t at = k * args.weight_strides.filter;
       if (args.weight_dtype == DType::float32)
@@ -135,7 +165,6 @@ struct WinogradWorker {
         });
       }
     }
-    vectors.fill(args, filter_begin, filter_end - filter_begin, filter_end - filter_begin);
   }
 
   // The image, row and column of a tile's first output.
@@ -265,7 +294,9 @@ void conv_winograd(const ConvForward& args) {
   const int64_t threads = conv_threads(args.conv);
   const WinogradPlan plan = plan_winograd(args, threads);
   const ConvPlan direct = plan_conv(args, 1, false, 1);
-  share_units(
-      std::min(threads, plan.blocks * plan.chunks), plan.scratch_bytes(),
-      [&](char* scratch, std::atomic<int64_t>& next) { WinogradWorker<T>(args, plan, direct, scratch).run(next); });
+  const int64_t workers = std::min(threads, plan.blocks * plan.chunks);
+  SharedFilters shared(workers > 1 && plan.blocks == 1 ? args.conv.filters / kPanel : 0);
+  share_units(workers, plan.scratch_bytes(), [&](char* scratch, char* first, std::atomic<int64_t>& next) {
+    WinogradWorker<T>(args, plan, direct, scratch).run(next, shared, first);
+  });
 }
