@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends import dispatch, reference
+from resfuse.backends import reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
+from resfuse.ops import recompute
 from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.recompute import Saved
 from resfuse.types import BatchNorm
 
 
@@ -149,19 +151,20 @@ class BNActFunction(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, mean, invstd = run(input, bn, residual, relu)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
-        ctx.training, ctx.relu, ctx.eps = bn.training, relu, bn.eps
+        ctx.training, ctx.eps = bn.training, bn.eps
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, output if relu else None, bn.weight, mean, invstd)
+        saved = Saved(input, residual, None, None, mean, invstd, bn.weight, bn.bias if bn.training else None)
+        recompute.save(ctx, saved, output, relu, bn.training)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, output, weight, mean, invstd = ctx.saved_tensors
+        saved = recompute.take(ctx)
+        input = recompute.input_of(ctx, saved)
         needs_input, needs_residual, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        args = (grad_output, input, output, weight, mean, invstd, ctx.training)
+        args: Any = (grad_output, input, saved.output, saved.weight, saved.mean, saved.invstd, ctx.training)
         if must_differentiate(grad_output):
             grads: Any = differentiable_backward(*args, ctx.eps)
         else:  # without a ReLU the residual's gradient is grad_output itself

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resfuse.backends import dispatch
-from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
+from resfuse.ops import recompute
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import define
+from resfuse.ops.library import define, run_kernel
+from resfuse.ops.recompute import Saved
 from resfuse.types import BatchNorm
 
 Group = Any
@@ -61,7 +62,7 @@ def _own_statistics(input: Tensor) -> Tensor:
     if input.numel() == 0:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         return torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
-    mean, m2 = _run("bn_statistics", input)
+    mean, m2 = run_kernel("bn_statistics", input)
     return torch.cat((mean, m2, mean.new_full((1,), input.numel() // channels)))
 
 
@@ -91,14 +92,7 @@ def _all_reduce(vector: Tensor, group: Group) -> Tensor:
 
 
 def bn_apply(input: Tensor, *args: Any) -> Tensor:
-    return _run("bn_apply", input, *args)
-
-
-def _run(kernel: str, *args: Any, request: str | None = IN_FORCE) -> Any:
-    """A function of the kernel API, or its registered operator of the same arguments."""
-    if through_dispatcher():
-        return getattr(torch.ops.resfuse, kernel)(*args)
-    return getattr(backend_for(kernel, args[0], request=request), kernel)(*args)
+    return run_kernel("bn_apply", input, *args)
 
 
 def _run_backward_apply(grad_output: Tensor, input: Tensor, *vectors: Any, request: str | None) -> Tensor:
@@ -177,22 +171,23 @@ class SyncBNActFunction(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
-        ctx.relu, ctx.group = relu, group
-        ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
+        ctx.group = group
+        saved = Saved(input, residual, None, None, mean, invstd, weight, bias, count=count)
+        recompute.save(ctx, saved, output, relu)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, output, weight, mean, invstd, count = ctx.saved_tensors
+        saved = recompute.take(ctx)
+        input, output, mean, invstd = recompute.input_of(ctx, saved), saved.output, saved.mean, saved.invstd
         args = (grad_output, input, output, mean, invstd)
-        grad_bias, grad_weight, masked = _run("bn_backward_reduce", *args, request=ctx.request)
+        grad_bias, grad_weight, masked = run_kernel("bn_backward_reduce", *args, request=ctx.request)
         masked = grad_output if output is None else masked  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
-            mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / count).chunk(2)
-            vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
+            mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / saved.count).chunk(2)
+            vectors = (saved.weight, mean, invstd, mean_g, mean_g_xhat)
             grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (
             grad_input,

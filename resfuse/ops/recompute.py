@@ -1,0 +1,213 @@
+"""Activations that backward computes again, from what batch norm keeps anyway, in place of keeping them.
+
+A call y = act(bn(z) [+ residual]) in training keeps z, mean and invstd.  Within `recomputing` it does not keep y, and a
+call that reads y keeps, in place of it, the autograd node that made it.  In backward the first reader computes y again
+by the element-wise kernel `bn_apply`, bit for bit what it was; the node, which runs after all readers of y, drops it.
+A residual may be such a y itself, so that the outputs of a stage of residual blocks come back together and go one by
+one.  No convolution is computed twice.
+
+A tensor's node is its `grad_fn`.  A view, and a tensor that was written to, have another one or another version: those
+are saved as they are, and so is y by every reader that does not know of this: PyTorch's functions, hooks, users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfuse.backends import dispatch, reference
+from resfuse.ops.library import run_kernel
+
+_wanted: ContextVar[bool] = ContextVar("resfuse_recompute", default=False)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Calls inside the context do not keep outputs that backward can compute again."""
+    token = _wanted.set(True)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function within `recomputing`; torch.compile, which decides itself what to keep, sees the function alone."""
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **options)
+        with recomputing():
+            return function(*args, **options)
+
+    return run
+
+
+class Saved(NamedTuple):
+    """What a call saves for backward; what it has no use for is None."""
+
+    input: Tensor | None = None
+    """None where its node is kept."""
+    residual: Tensor | None = None
+    """Only where the output is computed again, and None where its node is kept."""
+    output: Tensor | None = None
+    """Only as the source of the ReLU's mask."""
+    z: Tensor | None = None
+    """What is normalised; None where that is the input."""
+    mean: Tensor | None = None
+    invstd: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    conv_weight: Tensor | None = None
+    conv_bias: Tensor | None = None
+    count: Tensor | None = None
+    """Number of values of all processes, where batch norm is synchronised."""
+    weight_copy: Tensor | None = None
+    """For the readers of the output, to which FSDP does not give the parameters of the layer that made it."""
+    bias_copy: Tensor | None = None
+
+
+class Reading:
+    """What the readers of a node share during one backward pass."""
+
+    __slots__ = ("output", "saved", "task")
+
+    def __init__(self, task: int, saved: Saved) -> None:
+        self.task, self.saved = task, saved
+        self.output: Tensor | None = None
+
+
+def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = True) -> None:
+    """Save for backward what a call needs of all that it has, and of its output.
+
+    Sets `ctx.kept`, the nodes that are kept in place of (input, residual), and `ctx.recompute_version`: the version of
+    an output that backward can compute again, else None.
+    """
+    ctx.relu, ctx.masks_by_output = relu, relu
+    ctx.kept, ctx.recompute_version, ctx.reading, ctx.request = (None, None), None, None, None
+    is_sum, again = saved.mean is None, False
+    if not torch.compiler.is_compiling():
+        ctx.request = dispatch.requested_backend()
+        wanted, residual = _wanted.get(), saved.residual
+        ctx.kept = _maker(saved.input), _maker(residual)
+        if is_sum:
+            again = wanted and None not in ctx.kept
+        else:
+            again = wanted and training and (residual is None or ctx.kept[1] is not None or _is_saved(residual))
+        if again:
+            ctx.recompute_version = output._version
+            copies = (None if vector is None else vector.clone() for vector in (saved.weight, saved.bias))
+            saved = Saved(*saved[:-2], *copies)
+        else:
+            ctx.kept = None if is_sum else ctx.kept[0], None
+        if wanted and ctx.kept[0] is None and not is_sum:
+            _note(saved.input, saved.input.grad_fn)
+        if wanted and ctx.masks_by_output and not again:
+            _note(output, ctx)
+    ctx.save_for_backward(
+        saved.input if ctx.kept[0] is None and not is_sum else None,
+        saved.residual if ctx.kept[1] is None and again else None,
+        output if ctx.masks_by_output and not again else None,
+        *saved[3:],
+    )
+
+
+# Whether a tensor is saved by one of these calls, so that another one may save it at no cost, and without an error that
+# eager does not raise if it is written to later.
+
+_KEY = "resfuse: version of the output that is saved"
+
+
+def _note(tensor: Tensor, node: Any) -> None:
+    if node is not None and tensor.output_nr == 0:
+        node.metadata[_KEY] = tensor._version
+
+
+def _is_saved(tensor: Tensor) -> bool:
+    node = tensor.grad_fn
+    return node is not None and tensor.output_nr == 0 and node.metadata.get(_KEY) == tensor._version
+
+
+def _maker(tensor: Tensor | None) -> Any:
+    """The node that can compute a tensor again, or None."""
+    node = None if tensor is None else tensor.grad_fn
+    version = getattr(node, "recompute_version", None)
+    return node if version is not None and version == tensor._version else None  # type: ignore[union-attr]
+
+
+def take(ctx: Any) -> Saved:
+    """What a node has saved, for its own backward, with the output if the ReLU's mask comes from it."""
+    if ctx.recompute_version is None:
+        return Saved(*ctx.saved_tensors)
+    output = output_of(ctx) if ctx.masks_by_output else None
+    saved = _reading(ctx).saved
+    ctx.reading = None  # all readers of the output have been
+    return saved._replace(output=output)
+
+
+def input_of(ctx: Any, saved: Saved) -> Tensor:
+    """The input of the call, computed again where it was not saved."""
+    return output_of(ctx.kept[0]) if saved.input is None else saved.input
+
+
+def output_of(node: Any) -> Tensor:
+    """The output of the call that a node belongs to, computed again once in a backward pass.
+
+    With create_graph=True it is a function of the tensors that the calls before it were given, as the output was.
+    """
+    connected = torch.is_grad_enabled()
+    todo = [node]
+    while todo:  # no recursion: a stage may have hundreds of blocks
+        node = todo[-1]
+        reading = _reading(node)
+        if reading.output is None:
+            of_input, of_residual = node.kept
+            needed = [of_input if connected or reading.saved.z is None else None, of_residual]
+            missing = [other for other in needed if other is not None and _reading(other).output is None]
+            if missing:
+                todo += missing
+                continue
+            reading.output = _compute(node, reading.saved, connected)
+        todo.pop()
+    return reading.output  # type: ignore[return-value]
+
+
+def _reading(node: Any) -> Reading:
+    """The one of this backward pass: saved tensors are read once, as activation checkpointing requires."""
+    task = torch._C._current_graph_task_id()
+    if node.reading is None or node.reading.task != task:
+        node.reading = Reading(task, Saved(*node.saved_tensors))
+    return node.reading
+
+
+def _compute(node: Any, saved: Saved, connected: bool) -> Tensor:
+    """The output, where those of the nodes that are kept are there."""
+
+    def argument(which: int) -> Any:
+        kept = node.kept[which]
+        return saved[which] if kept is None else kept.reading.output
+
+    residual = argument(1)
+    if saved.mean is None:
+        if connected:
+            return torch.relu(argument(0) + residual)
+        return run_kernel("add_relu_forward", argument(0), residual, request=node.request)
+    if not connected:
+        z = argument(0) if saved.z is None else saved.z
+        vectors = (saved.mean, saved.invstd, saved.weight_copy, saved.bias_copy)
+        return run_kernel("bn_apply", z, *vectors, residual, node.relu, request=node.request)
+    if saved.count is not None:
+        raise RuntimeError("sync_bn_act: double backward is not supported")
+    z = argument(0)
+    if saved.z is not None:
+        z = reference.conv_forward(z, saved.conv_weight, saved.conv_bias, node.convolution)
+    output = F.batch_norm(z, None, None, saved.weight, saved.bias, True, 0.0, node.eps)
+    return reference._activate(output, residual, node.relu)
