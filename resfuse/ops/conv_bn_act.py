@@ -156,7 +156,7 @@ define(
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """Saves the input, the two weights and, where there is a ReLU, the output as the source of its mask.
+    """Saves the input, the two weights, and for the mask of the ReLU what `bn_act.saved_for_mask` says.
 
     With batch statistics it also saves z = conv(input), mean and invstd, as eager does.  With running statistics z is
     computed again in backward, and only if batch norm's weight needs a gradient: a frozen one costs nothing.
@@ -180,13 +180,14 @@ class ConvBNActFunction(torch.autograd.Function):
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.relu, ctx.eps, ctx.convolution = bn.training, relu, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, conv_weight, conv_bias, bn.weight, output if relu else None, z, mean, invstd)
+        mask, bias = bn_act.saved_for_mask(output, bn.bias, residual, relu, bn.training)
+        ctx.save_for_backward(input, conv_weight, conv_bias, mask, z, bn.weight, bias, mean, invstd)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
-        input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
+        input, conv_weight, conv_bias, output, z, *vectors = saved
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
         grads: Any = (None, None, None)
         if must_differentiate(grad_output):
@@ -198,7 +199,7 @@ class ConvBNActFunction(torch.autograd.Function):
                 z = grad_output
             # Without a ReLU the residual's gradient is grad_output itself.
             grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
-                grad_output, z, output, weight, mean, invstd, ctx.training,
+                grad_output, z, output, vectors, ctx.relu, ctx.training,
                 any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
             if grad_z is not None:
@@ -220,10 +221,12 @@ class ConvBNActFunction(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations, from the inputs themselves."""
-    input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
+    input, conv_weight, conv_bias, output, z, *vectors = saved
+    if ctx.relu and output is None:
+        output = bn_act.mask_source(z, vectors, ctx.request)
     z = reference.conv_forward(input, conv_weight, conv_bias, ctx.convolution)
     grad_z, grad_weight, grad_bias, grad_residual = bn_act.differentiable_backward(
-        grad_output, z, output, weight, mean, invstd, ctx.training, ctx.eps
+        grad_output, z, output, vectors, ctx.training, ctx.eps
     )
     needs_conv = tuple(ctx.needs_input_grad[:3])
     grads = reference.conv_backward(grad_z, input, conv_weight, ctx.convolution, needs_conv)
