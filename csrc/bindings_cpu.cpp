@@ -113,7 +113,6 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(invstd, channels, "invstd"),
           vector(weight, channels, "weight"),
           vector(bias, channels, "bias"),
-          nullptr,
           relu,
           written(output, input, "output")};
 }
@@ -146,23 +145,36 @@ void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weig
                                   vector(running_var, channels, "running_var"), momentum, eps});
 }
 
-void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output, Tensor mean, Tensor invstd,
-                        Tensor sum_g, Tensor sum_g_xhat, OptionalTensor masked) {
-  const Activation shape = activation(input, "input");
-  const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_reduce({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
-                                    data(output, input, "output"), vector(mean, channels, "mean"),
-                                    vector(invstd, channels, "invstd"), vector(sum_g, channels, "sum_g"),
-                                    vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
+resfuse::BnMask mask_args(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
+                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                          const Tensor& invstd, bool relu) {
+  const int64_t channels = input.size(1);
+  return {data(grad_output, input, "grad_output"),
+          data(output, input, "output"),
+          vector(mean, channels, "mean"),
+          vector(invstd, channels, "invstd"),
+          vector(weight, channels, "weight"),
+          vector(bias, channels, "bias"),
+          relu};
 }
 
-void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight, Tensor mean,
-                       Tensor invstd, Tensor sum_g, Tensor sum_g_xhat, double count, Tensor grad_input) {
+void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
+                        OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
+                        OptionalTensor masked) {
   const Activation shape = activation(input, "input");
   const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_apply({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
-                                   data(output, input, "output"), vector(mean, channels, "mean"),
-                                   vector(invstd, channels, "invstd"), vector(weight, channels, "weight"),
+  resfuse::cpu::bn_backward_reduce(
+      {shape, input.data_ptr(), mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
+       vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
+}
+
+void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
+                       OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
+                       double count, Tensor grad_input) {
+  const Activation shape = activation(input, "input");
+  const int64_t channels = shape.channels;
+  resfuse::cpu::bn_backward_apply({shape, input.data_ptr(),
+                                   mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
                                    vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count,
                                    written(grad_input, input, "grad_input")});
 }

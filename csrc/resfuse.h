@@ -47,14 +47,14 @@ struct BnStatistics {
   float *mean, *m2;
 };
 
-// output = act(weight (input - mean) invstd + bias + residual).
+// output = act((input - mean) (invstd weight) + bias + residual), with these roundings and no others than one of a
+// fused multiply-add: backward computes it again.
 struct BnApply {
   Activation shape;
   const void* input;
   const void* residual;  // or null
   const float *mean, *invstd;
   const float *weight, *bias;  // or null
-  const float* mean_low;       // what rounding to float32 took from the mean, or null
   bool relu;
   void* output;
 };
@@ -75,13 +75,21 @@ struct BnTrainForward {
   double momentum, eps;
 };
 
-// With g = grad_output where output > 0: sum_g = sum g, sum_g_xhat = sum g (input - mean) invstd.
+// g = grad_output where the ReLU's output is not <= 0; the output is that of BnApply without a residual where it is
+// null.
+struct BnMask {
+  const void* grad_output;
+  const void* output;  // or null
+  const float *mean, *invstd;
+  const float *weight, *bias;  // or null
+  bool relu;                   // false: g = grad_output
+};
+
+// sum_g = sum g, sum_g_xhat = sum g (input - mean) invstd.
 struct BnBackwardReduce {
   Activation shape;
-  const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null
-  const float *mean, *invstd;
+  BnMask mask;
   float *sum_g, *sum_g_xhat;
   void* masked;  // receives g, or null
 };
@@ -89,11 +97,8 @@ struct BnBackwardReduce {
 // grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count); count 0: = weight invstd g.
 struct BnBackwardApply {
   Activation shape;
-  const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null where grad_output is masked already
-  const float *mean, *invstd;
-  const float* weight;  // or null
+  BnMask mask;
   const float *sum_g, *sum_g_xhat;
   double count;
   void* grad_input;
@@ -173,7 +178,7 @@ struct BnStatistics {
 };
 
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, and
-// output = act(weight (input - mean) invstd + bias + residual).
+// output = act((input - mean) (invstd weight) + bias + residual), from the mean and invstd that are written.
 struct BnTrainForward {
   Activation shape;
   const void* input;
@@ -199,15 +204,16 @@ struct BnApply {
   void* output;
 };
 
-// With g = grad_output where output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g xhat,
-// grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) with batch
+// With g = grad_output where the ReLU's output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g
+// xhat, grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) with batch
 // statistics, weight invstd g with running ones.
 struct BnBackward {
   Activation shape;
   const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null without a ReLU
-  ChannelVector weight, mean, invstd;
+  const void* output;  // the ReLU's output; null: that of BnApply without a residual
+  ChannelVector weight, bias, mean, invstd;
+  bool relu;  // false: g = grad_output
   bool batch_statistics;
   void* grad_input;     // or null
   void* grad_residual;  // or null
@@ -219,9 +225,8 @@ struct BnBackward {
 // grad_input alone, with given sums over `count` values per channel; count 0: running statistics, the sums are unused.
 struct BnBackwardApply {
   Activation shape;
-  const void* grad_output;
+  const void* grad_output;  // masked
   const void* input;
-  const void* output;  // the ReLU's output, or null where grad_output is masked already
   ChannelVector weight, mean, invstd, sum_g, sum_g_xhat;
   double count;
   void* grad_input;

@@ -19,10 +19,10 @@ for _schema in (
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, "
     "Tensor(d!) mean, Tensor(e!) invstd) -> ()",
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
-    "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
-    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
     # settings: stride, padding, dilation (vertical, horizontal) and groups
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int[] settings, float eps, bool relu, "

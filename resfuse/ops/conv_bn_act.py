@@ -157,7 +157,7 @@ define(
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """Saves the input, the two weights and, where there is a ReLU, the output as the source of its mask.
+    """Saves the input, the two weights, and what `recompute.save` says.
 
     With batch statistics it also saves z = conv(input), mean and invstd, as eager does.  With running statistics z is
     computed again in backward, and only if batch norm's weight needs a gradient: a frozen one costs nothing.
@@ -180,14 +180,15 @@ class ConvBNActFunction(torch.autograd.Function):
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.eps, ctx.convolution = bn.training, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        saved = Saved(input, residual, None, z, mean, invstd, *bn[2:4], conv_weight, conv_bias)
+        saved = Saved(input, residual, None, z, *bn[2:4], mean, invstd, conv_weight, conv_bias)
         recompute.save(ctx, saved, output, relu, bn.training)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved: Any = recompute.take(ctx)
+        saved = recompute.take(ctx)
         conv_weight, z = saved.conv_weight, saved.z
+        assert conv_weight is not None
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
         grads: Any = (None, None, None)
         if must_differentiate(grad_output):
@@ -200,7 +201,7 @@ class ConvBNActFunction(torch.autograd.Function):
                 z = grad_output
             # Without a ReLU the residual's gradient is grad_output itself.
             grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
-                grad_output, z, saved.output, saved.weight, saved.mean, saved.invstd, ctx.training,
+                grad_output, z, saved.output, saved.vectors, ctx.relu, ctx.training,
                 any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
             if grad_z is not None:
@@ -224,9 +225,10 @@ class ConvBNActFunction(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, saved: Any, grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations, from the inputs themselves."""
     input, conv_weight = recompute.input_of(ctx, saved), saved.conv_weight
+    output = recompute.mask_of(ctx, saved, saved.z)
     z = reference.conv_forward(input, conv_weight, saved.conv_bias, ctx.convolution)
     grad_z, grad_weight, grad_bias, grad_residual = bn_act.differentiable_backward(
-        grad_output, z, saved.output, saved.weight, saved.mean, saved.invstd, ctx.training, ctx.eps
+        grad_output, z, output, saved.vectors, ctx.training, ctx.eps
     )
     needs_conv = tuple(ctx.needs_input_grad[:3])
     grads = reference.conv_backward(grad_z, input, conv_weight, ctx.convolution, needs_conv)

@@ -12,7 +12,7 @@ are saved as they are, and so is y by every reader that does not know of this: P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from resfuse.backends import dispatch, reference
 from resfuse.ops.library import run_kernel
+
+Vectors = Sequence[Any]
+"""(weight, bias, mean, invstd) of a batch norm; the first two may be None."""
 
 _wanted: ContextVar[bool] = ContextVar("resfuse_recompute", default=False)
 
@@ -62,10 +65,10 @@ class Saved(NamedTuple):
     """Only as the source of the ReLU's mask."""
     z: Tensor | None = None
     """What is normalised; None where that is the input."""
-    mean: Tensor | None = None
-    invstd: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    mean: Tensor | None = None
+    invstd: Tensor | None = None
     conv_weight: Tensor | None = None
     conv_bias: Tensor | None = None
     count: Tensor | None = None
@@ -74,15 +77,18 @@ class Saved(NamedTuple):
     """For the readers of the output, to which FSDP does not give the parameters of the layer that made it."""
     bias_copy: Tensor | None = None
 
+    @property
+    def vectors(self) -> Vectors:
+        return self[4:8]
+
 
 class Reading:
     """What the readers of a node share during one backward pass."""
 
-    __slots__ = ("output", "saved", "task")
-
     def __init__(self, task: int, saved: Saved) -> None:
         self.task, self.saved = task, saved
-        self.output: Tensor | None = None
+        self.outputs: dict[bool, Tensor] = {}
+        """The output computed again, by whether it is a function that PyTorch can differentiate."""
 
 
 def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = True) -> None:
@@ -91,7 +97,8 @@ def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = Tr
     Sets `ctx.kept`, the nodes that are kept in place of (input, residual), and `ctx.recompute_version`: the version of
     an output that backward can compute again, else None.
     """
-    ctx.relu, ctx.masks_by_output = relu, relu
+    masks_by_input = relu and training and saved.residual is None and saved.mean is not None
+    ctx.relu, ctx.masks_by_output = relu, relu and not masks_by_input
     ctx.kept, ctx.recompute_version, ctx.reading, ctx.request = (None, None), None, None, None
     is_sum, again = saved.mean is None, False
     if not torch.compiler.is_compiling():
@@ -104,19 +111,21 @@ def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = Tr
             again = wanted and training and (residual is None or ctx.kept[1] is not None or _is_saved(residual))
         if again:
             ctx.recompute_version = output._version
-            copies = (None if vector is None else vector.clone() for vector in (saved.weight, saved.bias))
+            copies = (None if vector is None else vector.clone() for vector in saved.vectors[:2])
             saved = Saved(*saved[:-2], *copies)
         else:
             ctx.kept = None if is_sum else ctx.kept[0], None
         if wanted and ctx.kept[0] is None and not is_sum:
-            _note(saved.input, saved.input.grad_fn)
+            _note(saved.input, saved.input.grad_fn)  # type: ignore[arg-type, union-attr]
         if wanted and ctx.masks_by_output and not again:
             _note(output, ctx)
     ctx.save_for_backward(
         saved.input if ctx.kept[0] is None and not is_sum else None,
         saved.residual if ctx.kept[1] is None and again else None,
         output if ctx.masks_by_output and not again else None,
-        *saved[3:],
+        *saved[3:5],
+        saved.bias if masks_by_input or again else None,
+        *saved[6:],
     )
 
 
@@ -147,37 +156,47 @@ def take(ctx: Any) -> Saved:
     """What a node has saved, for its own backward, with the output if the ReLU's mask comes from it."""
     if ctx.recompute_version is None:
         return Saved(*ctx.saved_tensors)
-    output = output_of(ctx) if ctx.masks_by_output else None
+    output = output_of(ctx, False) if ctx.masks_by_output else None
     saved = _reading(ctx).saved
     ctx.reading = None  # all readers of the output have been
     return saved._replace(output=output)
 
 
 def input_of(ctx: Any, saved: Saved) -> Tensor:
-    """The input of the call, computed again where it was not saved."""
-    return output_of(ctx.kept[0]) if saved.input is None else saved.input
+    """The input of a call, computed again where it was not saved."""
+    return output_of(ctx.kept[0], torch.is_grad_enabled()) if saved.input is None else saved.input
 
 
-def output_of(node: Any) -> Tensor:
+def mask_of(ctx: Any, saved: Saved, z: Tensor | None) -> Tensor | None:
+    """The output, for its sign; None without a ReLU."""
+    if not ctx.relu or saved.output is not None:
+        return saved.output
+    with torch.no_grad():
+        return _apply(ctx, z, saved.vectors, None)
+
+
+def output_of(node: Any, differentiable: bool) -> Tensor:
     """The output of the call that a node belongs to, computed again once in a backward pass.
 
-    With create_graph=True it is a function of the tensors that the calls before it were given, as the output was.
+    Args:
+        node: one that `save` has given a `recompute_version`.
+        differentiable: as a function of the tensors that the calls before it were given (create_graph=True).
     """
-    connected = torch.is_grad_enabled()
     todo = [node]
     while todo:  # no recursion: a stage may have hundreds of blocks
         node = todo[-1]
         reading = _reading(node)
-        if reading.output is None:
+        if differentiable not in reading.outputs:
             of_input, of_residual = node.kept
-            needed = [of_input if connected or reading.saved.z is None else None, of_residual]
-            missing = [other for other in needed if other is not None and _reading(other).output is None]
+            needed = (of_input if differentiable or reading.saved.z is None else None, of_residual)
+            missing = [kept for kept in needed if kept is not None and differentiable not in _reading(kept).outputs]
             if missing:
                 todo += missing
                 continue
-            reading.output = _compute(node, reading.saved, connected)
+            with torch.set_grad_enabled(differentiable):
+                reading.outputs[differentiable] = _compute(node, reading.saved, differentiable)
         todo.pop()
-    return reading.output  # type: ignore[return-value]
+    return reading.outputs[differentiable]
 
 
 def _reading(node: Any) -> Reading:
@@ -188,22 +207,21 @@ def _reading(node: Any) -> Reading:
     return node.reading
 
 
-def _compute(node: Any, saved: Saved, connected: bool) -> Tensor:
+def _compute(node: Any, saved: Saved, differentiable: bool) -> Tensor:
     """The output, where those of the nodes that are kept are there."""
 
     def argument(which: int) -> Any:
         kept = node.kept[which]
-        return saved[which] if kept is None else kept.reading.output
+        return saved[which] if kept is None else kept.reading.outputs[differentiable]
 
     residual = argument(1)
     if saved.mean is None:
-        if connected:
+        if differentiable:
             return torch.relu(argument(0) + residual)
         return run_kernel("add_relu_forward", argument(0), residual, request=node.request)
-    if not connected:
-        z = argument(0) if saved.z is None else saved.z
-        vectors = (saved.mean, saved.invstd, saved.weight_copy, saved.bias_copy)
-        return run_kernel("bn_apply", z, *vectors, residual, node.relu, request=node.request)
+    if not differentiable:
+        vectors = (saved.weight_copy, saved.bias_copy, saved.mean, saved.invstd)
+        return _apply(node, argument(0) if saved.z is None else saved.z, vectors, residual)
     if saved.count is not None:
         raise RuntimeError("sync_bn_act: double backward is not supported")
     z = argument(0)
@@ -211,3 +229,8 @@ def _compute(node: Any, saved: Saved, connected: bool) -> Tensor:
         z = reference.conv_forward(z, saved.conv_weight, saved.conv_bias, node.convolution)
     output = F.batch_norm(z, None, None, saved.weight, saved.bias, True, 0.0, node.eps)
     return reference._activate(output, residual, node.relu)
+
+
+def _apply(node: Any, z: Any, vectors: Vectors, residual: Tensor | None) -> Tensor:
+    weight, bias, mean, invstd = vectors
+    return run_kernel("bn_apply", z, mean, invstd, weight, bias, residual, node.relu, request=node.request)

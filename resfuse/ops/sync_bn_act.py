@@ -100,7 +100,7 @@ def _run_backward_apply(grad_output: Tensor, input: Tensor, *vectors: Any, reque
     if through_dispatcher():
         return torch.ops.resfuse.bn_backward_apply(grad_output, input, *vectors)
     chosen = backend_for("bn_backward_apply", input, request=request)
-    return chosen.bn_backward_apply(grad_output, input, None, *vectors, 1)
+    return chosen.bn_backward_apply(grad_output, input, *vectors, 1)
 
 
 # Registered operators return what their fakes promise: new tensors only, with the strides of `empty_result`.
@@ -110,15 +110,16 @@ def _apply(input: Tensor, *rest: Any) -> Tensor:
     return as_result(backend_for("bn_apply", input).bn_apply(input, *rest), input)
 
 
-def _backward_reduce(grad_output: Tensor, input: Tensor, output: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _backward_reduce(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     chosen = backend_for("bn_backward_reduce", input)
-    sum_g, sum_g_xhat, masked = chosen.bn_backward_reduce(grad_output, input, output, *rest)
-    return sum_g, sum_g_xhat, input.new_empty(0) if output is None else as_result(masked, input)
+    sum_g, sum_g_xhat, masked = chosen.bn_backward_reduce(grad_output, input, *rest)
+    relu = rest[-1]
+    return sum_g, sum_g_xhat, as_result(masked, input) if relu else input.new_empty(0)
 
 
 def _backward_apply(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
     chosen = backend_for("bn_backward_apply", input)
-    return as_result(chosen.bn_backward_apply(grad_output, input, None, *rest, 1), input)
+    return as_result(chosen.bn_backward_apply(grad_output, input, *rest, 1), input)
 
 
 define(
@@ -133,13 +134,13 @@ define(
     lambda input, *_: empty_result(input),
 )
 define(
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu) -> (Tensor, Tensor, Tensor)",
     _backward_reduce,
-    lambda grad_output, input, output, mean, invstd: (
+    lambda grad_output, input, output, weight, bias, mean, invstd, relu: (
         torch.empty_like(mean),
         torch.empty_like(mean),
-        input.new_empty(0) if output is None else empty_result(input),
+        empty_result(input) if relu else input.new_empty(0),
     ),
 )
 define(
@@ -153,8 +154,8 @@ define(
 class SyncBNActFunction(torch.autograd.Function):
     """Normalisation by given statistics of all processes, whose dependence on the input enters the gradient.
 
-    Saves the input, mean, invstd and count, and, where there is a ReLU, the output as the source of its mask.  The
-    gradients of weight and bias are this process's own, as those of all other parameters are (DDP averages them).
+    Saves the input, the weight, mean, invstd and count, and what `recompute.save` says.  The gradients of weight and
+    bias are this process's own, as those of all other parameters are (DDP averages them).
     """
 
     @staticmethod
@@ -172,22 +173,21 @@ class SyncBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
         ctx.group = group
-        saved = Saved(input, residual, None, None, mean, invstd, weight, bias, count=count)
-        recompute.save(ctx, saved, output, relu)
+        recompute.save(ctx, Saved(input, residual, None, None, weight, bias, mean, invstd, count=count), output, relu)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         saved = recompute.take(ctx)
-        input, output, mean, invstd = recompute.input_of(ctx, saved), saved.output, saved.mean, saved.invstd
-        args = (grad_output, input, output, mean, invstd)
+        input, (weight, _, mean, invstd) = recompute.input_of(ctx, saved), saved.vectors
+        args = (grad_output, input, saved.output, *saved.vectors, ctx.relu)
         grad_bias, grad_weight, masked = run_kernel("bn_backward_reduce", *args, request=ctx.request)
-        masked = grad_output if output is None else masked  # the registered operator returns new tensors only
+        masked = masked if ctx.relu else grad_output  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
             mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / saved.count).chunk(2)
-            vectors = (saved.weight, mean, invstd, mean_g, mean_g_xhat)
+            vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
             grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (
             grad_input,

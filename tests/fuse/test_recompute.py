@@ -86,7 +86,9 @@ def test_every_way_of_writing_a_block(name: str, dtype: torch.dtype) -> None:
                 continue
             found = models.results(lean.train(training), input, evaluate=drawn_alike)
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-        sizes = [kept(lambda twin=twin: drawn_alike(twin.train(), input.requires_grad_()), twin) for twin in (lean, plain)]
+        sizes = [
+            kept(lambda twin=twin: drawn_alike(twin.train(), input.requires_grad_()), twin) for twin in (lean, plain)
+        ]
         assert sizes[0] <= sizes[1] + 2048  # copies of parameters
 
 
@@ -157,6 +159,7 @@ def test_autocast(backend: str) -> None:
 
 def test_frozen_layers() -> None:
     """Frozen parameters, whole stages, and batch norms in eval() within a model in train()."""
+
     def freeze(model: Any) -> None:
         model[0].requires_grad_(False)
         model[1].eval()
@@ -214,9 +217,7 @@ def test_graphs_that_are_used_in_other_ways(scenario: str) -> None:
             loss = model(first).square().sum()
             parameters = list(model.parameters())
             for some in (parameters[-3:], parameters[6:9], parameters[:2], parameters):
-                for parameter, grad in zip(
-                    some, torch.autograd.grad(loss, some, retain_graph=True), strict=True
-                ):
+                for parameter, grad in zip(some, torch.autograd.grad(loss, some, retain_graph=True), strict=True):
                     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         found.append(gradients(model))
     assert_equal_lists(*found)
@@ -386,7 +387,9 @@ def test_compiled_models_leave_it_to_the_partitioner() -> None:
     torch._dynamo.reset()
     lean, plain = twins(chain)
     compiled = torch.compile(lean.double(), backend="aot_eager", fullgraph=True)
-    expected, found = (models.results(model, models.random_input(INPUT).double()) for model in (plain.double(), compiled))
+    expected, found = (
+        models.results(model, models.random_input(INPUT).double()) for model in (plain.double(), compiled)
+    )
     for key, tensor in expected.items():
         named = key.replace("grad of ", "grad of _orig_mod.").replace("buffer ", "buffer _orig_mod.")
         torch.testing.assert_close(found[named], tensor, rtol=1e-7, atol=1e-9)
@@ -406,6 +409,7 @@ def test_copies_keep_it_and_unfuse_takes_it_away() -> None:
 
 def test_blocks_of_resfuse_within_a_fused_model() -> None:
     """It counts for everything that is called within."""
+
     def build() -> nn.Module:
         return torchvision.models.ResNet(resfuse.nn.BasicBlock, [2, 2, 1, 1], num_classes=3)  # type: ignore[arg-type]
 
