@@ -204,6 +204,7 @@ class ConvBNActFunction(torch.autograd.Function):
                 grad_output, z, saved.output, saved.vectors, ctx.relu, ctx.training,
                 any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
+            saved, z = saved._replace(z=None, output=None), None  # the convolution's gradients take their place
             if grad_z is not None:
                 input = recompute.input_of(ctx, saved)
                 grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), ctx.request)

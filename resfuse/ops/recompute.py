@@ -141,7 +141,7 @@ def _note(tensor: Tensor, node: Any) -> None:
 
 
 def _is_saved(tensor: Tensor) -> bool:
-    node = tensor.grad_fn
+    node: Any = tensor.grad_fn
     return node is not None and tensor.output_nr == 0 and node.metadata.get(_KEY) == tensor._version
 
 
@@ -153,13 +153,21 @@ def _maker(tensor: Tensor | None) -> Any:
 
 
 def take(ctx: Any) -> Saved:
-    """What a node has saved, for its own backward, with the output if the ReLU's mask comes from it."""
-    if ctx.recompute_version is None:
+    """What a node has saved, for its own backward, with the output if the ReLU's mask comes from it.
+
+    Unless the graph is retained, the caller is the only one who holds it then, and can free each tensor as soon as it
+    has been read.
+    """
+    if torch.compiler.is_compiling():
         return Saved(*ctx.saved_tensors)
-    output = output_of(ctx, False) if ctx.masks_by_output else None
-    saved = _reading(ctx).saved
-    ctx.reading = None  # all readers of the output have been
-    return saved._replace(output=output)
+    if ctx.recompute_version is None:
+        saved = Saved(*ctx.saved_tensors)
+    else:
+        output = output_of(ctx, False) if ctx.masks_by_output else None
+        saved = _reading(ctx).saved._replace(output=output)
+        ctx.reading = None  # all readers of the output have been
+    ctx.maybe_clear_saved_tensors()
+    return saved
 
 
 def input_of(ctx: Any, saved: Saved) -> Tensor:
@@ -207,7 +215,7 @@ def _reading(node: Any) -> Reading:
     return node.reading
 
 
-def _compute(node: Any, saved: Saved, differentiable: bool) -> Tensor:
+def _compute(node: Any, saved: Any, differentiable: bool) -> Tensor:
     """The output, where those of the nodes that are kept are there."""
 
     def argument(which: int) -> Any:

@@ -179,7 +179,7 @@ class SyncBNActFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved = recompute.take(ctx)
+        saved: Any = recompute.take(ctx)
         input, (weight, _, mean, invstd) = recompute.input_of(ctx, saved), saved.vectors
         args = (grad_output, input, saved.output, *saved.vectors, ctx.relu)
         grad_bias, grad_weight, masked = run_kernel("bn_backward_reduce", *args, request=ctx.request)
