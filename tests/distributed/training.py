@@ -108,13 +108,16 @@ def fully_sharded() -> None:
 
 @scenario
 def recomputation() -> None:
-    """The same bits as without, for synchronised batch norm in DDP, and for FSDP2.
+    """The same bits as without, for synchronised batch norm, DDP and FSDP2.
 
-    That frees a layer's parameters while the layers behind it, which compute its output again, run backward.
+    FSDP2 frees a layer's parameters while the layers behind it, which compute its output again, run backward.
     """
 
+    def synchronised(model: nn.Module, recompute: bool) -> nn.Module:
+        resfuse.fuse_(to_sync(model), recompute=recompute)
+        return model
+
     def in_ddp(model: nn.Module, recompute: bool) -> nn.Module:
-        model = to_sync(model)
         resfuse.fuse_(model, recompute=recompute)
         return DistributedDataParallel(model)
 
@@ -124,7 +127,7 @@ def recomputation() -> None:
             fully_shard(module)
         return model
 
-    for wrap in (in_ddp, sharded):
+    for wrap in (synchronised, in_ddp, sharded):
         found = []
         for recompute in (False, True):
             model = wrap(models.small_resnet(Bottleneck), recompute)
