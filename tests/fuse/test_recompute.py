@@ -255,12 +255,15 @@ def test_memory_is_freed_after_backward() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("partly", [False, True], ids=["", "after a part of backward"])
 @pytest.mark.parametrize("what", ["weight", "bias", "input"])
-def test_in_place_writes_are_noticed(what: str) -> None:
+def test_in_place_writes_are_noticed(what: str, partly: bool) -> None:
     """As in eager, where backward needs the value of the forward."""
     lean, _ = twins(lambda: nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), *models.conv_bn_relu()))
-    input = models.random_input(INPUT).requires_grad_() * 1
+    input = models.random_input(INPUT).to(memory_format=torch.channels_last).requires_grad_() * 1
     loss = lean(input).sum()
+    if partly:  # the output of the first call is computed again, and its node does not run
+        torch.autograd.grad(loss, lean[2].weight, retain_graph=True)  # type: ignore[index, union-attr]
     with torch.no_grad():
         (input if what == "input" else getattr(lean[0], what)).add_(1)  # type: ignore[index]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
