@@ -104,6 +104,35 @@ struct BnBackwardApply {
   void* grad_input;
 };
 
+// One dimension of the windows of a pooling: window `i` of `out` has the elements i stride - padding + j dilation,
+// j < kernel, as far as they exist.
+struct PoolAxis {
+  int64_t size, out, kernel, stride, padding, dilation;
+};
+
+// Max pooling on NHWC memory; a window has at most 256 elements.
+struct MaxPool {
+  int64_t batch, channels;
+  PoolAxis rows, columns;
+  DType dtype;
+};
+
+// output = the maximum of each window, positions = which element it is, by rows; the first of several, the last NaN.
+struct MaxPoolForward {
+  MaxPool pool;
+  const void* input;
+  void* output;
+  uint8_t* positions;
+};
+
+// grad_input = the sum of the gradients of the windows whose maximum an element is.
+struct MaxPoolBackward {
+  MaxPool pool;
+  const void* grad_output;
+  const uint8_t* positions;
+  void* grad_input;
+};
+
 // A convolution on NHWC memory: input (batch, height, width, channels), weight (filters, kernel_h, kernel_w,
 // channels / groups), output (batch, out_height, out_width, filters).
 struct Convolution {
@@ -157,6 +186,8 @@ void bn_eval_forward(const BnEvalForward& args);
 void bn_train_forward(const BnTrainForward& args);
 void bn_backward_reduce(const BnBackwardReduce& args);
 void bn_backward_apply(const BnBackwardApply& args);
+void max_pool_forward(const MaxPoolForward& args);
+void max_pool_backward(const MaxPoolBackward& args);
 void conv_forward(const ConvForward& args);
 void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();

@@ -11,8 +11,8 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import cpu_kernels, reference
 from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, conv_statistics_forward
-from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
-from resfuse.types import BatchNorm, Convolution, Problem
+from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, pool_output_size, residual_for
+from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -204,6 +204,25 @@ def bn_backward_apply(
         grad_output, input, None, _float(weight), None, mean, invstd, False, sum_g, sum_g_xhat, count or 0, grad_input
     )
     return grad_input
+
+
+def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    input = channels_last(input)
+    shape = (*input.shape[:2], *pool_output_size(input.shape, pooling))
+    output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
+    positions = torch.empty_like(output, dtype=torch.uint8)
+    cpu_kernels.max_pool_forward(input, _window_settings(pooling), output, positions)
+    return output, positions
+
+
+def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
+    grad_input = torch.empty(shape, dtype=grad_output.dtype, memory_format=torch.channels_last)
+    cpu_kernels.max_pool_backward(channels_last(grad_output), positions, _window_settings(pooling), grad_input)
+    return grad_input
+
+
+def _window_settings(pooling: Pooling) -> tuple[int, ...]:
+    return *pooling.kernel_size, *pooling.stride, *pooling.padding, *pooling.dilation
 
 
 def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:

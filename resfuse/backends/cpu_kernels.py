@@ -23,6 +23,9 @@ for _schema in (
     "Tensor invstd, bool relu, Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    # settings: kernel, stride, padding, dilation (vertical, horizontal)
+    "max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()",
+    "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
     # settings: stride, padding, dilation (vertical, horizontal) and groups
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int[] settings, float eps, bool relu, "
@@ -49,3 +52,5 @@ conv_inference_forward = _kernels.conv_inference_forward.default
 conv_input_grad = _kernels.conv_input_grad.default
 conv_statistics_forward = _kernels.conv_statistics_forward.default
 instruction_set = _kernels.instruction_set.default
+max_pool_backward = _kernels.max_pool_backward.default
+max_pool_forward = _kernels.max_pool_forward.default

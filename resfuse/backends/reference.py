@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.layout import as_result, conv_memory_format, is_channels_last
-from resfuse.types import BatchNorm, Convolution, Pair, Problem
+from resfuse.types import BatchNorm, Convolution, Pair, Pooling, Problem
 
 KERNELS = (
     "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
     "conv_bn_act_forward", "conv_forward", "conv_backward",
-    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply", "max_pool_forward", "max_pool_backward",
 )  # fmt: skip
 
 
@@ -256,6 +256,36 @@ def bn_backward_apply(
         g = g - _per_channel(sum_g) / count - xhat * _per_channel(sum_g_xhat) / count
     scale = invstd if weight is None else invstd * weight
     return (g * _per_channel(scale)).to(input.dtype)
+
+
+def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """(output, positions) of `F.max_pool2d`; a position is that of the maximum in its window, by rows, as uint8.
+
+    Of several maxima it is the first; NaN is greater than all numbers, and of several NaN it is the last.
+    """
+    output, pixels = F.max_pool2d(input, *pooling, return_indices=True)
+    rows, columns = _window_starts(output, pooling)
+    width, (dilation_h, dilation_w) = input.shape[3], pooling.dilation
+    row, column = (pixels // width - rows) // dilation_h, (pixels % width - columns) // dilation_w
+    return output, (row * pooling.kernel_size[1] + column).to(torch.uint8)
+
+
+def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
+    """The gradient of an input of that shape, in any layout; a composition of differentiable operations."""
+    rows, columns = _window_starts(positions, pooling)
+    where, kernel_w = positions.long(), pooling.kernel_size[1]
+    row = rows + where // kernel_w * pooling.dilation[0]
+    column = columns + where % kernel_w * pooling.dilation[1]
+    pixels = (row * shape[3] + column).flatten(2)
+    images = grad_output.new_zeros((*shape[:2], shape[2] * shape[3]))
+    return images.scatter_add(2, pixels, grad_output.reshape(pixels.shape)).view(shape)
+
+
+def _window_starts(output: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """The first row and column of each window, which may lie in the padding."""
+    row, column = (torch.arange(size, device=output.device) for size in output.shape[2:])
+    (stride_h, stride_w), (padding_h, padding_w) = pooling.stride, pooling.padding
+    return (row * stride_h - padding_h).view(-1, 1), column * stride_w - padding_w
 
 
 def inference_statistics(bn: BatchNorm) -> tuple[Tensor, Tensor]:
