@@ -71,7 +71,7 @@ class Saved(NamedTuple):
     invstd: Tensor | None = None
     conv_weight: Tensor | None = None
     conv_bias: Tensor | None = None
-    count: Tensor | None = None
+    total_count: Tensor | None = None
     """Number of values of all processes, where batch norm is synchronised."""
     weight_copy: Tensor | None = None
     """For the readers of the output, to which FSDP does not give the parameters of the layer that made it."""
@@ -230,7 +230,7 @@ def _compute(node: Any, saved: Any, differentiable: bool) -> Tensor:
     if not differentiable:
         vectors = (saved.weight_copy, saved.bias_copy, saved.mean, saved.invstd)
         return _apply(node, argument(0) if saved.z is None else saved.z, vectors, residual)
-    if saved.count is not None:
+    if saved.total_count is not None:
         raise RuntimeError("sync_bn_act: double backward is not supported")
     z = argument(0)
     if saved.z is not None:

@@ -173,7 +173,9 @@ class SyncBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
         ctx.group = group
-        recompute.save(ctx, Saved(input, residual, None, None, weight, bias, mean, invstd, count=count), output, relu)
+        recompute.save(
+            ctx, Saved(input, residual, None, None, weight, bias, mean, invstd, total_count=count), output, relu
+        )
         return output
 
     @staticmethod
@@ -186,7 +188,9 @@ class SyncBNActFunction(torch.autograd.Function):
         masked = masked if ctx.relu else grad_output  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
-            mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / saved.count).chunk(2)
+            mean_g, mean_g_xhat = (
+                _all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / saved.total_count
+            ).chunk(2)
             vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
             grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (
