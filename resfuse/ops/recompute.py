@@ -4,7 +4,7 @@ A call y = act(bn(z) [+ residual]) in training keeps z, mean and invstd.  Within
 call that reads y keeps, in place of it, the autograd node that made it.  In backward the first reader computes y again
 by the element-wise kernel `bn_apply`, bit for bit what it was; the node, which runs after all readers of y, drops it.
 A residual may be such a y itself, so that the outputs of a stage of residual blocks come back together and go one by
-one.  No convolution is computed twice.
+one; of a long stage some come back twice.  No convolution is computed twice.
 
 A tensor's node is its `grad_fn`.  A view, and a tensor that was written to, have another one or another version: those
 are saved as they are, and so is y by every reader that does not know of this: PyTorch's functions, hooks, users.
@@ -12,6 +12,7 @@ are saved as they are, and so is y by every reader that does not know of this: P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -184,13 +185,13 @@ def mask_of(ctx: Any, saved: Saved, z: Tensor | None) -> Tensor | None:
 
 
 def output_of(node: Any, differentiable: bool) -> Tensor:
-    """The output of the call that a node belongs to, computed again once in a backward pass.
+    """The output of the call that a node belongs to, computed again for all of its readers.
 
     Args:
         node: one that `save` has given a `recompute_version`.
         differentiable: as a function of the tensors that the calls before it were given (create_graph=True).
     """
-    todo = [node]
+    todo, depth = [node], 1
     while todo:  # no recursion: a stage may have hundreds of blocks
         node = todo[-1]
         reading = _reading(node)
@@ -200,11 +201,23 @@ def output_of(node: Any, differentiable: bool) -> Tensor:
             missing = [kept for kept in needed if kept is not None and differentiable not in _reading(kept).outputs]
             if missing:
                 todo += missing
+                depth = len(todo)
                 continue
             with torch.set_grad_enabled(differentiable):
                 reading.outputs[differentiable] = _compute(node, reading.saved, differentiable)
+            if not differentiable and of_residual is not None and _is_passed(len(todo), depth):
+                del of_residual.reading.outputs[False]
         todo.pop()
     return reading.outputs[differentiable]
+
+
+def _is_passed(distance: int, depth: int) -> bool:
+    """True for the outputs of a long row of blocks that are computed once more rather than held until they are read.
+
+    With sqrt(depth) blocks to a group, the nearest group stays, and the last block of every other one.
+    """
+    group = 1 + math.isqrt(depth)
+    return distance > group and distance % group != 0
 
 
 def _reading(node: Any) -> Reading:

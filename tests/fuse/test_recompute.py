@@ -21,6 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import resfuse
 from resfuse import fuse_, unfuse_
 from resfuse import models as zoo
+from resfuse.backends import cpu
 from tests import models, shapes
 from tests.fuse.styles import STYLES, TRAPS, C
 
@@ -223,12 +224,28 @@ def test_graphs_that_are_used_in_other_ways(scenario: str) -> None:
     assert_equal_lists(*found)
 
 
+def test_a_long_stage_does_not_come_back_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    lean, _ = twins(lambda: nn.Sequential(*models.conv_bn_relu(4), *(BasicBlock(4, 4) for _ in range(36))))
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def noting(*args: Any) -> Tensor:
+        output = apply(*args)
+        made.append(weakref.ref(output))
+        alive.append(sum(ref() is not None for ref in made))
+        return output
+
+    apply = cpu.bn_apply
+    monkeypatch.setattr(cpu, "bn_apply", noting)
+    lean(models.random_input((1, 4, 2, 2))).sum().backward()
+    assert max(alive) <= 16  # 2 sqrt(36), and what the readers hold
+    assert len(made) <= 2.5 * (1 + 2 * 36)
+
+
 def test_memory_is_freed_after_backward() -> None:
     """Nothing is computed again that stays, with retain_graph neither; and a dropped graph needs no collector."""
     lean, _ = twins(chain)
     alive: list[weakref.ref[Tensor]] = []
-    from resfuse.backends import cpu
-
     apply = cpu.bn_apply
 
     def noting(*args: Any) -> Tensor:
