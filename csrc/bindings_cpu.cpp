@@ -187,7 +187,7 @@ bool is_dense_nhwc(const Tensor& tensor) {
 
 // Height and width of input and output come from the tensors, the rest from `settings`: kernel, stride, padding,
 // dilation (vertical, horizontal).
-resfuse::MaxPool pool_args(const Tensor& input, const Tensor& output, const Tensor& positions,
+resfuse::Pooling pool_args(const Tensor& input, const Tensor& output, const Tensor& positions,
                            const std::vector<int64_t>& settings) {
   STD_TORCH_CHECK(settings.size() == 8, "settings: expected 8 numbers, got ", settings.size());
   STD_TORCH_CHECK(settings[0] * settings[1] <= 256, "settings: expected at most 256 elements in a window");
@@ -258,14 +258,20 @@ Tensor readable(const Tensor& input, const Tensor& weight) {
                                                                                                  : input;
 }
 
-// stride, padding, dilation (vertical, horizontal) and groups, in this order.
+// The numbers of a convolution, in one tensor of float64: PyTorch takes half a microsecond for each of an operator's.
 struct Settings {
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+  double eps;
+  bool relu, overwrite_residual, pad_residual;
 
-  explicit Settings(const std::vector<int64_t>& list) {
-    STD_TORCH_CHECK(list.size() == 7, "settings: expected 7 numbers, got ", list.size());
-    stride_h = list[0], stride_w = list[1], padding_h = list[2], padding_w = list[3];
-    dilation_h = list[4], dilation_w = list[5], groups = list[6];
+  explicit Settings(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.numel() == 11 && tensor.is_contiguous(),
+                    "settings: expected 11 numbers in float64");
+    const double* at = static_cast<const double*>(tensor.data_ptr());
+    for (int64_t* to : {&stride_h, &stride_w, &padding_h, &padding_w, &dilation_h, &dilation_w, &groups})
+      *to = static_cast<int64_t>(*at++);
+    eps = *at++;
+    for (bool* to : {&relu, &overwrite_residual, &pad_residual}) *to = *at++ != 0;
   }
 };
 
@@ -303,40 +309,120 @@ resfuse::ConvForward conv_args(const Tensor& input, const Tensor& weight, const 
   return args;
 }
 
-Tensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor running_mean,
-                              OptionalTensor running_var, OptionalTensor bn_weight, OptionalTensor bn_bias,
-                              OptionalTensor residual, std::vector<int64_t> settings, double eps, bool relu,
-                              bool overwrite_residual) {
-  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
-  const Tensor read = readable(input, weight);
-  resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
-  const resfuse::Convolution& conv = args.conv;
-  args.running_mean = conv_vector(running_mean, conv.filters, "running_mean");
-  args.running_var = conv_vector(running_var, conv.filters, "running_var");
-  args.bn_weight = conv_vector(bn_weight, conv.filters, "weight");
-  args.bn_bias = conv_vector(bn_bias, conv.filters, "bias");
-  args.eps = eps;
-  args.relu = relu;
-  bool in_place = false;
-  if (residual) {
-    const auto size = residual->sizes();
-    STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == input.scalar_type() && size[0] == conv.batch &&
-                        size[1] <= conv.filters && size[2] == conv.out_height && size[3] == conv.out_width,
-                    "residual: its shape or dtype does not fit the output");
-    in_place = overwrite_residual && size[1] == conv.filters && is_dense_nhwc(*residual);
-    residual = to_nhwc(*residual);
-    args.residual = residual->data_ptr();
-    args.residual_channels = size[1];
+// Whether a tensor lies in strided CPU memory, as all arguments of an operator that checks them itself must.
+bool is_readable(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.layout() == torch::headeronly::Layout::Strided && tensor.data_ptr() != nullptr;
+}
+
+bool is_vector(const OptionalTensor& tensor, int64_t filters, ScalarType narrow, ScalarType wide) {
+  if (!tensor) return true;
+  const ScalarType type = tensor->scalar_type();
+  return is_readable(*tensor) && tensor->dim() == 1 && tensor->size(0) == filters && (type == narrow || type == wide);
+}
+
+// Whether the memory from the first to the last element of one tensor meets that of another.
+bool may_overlap(const Tensor& one, const Tensor& other) {
+  const auto extent = [](const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    const char* first = static_cast<const char*>(tensor.data_ptr());
+    return std::pair(first, first + (last + 1) * static_cast<int64_t>(tensor.element_size()));
+  };
+  const auto [a, a_end] = extent(one);
+  const auto [b, b_end] = extent(other);
+  return a < b_end && b < a_end;
+}
+
+// What F.conv2d and F.batch_norm accept on the CPU in the kernels' dtypes, with a weight that may be wider than the
+// input.  Everything else is left to the caller, who finds the words for an error.
+bool fits(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_bias, const OptionalTensor (&bn)[4],
+          const OptionalTensor& residual, const Settings& settings) {
+  if (!is_readable(input) || !is_readable(weight) || input.dim() != 4 || weight.dim() != 4) return false;
+  const ScalarType type = input.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::BFloat16) return false;
+  if (weight.scalar_type() != type && weight.scalar_type() != ScalarType::Float) return false;
+  const auto size = input.sizes(), kernel = weight.sizes();
+  const int64_t filters = kernel[0];
+  if (input.numel() == 0 || weight.numel() == 0 || filters % settings.groups != 0 ||
+      size[1] != kernel[1] * settings.groups)
+    return false;
+  if (!is_vector(conv_bias, filters, type, weight.scalar_type())) return false;
+  for (const OptionalTensor& vector : bn)
+    if (!is_vector(vector, filters, type, ScalarType::Float)) return false;
+  if (bn[0].has_value() != bn[1].has_value()) return false;
+  const int64_t height = size[2] + 2 * settings.padding_h - settings.dilation_h * (kernel[2] - 1) - 1;
+  const int64_t width = size[3] + 2 * settings.padding_w - settings.dilation_w * (kernel[3] - 1) - 1;
+  if (height < 0 || width < 0) return false;
+  if (!residual) return true;
+  if (!is_readable(*residual) || residual->dim() != 4 || residual->scalar_type() != type) return false;
+  const auto of = residual->sizes();
+  return of[0] == size[0] && of[2] == height / settings.stride_h + 1 && of[3] == width / settings.stride_w + 1 &&
+         (of[1] == filters || (settings.pad_residual && of[1] < filters));
+}
+
+// The tensors of a convolution in inference, in the order of the operators' schemas.
+struct Inference {
+  Tensor input, weight;
+  OptionalTensor conv_bias, bn[4], residual;
+
+  OptionalTensor run(const Settings& settings, const resfuse::MaxPool* pool) {
+    if (!fits(input, weight, conv_bias, bn, residual, settings)) return std::nullopt;
+    const Tensor read = readable(input, weight);
+    resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), settings);
+    const resfuse::Convolution& conv = args.conv;
+    args.running_mean = conv_vector(bn[0], conv.filters, "running_mean");
+    args.running_var = conv_vector(bn[1], conv.filters, "running_var");
+    args.bn_weight = conv_vector(bn[2], conv.filters, "weight");
+    args.bn_bias = conv_vector(bn[3], conv.filters, "bias");
+    args.eps = settings.eps;
+    args.relu = settings.relu;
+    bool in_place = false;
+    if (residual) {
+      const int64_t channels = residual->size(1);
+      in_place = settings.overwrite_residual && channels == conv.filters && is_dense_nhwc(*residual) &&
+                 !may_overlap(*residual, input);
+      residual = to_nhwc(*residual);
+      args.residual = residual->data_ptr();
+      args.residual_channels = channels;
+    }
+    if (pool == nullptr) {
+      const Tensor output = in_place ? *residual : empty_nhwc(conv);
+      args.output = output.data_ptr();
+      resfuse::cpu::conv_forward(args);
+      return in_result_format(output, input, weight);
+    }
+    resfuse::MaxPool sized = *pool;
+    sized.out_height = (conv.out_height + 2 * pool->padding_h - pool->kernel_h) / pool->stride_h + 1;
+    sized.out_width = (conv.out_width + 2 * pool->padding_w - pool->kernel_w) / pool->stride_w + 1;
+    if (conv.out_height + 2 * pool->padding_h < pool->kernel_h || conv.out_width + 2 * pool->padding_w < pool->kernel_w)
+      return std::nullopt;
+    resfuse::Convolution pooled = conv;
+    pooled.out_height = sized.out_height, pooled.out_width = sized.out_width;
+    const Tensor output = empty_nhwc(pooled);
+    args.output = output.data_ptr();
+    if (!resfuse::cpu::conv_pool_forward(args, sized)) return std::nullopt;
+    return in_result_format(output, input, weight);
   }
-  const Tensor output = in_place ? *residual : empty_nhwc(conv);
-  args.output = output.data_ptr();
-  resfuse::cpu::conv_forward(args);
-  return in_result_format(output, input, weight);
+};
+
+OptionalTensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor mean,
+                                      OptionalTensor var, OptionalTensor bn_weight, OptionalTensor bn_bias,
+                                      OptionalTensor residual, Tensor settings) {
+  return Inference{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, residual}.run(Settings(settings),
+                                                                                            nullptr);
+}
+
+OptionalTensor conv_pool_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor mean,
+                                 OptionalTensor var, OptionalTensor bn_weight, OptionalTensor bn_bias, Tensor settings,
+                                 std::vector<int64_t> pool) {
+  STD_TORCH_CHECK(pool.size() == 6, "pool: expected kernel size, stride and padding");
+  const resfuse::MaxPool sizes{pool[0], pool[1], pool[2], pool[3], pool[4], pool[5], 0, 0};
+  return Inference{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, {}}.run(Settings(settings), &sizes);
 }
 
 // z = conv(input) + conv_bias, and its mean and M2 per channel, in float64.
 std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, OptionalTensor conv_bias,
-                                                   std::vector<int64_t> settings) {
+                                                   Tensor settings) {
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, "input, conv_weight: expected 4 dimensions");
   const Tensor read = readable(input, weight);
   resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
@@ -350,7 +436,7 @@ std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, 
 }
 
 // The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.
-Tensor conv_input_grad(Tensor grad_output, Tensor weight, std::vector<int64_t> settings) {
+Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings) {
   Settings turned(settings);
   STD_TORCH_CHECK(grad_output.dim() == 4 && weight.dim() == 4 && grad_output.size(1) == weight.size(0),
                   "grad_output, conv_weight: shapes do not fit each other");
@@ -391,7 +477,6 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
-  m.impl("conv_inference_forward", TORCH_BOX(&conv_inference_forward));
   m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_statistics_forward", TORCH_BOX(&conv_statistics_forward));
 }
@@ -399,4 +484,10 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {
   m.impl("bfloat16_products", TORCH_BOX(&bfloat16_products));
   m.impl("instruction_set", TORCH_BOX(&instruction_set));
+}
+
+// Called without a gradient, and for tensors that may lie anywhere: it looks for itself.
+STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeImplicitAutograd, m) {
+  m.impl("conv_inference_forward", TORCH_BOX(&conv_inference_forward));
+  m.impl("conv_pool_forward", TORCH_BOX(&conv_pool_forward));
 }

@@ -110,8 +110,8 @@ struct PoolAxis {
   int64_t size, out, kernel, stride, padding, dilation;
 };
 
-// Max pooling on NHWC memory; a window has at most 256 elements.
-struct MaxPool {
+// A pooling on NHWC memory; a window has at most 256 elements.
+struct Pooling {
   int64_t batch, channels;
   PoolAxis rows, columns;
   DType dtype;
@@ -119,7 +119,7 @@ struct MaxPool {
 
 // output = the maximum of each window, positions = which element it is, by rows; the first of several, the last NaN.
 struct MaxPoolForward {
-  MaxPool pool;
+  Pooling pool;
   const void* input;
   void* output;
   uint8_t* positions;
@@ -127,7 +127,7 @@ struct MaxPoolForward {
 
 // grad_input = the sum of the gradients of the windows whose maximum an element is.
 struct MaxPoolBackward {
-  MaxPool pool;
+  Pooling pool;
   const void* grad_output;
   const uint8_t* positions;
   void* grad_input;
@@ -160,6 +160,12 @@ struct WeightStrides {
 // How bfloat16 is multiplied: widened to float32, or in pairs by vdpbf16ps.
 enum class BFloat16Products : int32_t { widened, pairs };
 
+// Max pooling, each pair (vertical, horizontal); padding is never a maximum.
+struct MaxPool {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  int64_t out_height, out_width;
+};
+
 // output = act(BN(conv(input, weight) + conv_bias) + residual) on the CPU, or without BN where running_var is null.
 struct ConvForward {
   Convolution conv;
@@ -189,6 +195,10 @@ void bn_backward_apply(const BnBackwardApply& args);
 void max_pool_forward(const MaxPoolForward& args);
 void max_pool_backward(const MaxPoolBackward& args);
 void conv_forward(const ConvForward& args);
+
+// Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
+// after the other, and nothing has happened.
+bool conv_pool_forward(const ConvForward& args, const MaxPool& pool);
 void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();
 // The faster of those that the processor has, measured once, or the one that RESFUSE_CPU_BF16 names.

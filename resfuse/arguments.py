@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfuse.layout import conv_output_shape
-from resfuse.types import BatchNorm, Convolution, Pair
+from resfuse.types import BatchNorm, Convolution, Setting
 
 _ACTIVATIONS = ("relu", "identity")
 
@@ -103,9 +102,6 @@ def check_convolution(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | No
         raise ValueError(f"conv_bias: expected device {input.device} (that of input), got {conv_bias.device}")
 
 
-Setting = int | tuple[int, ...] | list[int]
-
-
 def convolution(
     input_shape: torch.Size, weight_shape: torch.Size, stride: Setting, padding: Setting, dilation: Setting, groups: int
 ) -> tuple[Convolution, tuple[int, int, int, int]]:
@@ -120,9 +116,7 @@ def _convolution(
 ) -> tuple[Convolution, tuple[int, int, int, int]]:
     if groups < 1 or weight_shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {weight_shape[0]} output channels, got {groups}")
-    settings = Convolution(
-        _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1), operator.index(groups)
-    )
+    settings = Convolution.of(stride, padding, dilation, groups)
     if input_shape[1] != weight_shape[1] * groups:
         raise ValueError(
             f"input: expected {weight_shape[1] * groups} channels (conv_weight {tuple(weight_shape)}, "
@@ -138,14 +132,3 @@ def _convolution(
 
 
 _cached_convolution = functools.lru_cache(maxsize=4096)(_convolution)
-
-
-def _pair(name: str, value: Setting, minimum: int) -> Pair:
-    parts = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    try:
-        pair = tuple(operator.index(part) for part in parts)  # NumPy's integers too
-    except TypeError:
-        pair = ()
-    if len(pair) not in (1, 2) or min(pair) < minimum:
-        raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
-    return pair[0], pair[-1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from resfuse import arguments, ops
+from resfuse.backends import dispatch
 from resfuse.ops.add_relu import AddReLUFunction
 from resfuse.ops.bn_act import BNActFunction
 from resfuse.ops.conv_bn_act import ConvBNActFunction
@@ -283,8 +284,20 @@ def packed_conv_bn_act(
     relu: bool = True,
     overwrite_residual: bool = False,
     pad_residual: bool = False,
+    from_modules: bool = False,
 ) -> Tensor:
-    """`conv_bn_act` for callers that have the packs; `settings` are stride, padding, dilation and groups."""
+    """`conv_bn_act` for callers that have the packs; `settings` are stride, padding, dilation and groups.
+
+    `from_modules`: all tensors are plain ones or parameters, and nothing but a compiler watches or transforms the call.
+    """
+    if from_modules:
+        inference = _checked_inference(bn)
+        if inference is not None:
+            output: Tensor | None = inference(
+                input, conv_weight, conv_bias, settings, bn, residual, relu, overwrite_residual, pad_residual
+            )
+            if output is not None:
+                return output
     arguments.check_input("input", input, 4)
     arguments.check_input("conv_weight", conv_weight, 4)
     convolution, shape = arguments.convolution(input.shape, conv_weight.shape, *settings)
@@ -312,6 +325,33 @@ def packed_conv_bn_act(
         tensors = _distinct(input, conv_weight, conv_bias, residual, *bn[:4])
         return ConvBNActFunction.apply(*tensors[:4], relu, convolution, *tensors[4:], *bn[4:])
     return ops.conv_bn_act.run(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)[0]
+
+
+def pooled_inference(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    settings: tuple[Any, Any, Any, int],
+    bn: BatchNorm,
+    relu: bool,
+    pool: tuple[int, ...],
+) -> Tensor | None:
+    """`conv_bn_act` from modules with max pooling behind it, in one call; None, and nothing has happened, if it is not.
+
+    `pool` is kernel size, stride and padding, each (vertical, horizontal).
+    """
+    inference = _checked_inference(bn)
+    if inference is None:
+        return None
+    output: Tensor | None = inference(input, conv_weight, conv_bias, settings, bn, None, relu, pool=pool)
+    return output
+
+
+def _checked_inference(bn: BatchNorm) -> Any:
+    """The backend's `checked_inference`, where neither a gradient nor autocast forbids it."""
+    if bn.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        return None
+    return dispatch.checked_inference()
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 """(vertical, horizontal)"""
+
+Setting = int | tuple[int, ...] | list[int]
+"""What PyTorch takes for a pair."""
 
 
 class Convolution(NamedTuple):
@@ -19,6 +23,12 @@ class Convolution(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+
+    @classmethod
+    def of(cls, stride: Setting, padding: Setting, dilation: Setting, groups: int) -> Convolution:
+        """The settings as `F.conv2d` takes them; ValueError if one is out of range."""
+        pairs = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+        return cls(*pairs, operator.index(groups))
 
 
 class Pooling(NamedTuple):
@@ -79,3 +89,14 @@ class Problem(NamedTuple):
 @functools.cache
 def _capability(device: torch.device) -> Pair:
     return torch.cuda.get_device_capability(device)
+
+
+def _pair(name: str, value: Setting, minimum: int) -> Pair:
+    parts = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    try:
+        pair = tuple(operator.index(part) for part in parts)  # NumPy's integers too
+    except TypeError:
+        pair = ()
+    if len(pair) not in (1, 2) or min(pair) < minimum:
+        raise ValueError(f"{name}: expected an int or a pair of ints, each at least {minimum}, got {value!r}")
+    return pair[0], pair[-1]

@@ -321,7 +321,7 @@ struct InputMask {
 
   template <class Lanes, class Of>
   RESFUSE_INLINE f32x16 operator()(f32x16 g, f32x16 x, int64_t, Lanes, Of of) const {
-    return affine(x, of) <= kZero ? f32x16{} : g;
+    return relu_mask(g, affine(x, of), kZero);
   }
 };
 

@@ -30,6 +30,18 @@ void conv_forward(const ConvForward& args) {
   statistics(shape, args.output, args.statistics, args.statistics + conv.filters);
 }
 
+bool conv_pool_forward(const ConvForward& args, const MaxPool& pool) {
+  return with_type(args.conv.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#ifdef RESFUSE_ISA_PAIRS
+    if constexpr (sizeof(T) == 2)
+      if (args.products == BFloat16Products::pairs && args.weight_dtype == DType::bfloat16)
+        return conv_pool<T, Pairs>(args, pool);
+#endif
+    return conv_pool<T, Floats>(args, pool);
+  });
+}
+
 // The best time of a tile of bfloat16 by either way of multiplying, for the same number of products.
 double multiply_seconds(BFloat16Products products) {
   constexpr int64_t depth = 256;

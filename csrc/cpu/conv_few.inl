@@ -83,12 +83,12 @@ class FewPixels {
       tile.ahead = filter(k + i + 8);  // the filters of the next tile
       tile.output = sums + i * kFewPixels;
       multiply_tile<float, Mul, kFewPixels / kWidth, 2, 4>(tile);
+      for (int64_t f = i; f < i + 8; ++f)  // while the filters lie in the cache
+        for (int64_t j = 0; j < rest; ++j)
+          turned[(kFewPixels + j) * kFewFilters + f] = dot(filter(k + f), lines + j * plan.depth);
     }
     for (int64_t f = 0; f < kFewFilters; f += kWidth)
       pack_contiguous<Floats>(sums + f * kFewPixels, kFewPixels, kFewPixels, turned + f, kFewFilters, RowsInOrder{});
-    for (int64_t f = 0; f < kFewFilters; ++f)
-      for (int64_t i = 0; i < rest; ++i)
-        turned[(kFewPixels + i) * kFewFilters + f] = dot(filter(k + f), lines + i * plan.depth);
     for (int64_t pixel = 0; pixel < plan.pixels; ++pixel) finish(pixel, k, turned + pixel * kFewFilters, epilogue);
   }
 

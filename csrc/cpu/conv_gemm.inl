@@ -96,13 +96,30 @@ struct ConvWorker {
     }
   }
 
+  // Output rows of an image where all filters are one block.
+  void run_block(int64_t image, int64_t row, int64_t count) {
+    filter_end = plan.group_filters;
+    input = static_cast<const T*>(args.input);
+    if (packed != 0) pack(0);
+    chunk_pixel = 0, chunk_pixels = count * conv.out_width;
+    run_rows(image, row, count);
+  }
+
  private:
   // Calls f(filters, number, panel, its width) for each panel of a block.
   template <class F>
   void each_panel(F f) const {
-    for (int64_t k = filter_begin; k < filter_end; k += kPanel) {
-      const int64_t filters = std::min(kPanel, filter_end - k);
-      f(k, filters, panels + (k - filter_begin) * plan.depth, filters <= kWidth ? kWidth : kPanel);
+    each_panel(kPanel, f);
+  }
+  template <class F>
+  void each_panel(int64_t most, F f) const {
+    for (int64_t k = filter_begin; k < filter_end;) {
+      const int64_t left = filter_end - k, filters = std::min(left < most ? kPanel : most, left);
+      f(k, filters, panels + (k - filter_begin) * plan.depth,
+        filters <= kWidth   ? kWidth
+        : filters <= kPanel ? kPanel
+                            : most);
+      k += filters;
     }
   }
 
@@ -181,7 +198,8 @@ struct ConvWorker {
     tile.tap_row_bytes = plan.tap_row_bytes, tile.tap_column_bytes = plan.tap_column_bytes;
     tile.output_stride = conv.filters, tile.residual_stride = args.residual_channels;
     tile.relu = args.relu;
-    each_panel([&](int64_t k, int64_t filters, const float* panel, int64_t width) {
+    tile.other_panel = plan.depth * kPanel;
+    each_panel(plan.aliases ? 2 * kPanel : kPanel, [&](int64_t k, int64_t filters, const float* panel, int64_t width) {
       const int64_t at = group * plan.group_filters + k, local = k - filter_begin;
       tile.panel = panel;
       tile.centre = vectors.centre + local, tile.scale = vectors.scale + local, tile.shift = vectors.shift + local;
@@ -215,7 +233,8 @@ struct ConvWorker {
   void tiles(const void* first, int64_t pixel_bytes, int64_t pixel, int64_t count) {
     const char* at = static_cast<const char*>(first);
     while (count > 0) {
-      const int64_t now = tile_pixels(count), groups = now >= 8 ? 2 : 1, rows = now / groups;
+      const int64_t now = plan.aliases ? std::min(count, kTileRows) : tile_pixels(count);
+      const int64_t groups = now >= 8 ? 2 : 1, rows = now / groups;
       tile(at, at + rows * pixel_bytes, pixel_bytes, pixel, groups, rows);
       at += now * pixel_bytes;
       pixel += now;
@@ -267,7 +286,7 @@ struct ConvWorker {
     const int64_t columns = conv.out_width;
     int64_t pixel = (image * conv.out_height + row) * columns;
     for (int64_t i = 0; i < count;) {
-      if (plan.item_rows == 2 && count - i >= 2 && columns >= 4) {
+      if (plan.item_rows == 2 && !plan.aliases && count - i >= 2 && columns >= 4) {
         tile(first, first + down, right, pixel, 2, columns);
         i += 2, pixel += 2 * columns, first += 2 * down;
       } else {

@@ -17,8 +17,9 @@ enum class Reading {
 
 struct ConvPlan {
   Reading reading;
-  bool whole;  // few pixels: a thread prepares all of them once and then walks over filters
-  bool dense;  // 1x1 without stride or padding on an input whose pixels are evenly spaced in memory
+  bool whole;    // few pixels: a thread prepares all of them once and then walks over filters
+  bool aliases;  // read in place, pixels share the sets of the L1 cache: tiles are of few pixels and two panels
+  bool dense;    // 1x1 without stride or padding on an input whose pixels are evenly spaced in memory
   int64_t group_channels, group_filters, channel_words, depth;  // depth: words of the reduction
   int64_t pixels;
   int64_t block_filters, blocks;
@@ -64,9 +65,11 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
   plan.dense = pointwise && conv.stride_h == 1 && conv.stride_w == 1 &&
                args.input_strides[2] == conv.width * column_stride &&
                args.input_strides[0] == conv.height * args.input_strides[2];
-  // Pixels that lie a multiple of 4 KB apart share the sets of the L1 cache.
-  const bool aliases = column_stride * conv.stride_w * element % 4096 == 0;
-  const bool in_place = words_in_place && pointwise && !aliases;
+  // Pixels that lie a multiple of 4 KB apart share the sets of the L1 cache, which holds seven, but not fourteen.
+  plan.aliases = column_stride * conv.stride_w * element % 4096 == 0;
+  const bool tall = kWidth == 16 && plan.group_filters % (2 * kPanel) == 0;
+  const bool in_place = words_in_place && pointwise && (!plan.aliases || tall);
+  plan.aliases &= in_place;
   if (in_place && plan.dense)
     plan.reading = Reading::direct;
   else if (in_place && columns > 3)
@@ -98,8 +101,8 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
                             : plan.reading == Reading::gathered ? (plan.pixels + kTilePixels) * plan.window_words * 4
                                                                 : 0;
 
-  const int64_t panels = ceil_div(plan.group_filters, kPanel);
-  const int64_t most = std::max(kPanel, cache.panels / (plan.depth * 4) / kPanel * kPanel);
+  const int64_t panels = ceil_div(plan.group_filters, kPanel), granule = plan.aliases ? 2 * kPanel : kPanel;
+  const int64_t most = std::max(granule, cache.panels / (plan.depth * 4) / granule * granule);
   plan.item_rows = by_rows ? columns <= kTileRows ? 2 : 1 : 0;
   plan.items_per_image = by_rows ? ceil_div(rows, plan.item_rows) : 0;
   plan.item_pixels = by_rows ? 0 : kTilePixels;
@@ -107,7 +110,7 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
   plan.whole = plan.pixels <= 256 && panels * conv.groups >= 2 * sharers && all_bytes <= cache.whole &&
                (!by_rows || conv.batch == 1) && !keeps_statistics;
   if (plan.whole) {
-    plan.block_filters = kPanel;
+    plan.block_filters = granule;
     while (plan.block_filters * 2 <= most && plan.pixels * plan.depth * plan.block_filters < 2000000 &&
            plan.group_filters * conv.groups / (plan.block_filters * 2) >= 2 * sharers)
       plan.block_filters *= 2;
@@ -115,7 +118,7 @@ inline ConvPlan plan_conv(const ConvForward& args, int64_t channels_per_word, bo
     plan.input_bytes = all_bytes;
   } else {
     const int64_t blocks = ceil_div(plan.group_filters, most);
-    plan.block_filters = ceil_div(ceil_div(plan.group_filters, blocks), kPanel) * kPanel;
+    plan.block_filters = ceil_div(ceil_div(plan.group_filters, blocks), granule) * granule;
     int64_t chunks =
         std::max(ceil_div(4 * sharers, conv.groups), plan.pixels * plan.depth * plan.block_filters / 12000000);
     if (plan.reading == Reading::banded) {

@@ -20,6 +20,7 @@ struct Tile {
   const char* pixels[2];
   int64_t pixel_bytes;
   const float* panel;
+  int64_t other_panel;  // floats from it to the next, where a tile has two
   int64_t tap_rows, tap_columns, tap_row_bytes, tap_column_bytes, run;  // as in ConvPlan
   // Epilogue, of rows that are output_stride and residual_stride elements apart.
   const float *centre, *scale, *shift;
@@ -102,6 +103,13 @@ RESFUSE_INLINE void finish_tile(const Tile& tile, vec (&values)[M][NV]) {
 template <class T, class Mul, int64_t NV, int64_t GROUPS, int64_t ROWS>
 __attribute__((noinline)) void multiply_tile(const Tile& tile) {
   constexpr int64_t M = GROUPS * ROWS, width = NV * kWidth;
+  // Filters of two neighbouring panels lie in both.
+  constexpr bool two_panels = NV == 2 * kPanelVectors;
+  constexpr int64_t panel_step = two_panels ? kPanel : width;
+  const auto vector_offset = [other = tile.other_panel](auto v) __attribute__((always_inline)) {
+    constexpr int64_t at = v;
+    return two_panels && at >= kPanelVectors ? other + (at - kPanelVectors) * kWidth : at * kWidth;
+  };
   T* output = static_cast<T*>(tile.output);
   const T* residual = static_cast<const T*>(tile.residual);
   // The epilogue's lines arrive while the reduction runs.
@@ -149,8 +157,8 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
         do {
           vec filters[NV];
           unrolled<NV>([&](auto v) {
-            filters[v] = vload(panel + v * kWidth);
-            if (v * kWidth % 16 == 0) __builtin_prefetch(panel + 16 * width + v * kWidth);
+            filters[v] = vload(panel + vector_offset(v));
+            if (v * kWidth % 16 == 0) __builtin_prefetch(panel + 16 * panel_step + vector_offset(v));
           });
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_step;
@@ -167,7 +175,7 @@ __attribute__((noinline)) void multiply_tile(const Tile& tile) {
             second += 4;
           }
           first += 4;
-          panel += width;
+          panel += panel_step;
         } while (first != end);
       }
     }
@@ -199,18 +207,17 @@ RESFUSE_INLINE int64_t tile_pixels(int64_t left) {
 // The pixels of a tile are one group, up to seven, or two groups of at least four.
 template <class T, class Mul, int64_t NV>
 RESFUSE_INLINE void multiply_pixels(const Tile& tile, int64_t groups, int64_t rows) {
-  if (groups == 2) {
-    switch (rows) {
-      case 4:
-        return multiply_tile<T, Mul, NV, 2, 4>(tile);
-      case 5:
-        return multiply_tile<T, Mul, NV, 2, 5>(tile);
-      case 6:
-        return multiply_tile<T, Mul, NV, 2, 6>(tile);
-      default:
-        return multiply_tile<T, Mul, NV, 2, 7>(tile);
-    }
-  }
+  if constexpr (NV <= kPanelVectors)
+    if (groups == 2) switch (rows) {
+        case 4:
+          return multiply_tile<T, Mul, NV, 2, 4>(tile);
+        case 5:
+          return multiply_tile<T, Mul, NV, 2, 5>(tile);
+        case 6:
+          return multiply_tile<T, Mul, NV, 2, 6>(tile);
+        default:
+          return multiply_tile<T, Mul, NV, 2, 7>(tile);
+      }
   switch (rows) {
     case 1:
       return multiply_tile<T, Mul, NV, 1, 1>(tile);
@@ -229,8 +236,12 @@ RESFUSE_INLINE void multiply_pixels(const Tile& tile, int64_t groups, int64_t ro
   }
 }
 
+// The filters of a tile: one vector, a panel, or with up to seven pixels two panels.
 template <class T, class Mul>
 RESFUSE_INLINE void multiply(const Tile& tile, int64_t width, int64_t groups, int64_t rows) {
+#if RESFUSE_ISA_LANES == 16
+  if (width == 2 * kPanel) return multiply_pixels<T, Mul, 2 * kPanelVectors>(tile, 1, rows);
+#endif
   if (width == kWidth) return multiply_pixels<T, Mul, 1>(tile, groups, rows);
   if constexpr (kPanelVectors > 1) multiply_pixels<T, Mul, kPanelVectors>(tile, groups, rows);
 }

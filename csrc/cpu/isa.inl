@@ -24,11 +24,13 @@ namespace {
 #include "conv_lanes.inl"
 #include "conv_winograd.inl"
 
+#include "conv_pool.inl"
+
 #include "conv.inl"
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {add_relu_forward, add_relu_backward, bn_statistics,      bn_apply,
-                         bn_eval_forward,  bn_train_forward,  bn_backward_reduce, bn_backward_apply,
-                         max_pool_forward, max_pool_backward, conv_forward,       multiply_seconds};
+const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,         bn_eval_forward,
+                         bn_train_forward, bn_backward_reduce, bn_backward_apply, max_pool_forward, max_pool_backward,
+                         conv_forward,     conv_pool_forward,  multiply_seconds};
 }  // namespace resfuse::cpu::RESFUSE_ISA

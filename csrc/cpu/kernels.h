@@ -33,6 +33,7 @@ struct Kernels {
   void (*max_pool_forward)(const MaxPoolForward&);
   void (*max_pool_backward)(const MaxPoolBackward&);
   void (*conv_forward)(const ConvForward&);
+  bool (*conv_pool_forward)(const ConvForward&, const MaxPool&);
   double (*multiply_seconds)(BFloat16Products);
 };
 

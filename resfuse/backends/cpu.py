@@ -10,11 +10,17 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cpu_kernels, reference
-from resfuse.backends.cpu_conv import conv_backward, conv_bn_act_inference, conv_forward, conv_statistics_forward
+from resfuse.backends.cpu_conv import (
+    checked_inference,
+    conv_backward,
+    conv_bn_act_inference,
+    conv_forward,
+    conv_statistics_forward,
+)
 from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, pool_output_size, residual_for
 from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
-__all__ = ["conv_backward", "conv_forward"]
+__all__ = ["checked_inference", "conv_backward", "conv_forward"]
 
 KERNELS = reference.KERNELS
 

@@ -5,15 +5,19 @@ Nothing is folded and nothing is kept: every call reads the raw weight and the r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from resfuse.backends import cpu_kernels, reference
+from resfuse.backends.cpu_kernels import conv_settings
 from resfuse.layout import is_channels_last
 from resfuse.types import BatchNorm, Convolution
 
 # Looked up once: every call counts.
-_inference_forward = cpu_kernels.conv_inference_forward
+inference_operator = cpu_kernels.conv_inference_forward
+_pool_forward = cpu_kernels.conv_pool_forward
 _statistics_forward = cpu_kernels.conv_statistics_forward
 _input_grad = cpu_kernels.conv_input_grad
 
@@ -29,28 +33,54 @@ def conv_bn_act_inference(
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(BN(conv(input)) + residual) with running statistics; `overwrite_residual` gives up the residual's memory."""
-    stride, padding, dilation, groups = convolution
-    return _inference_forward(
+    output = inference_operator(
         input, _readable(conv_weight, input), conv_bias, *bn[:4], residual,
-        (*stride, *padding, *dilation, groups), bn.eps, relu, overwrite_residual,
+        conv_settings(convolution, bn.eps, relu, overwrite_residual, True),
     )  # fmt: skip
+    return _computed(output)
+
+
+def checked_inference(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    settings: tuple[Any, Any, Any, int],
+    bn: BatchNorm,
+    residual: Tensor | None,
+    *flags: bool,
+    pool: tuple[int, ...] | None = None,
+) -> Tensor | None:
+    """`conv_bn_act_inference` of arguments that nobody has checked; None for those that only PyTorch takes, or nobody.
+
+    `settings` are as for `Convolution.of`; `flags` are relu, overwrite_residual and pad_residual.  Where there is no
+    residual, `pool` is max pooling of the output in the same call.
+    """
+    mean, var, weight, bias, _, _, eps = bn
+    if mean is None or conv_weight.dtype is not input.dtype:
+        return None
+    try:
+        numbers = conv_settings(settings, eps, *flags)
+    except TypeError:  # lists have no hash
+        return None
+    if pool is not None:
+        return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pool)
+    return inference_operator(input, conv_weight, conv_bias, mean, var, weight, bias, residual, numbers)
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """z = conv(input) + conv_bias."""
-    stride, padding, dilation, groups = convolution
-    return _inference_forward(
+    output = inference_operator(
         input, _readable(conv_weight, input), conv_bias, None, None, None, None, None,
-        (*stride, *padding, *dilation, groups), 0.0, False, False,
+        conv_settings(convolution),
     )  # fmt: skip
+    return _computed(output)
 
 
 def conv_statistics_forward(
     input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution
 ) -> tuple[Tensor, Tensor]:
     """z = conv(input) + conv_bias, and its mean and M2 per channel as (2, K) in float64, taken as z is written."""
-    stride, padding, dilation, groups = convolution
-    return _statistics_forward(input, conv_weight, conv_bias, (*stride, *padding, *dilation, groups))
+    return _statistics_forward(input, conv_weight, conv_bias, conv_settings(convolution))
 
 
 def conv_backward(
@@ -75,7 +105,7 @@ def conv_backward(
     )
     if not own:
         return reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
-    grad_input = _input_grad(grad_output, conv_weight, (*stride, *padding, *dilation, groups))
+    grad_input = _input_grad(grad_output, conv_weight, conv_settings(convolution))
     grad_weight = grad_bias = None
     if needs_grad[1] or needs_grad[2]:
         others = (False, needs_grad[1], needs_grad[2])
@@ -87,3 +117,9 @@ def _readable(conv_weight: Tensor, input: Tensor) -> Tensor:
     """Kernels read weights in float32 as well as in the dtype of the input; autocast may bring others."""
     dtype = conv_weight.dtype
     return conv_weight if dtype is input.dtype or dtype is torch.float32 else conv_weight.to(input.dtype)
+
+
+def _computed(output: Tensor | None) -> Tensor:
+    if output is None:
+        raise RuntimeError("conv_bn_act on the CPU: the arguments do not fit each other")
+    return output

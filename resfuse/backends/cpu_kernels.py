@@ -5,7 +5,12 @@ Every result is an argument, so that the caller decides where it lies, but for t
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import Tensor
+
+from resfuse.types import Convolution, Setting
 
 _LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
 for _schema in (
@@ -26,12 +31,14 @@ for _schema in (
     # settings: kernel, stride, padding, dilation (vertical, horizontal)
     "max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()",
     "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
-    # settings: stride, padding, dilation (vertical, horizontal) and groups
+    # settings: see `conv_settings`; pool: kernel size, stride and padding (vertical, horizontal).
+    # The first two check their arguments themselves, and return None where they do not take them.
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, int[] settings, float eps, bool relu, "
-    "bool overwrite_residual) -> Tensor",
-    "conv_input_grad(Tensor grad_output, Tensor conv_weight, int[] settings) -> Tensor",
-    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, int[] settings) -> (Tensor, Tensor)",
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor settings) -> Tensor?",
+    "conv_pool_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
+    "Tensor? weight, Tensor? bias, Tensor settings, int[] pool) -> Tensor?",
+    "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings) -> Tensor",
+    "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor settings) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",
     "instruction_set() -> str",
 ):
@@ -49,8 +56,23 @@ bn_eval_forward = _kernels.bn_eval_forward.default
 bn_statistics = _kernels.bn_statistics.default
 bn_train_forward = _kernels.bn_train_forward.default
 conv_inference_forward = _kernels.conv_inference_forward.default
+conv_pool_forward = _kernels.conv_pool_forward.default
 conv_input_grad = _kernels.conv_input_grad.default
 conv_statistics_forward = _kernels.conv_statistics_forward.default
 instruction_set = _kernels.instruction_set.default
 max_pool_backward = _kernels.max_pool_backward.default
 max_pool_forward = _kernels.max_pool_forward.default
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_settings(
+    settings: tuple[Setting, Setting, Setting, int],
+    eps: float = 0.0,
+    relu: bool = False,
+    overwrite_residual: bool = False,
+    pad_residual: bool = False,
+) -> Tensor:
+    """The numbers of a convolution (`Convolution.of`) in one tensor, which PyTorch passes on faster than numbers."""
+    stride, padding, dilation, groups = Convolution.of(*settings)
+    numbers = (*stride, *padding, *dilation, groups, eps, relu, overwrite_residual, pad_residual)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")

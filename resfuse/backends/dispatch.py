@@ -208,6 +208,18 @@ def backend_for(
         return backend("reference")
 
 
+def checked_inference() -> Any:
+    """`checked_inference` of the `cpu` backend, which takes what lies on the CPU; None where that is not to run."""
+    return _checked_inference(_request.get())
+
+
+@functools.cache
+def _checked_inference(request: str | None) -> Any:
+    if request not in (None, "cpu") or backend("cpu").unavailable_reason():
+        return None
+    return backend("cpu").checked_inference
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict[str, tuple[str, ...]]]:
     """(name, module) of the backend for a problem, and the reasons against those that were preferred to it.
@@ -239,6 +251,7 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict
 def forget_choices() -> None:
     """Choose anew at the next call: a library has been loaded since."""
     choose.cache_clear()
+    _checked_inference.cache_clear()
 
 
 def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ _global_backward_pre_hooks = _torch_module._global_backward_pre_hooks
 
 # What the modules would call.
 _conv2d, _batch_norm, _relu = F.conv2d, F.batch_norm, F.relu
+_max_pool2d, _pool_forward = F.max_pool2d, nn.MaxPool2d.forward
 _conv_forward, _norm_forward, _relu_forward = nn.Conv2d.forward, nn.BatchNorm2d.forward, nn.ReLU.forward
 
 
@@ -92,6 +93,7 @@ def own_conv_bn_act(
     overwrite_residual: bool = False,
     pad_residual: bool = False,
     channels_last: bool = False,
+    pool: tuple[int, ...] | None = None,
 ) -> Tensor | None:
     """Call the operator with the state of the modules; None, and nothing has happened, if it cannot replace them.
 
@@ -111,6 +113,7 @@ def own_conv_bn_act(
         overwrite_residual: the residual is not read afterwards, so inference may write the output over it.
         pad_residual: a residual of fewer channels is added to the first ones.
         channels_last: convert the input to this memory format, which the output then has, too.
+        pool: `pool_settings` of max pooling of the output, without a residual; None, too, where that is not one call.
     """
     if global_hooks() or not _fusible_tensors(input, residual):
         return None
@@ -129,12 +132,15 @@ def own_conv_bn_act(
         return None
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
+    if pool is not None:
+        return functional.pooled_inference(input, conv_weight, conv_bias, settings, state, act is not None, pool)
     if module is not None and state.training:
         count_batch(module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
     try:
         return functional.packed_conv_bn_act(
-            input, conv_weight, conv_bias, settings, state, residual, act is not None, overwrite_residual, pad_residual
-        )
+            input, conv_weight, conv_bias, settings, state, residual,
+            act is not None, overwrite_residual, pad_residual, True,
+        )  # fmt: skip
     except ValueError:
         # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
         if module is not None:
@@ -290,6 +296,19 @@ def unobserved(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def pool_settings(pool: nn.MaxPool2d) -> tuple[int, ...] | None:
+    """Kernel size, stride and padding, each (vertical, horizontal); None if the module must be called."""
+    plain = pool.dilation in (1, (1, 1)) and not (pool.return_indices or pool.ceil_mode) and unobserved(pool)
+    if not plain or F.max_pool2d is not _max_pool2d or nn.MaxPool2d.forward is not _pool_forward:
+        return None
+    settings = (pool.kernel_size, pool.stride, pool.padding)
+    numbers = sum((setting if type(setting) is tuple else (setting, setting) for setting in settings), ())
+    if len(numbers) != 6 or any(type(number) is not int for number in numbers):
+        return None
+    fits = min(numbers[:4]) > 0 and 0 <= 2 * numbers[4] <= numbers[0] and 0 <= 2 * numbers[5] <= numbers[1]
+    return numbers if fits else None  # else F.max_pool2d raises
 
 
 def global_hooks() -> bool:

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import Parameter
 
-from resfuse.nn import fused_call
+from resfuse.nn import fused_call, max_pool
 from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind
 from resfuse.nn.fused_call import ConvCall, NormCall, activation_of, global_hooks, plain_convolution, unobserved
-from resfuse.nn.max_pool import pooled
 from resfuse.types import BatchNorm
 
 RELU = nn.ReLU()
@@ -69,6 +68,8 @@ class Lazy:
     """The residual, or where there is none the input, lacks so many channels of zeros."""
     consume: bool = False
     """The residual is not read afterwards."""
+    act: nn.Module | None = None
+    """An activation that is to be computed with it; it waits for max pooling (`activate`)."""
 
     def __init__(self, conv: Any, bn: Any, input: Any, channels_last: bool = False) -> None:
         self.conv, self.bn, self.input, self.channels_last = conv, bn, input, channels_last
@@ -82,10 +83,35 @@ class Lazy:
 
     def normalised(self) -> bool:
         """True if a residual can still be added."""
-        return self.value is None and self.bn is not None and self.residual is None
+        return self.value is None and self.bn is not None and self.residual is None and self.act is None
+
+    def activate(self, act: nn.Module) -> Lazy:
+        """With an activation.  In inference a convolution's is not computed before it is known if pooling follows."""
+        if (
+            self.conv is None
+            or self.bn is None
+            or self.residual is not None
+            or torch.is_grad_enabled()
+            or type(peek(self.input)) is Symbol
+            or torch.compiler.is_compiling()
+        ):
+            return self.evaluate(act)
+        self.act = act
+        return self
+
+    def pooled(self, pool: nn.MaxPool2d) -> Lazy | None:
+        """Compute it with max pooling behind it; None, and nothing has happened, where that is not one call."""
+        settings = fused_call.pool_settings(pool)
+        if settings is None:
+            return None
+        value = fused_call.own_conv_bn_act(
+            self.conv, self.bn, peek(self.input), None, self.act, channels_last=self.channels_last, pool=settings
+        )
+        return None if value is None else Lazy.of(value, OWN)
 
     def evaluate(self, act: nn.Module | None = None) -> Lazy:
-        """Compute it, with an activation (None: the identity)."""
+        """Compute it, with an activation (None: its own)."""
+        act = self.act if act is None else act
         conv, bn, source, residual, held = self.conv, self.bn, self.input, self.residual, OWN
         input = source.value if type(source) is Lazy else source
         if type(residual) is Lazy:
@@ -194,10 +220,15 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     """
     role = _ROLES.get(type(f))
     if type(x) is Lazy:
+        if x.value is None and x.act is not None:
+            pooled = x.pooled(f) if role is _POOL else None
+            if pooled is not None:
+                return pooled
+            x.evaluate()
         if x.value is None:
             if role is _RELU:
                 if (x.bn is not None or x.residual is not None) and unobserved(f):
-                    return x.evaluate(f)
+                    return x.activate(f)
             elif role is _IDENTITY:
                 if unobserved(f):
                     return x
@@ -207,7 +238,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
                     x.bn = norm
                     return x
             if is_known(f) and f in _RELUS and (x.bn is not None or x.residual is not None):
-                return x.evaluate(RELU)
+                return x.activate(RELU)
     elif not _is_tensor(x):
         lazy = lazily(f) if type(x) is list and x and _is_tensor(x[0]) else None  # as in a DenseNet
         return f(x) if lazy is None else lazy(receiver(f), x)
@@ -228,7 +259,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
         held = settle(x).held if last and type(x) is Lazy else SHARED
         value = force(x)
         is_leaf = type(value) is Symbol and isinstance(f, nn.Module)
-        result = value.tracer.leaf(f, value) if is_leaf else pooled(f, value)
+        result = value.tracer.leaf(f, value) if is_leaf else max_pool.pooled(f, value)
     if not isinstance(f, nn.Module) or type(result) not in (Tensor, Symbol):
         return result
     if result is value:  # as from a dropout in inference
@@ -320,7 +351,7 @@ def add(a: Any, b: Any, last: bool = False) -> Any:
 def add_(a: Any, b: Any, last: bool = False) -> Any:
     """`a += b`, or what will be; `last`: the caller does not read `b` afterwards."""
     if type(a) is Lazy:
-        if a.value is None and a.bn is not None and a.residual is None:
+        if a.normalised():
             return _attach(a, b, True, last)
         a = settle(a)
         if a.held != SHARED:
@@ -470,10 +501,11 @@ def _plain(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda *args, **options: function(*args) if len(args) == 2 and not options else None
 
 
-_CONVOLUTION, _NORM, _RELU, _IDENTITY = range(4)
+_CONVOLUTION, _NORM, _RELU, _IDENTITY, _POOL = range(5)
 # Exactly these classes.
 _ROLES = {
     nn.Conv2d: _CONVOLUTION, nn.BatchNorm2d: _NORM, nn.SyncBatchNorm: _NORM, nn.ReLU: _RELU, nn.Identity: _IDENTITY,
+    nn.MaxPool2d: _POOL,
 }  # fmt: skip
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 ATTRIBUTES = ("ndim", "device", "is_cuda", "shape", "dtype", "requires_grad")
@@ -487,7 +519,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.add: _plain(add),
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
-    F.max_pool2d: lambda input, *args, **options: pooled(F.max_pool2d, force(input), *args, **options),
+    F.max_pool2d: lambda input, *args, **options: max_pool.pooled(F.max_pool2d, force(input), *args, **options),
 }
 _FLOAT_FUNCTIONAL = {"add": _plain(add), "add_relu": _plain(lambda a, b: call(F.relu, add(a, b)))}
 _NORM_FORWARDS = {

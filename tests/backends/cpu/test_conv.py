@@ -29,6 +29,8 @@ PATHS = {
     "in_place": ((2, 64, 9, 11), 96, 1, 1, 0, 1, 1),
     "in_place_by_rows": ((1, 24, 28, 28), 40, 1, 2, 0, 1, 1),
     "aliasing_channels": ((1, 1024, 7, 7), 64, 1, 1, 0, 1, 1),
+    "aliasing_channels_by_rows": ((2, 1024, 15, 12), 192, 1, 2, 0, 1, 1),
+    "aliasing_channels_few_filters": ((1, 1024, 9, 9), 40, 1, 1, 0, 1, 1),
     "few_pixels": ((1, 512, 7, 7), 512, 3, 1, 1, 1, 1),
     "few_pixels_1x1": ((1, 512, 7, 7), 2048, 1, 1, 0, 1, 1),
     "few_pixels_of_two_images": ((2, 128, 9, 9), 64, 3, 2, 1, 1, 1),
