@@ -140,6 +140,16 @@ def test_networks_of_resfuse(network: str) -> None:
     assert kept(lambda: lean(images), lean) < 0.85 * kept(lambda: plain(images), plain)
 
 
+@BACKENDS
+def test_residual_of_fewer_channels(backend: str) -> None:
+    shortcut = functools.partial(resfuse.nn.ZeroPadShortcut, 8, 12)
+    lean, plain = twins(lambda: nn.Sequential(*models.conv_bn_relu(), resfuse.nn.BasicBlock(8, 12, 1, shortcut())))
+    with resfuse.use_backend(backend):
+        assert_same_bits(lean, plain, models.random_input(INPUT))
+        images = models.random_input(INPUT)
+        assert kept(lambda: lean(images), lean) < 0.75 * kept(lambda: plain(images), plain)
+
+
 def test_a_thousand_layers() -> None:
     """A stage's outputs come back by a loop."""
     lean, plain = twins(lambda: nn.Sequential(*models.conv_bn_relu(4), *(BasicBlock(4, 4) for _ in range(500))))
