@@ -1,10 +1,16 @@
-"""Memory of a training step: the bytes kept for backward, and the peak of a process that runs it."""
+"""Memory of a training step: the bytes kept for backward, and the peak of a process that runs it.
+
+Peaks on a CPU depend on what malloc does with what is freed: with MALLOC_MMAP_THRESHOLD_=262144 glibc gives every large
+tensor back to the system at once, and the resident set is that of the tensors that live.
+"""
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import functools
+import gc
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
@@ -19,9 +25,8 @@ from benchmarks.case import DTYPES, Setting
 from benchmarks.harness import say
 from benchmarks.providers import PROVIDERS
 from benchmarks.steps import make_step
-from benchmarks.worker import resident_peak
 
-EAGER, COMPILED, FUSED = "eager_channels_last", "inductor", "resfuse"
+EAGER, COMPILED, FUSED, RECOMPUTED = "eager_channels_last", "inductor", "resfuse", "resfuse_recompute"
 BATCHES = (2, 4)
 """Two points make a line; one image would leave batch norms at 1x1 pixels without a variance."""
 PARTITION = "aot_eager_decomp_partition"
@@ -52,7 +57,7 @@ def kept(name: str, provider: str, dtype: torch.dtype, size: int | None = None) 
 
     Args:
         name: of `benchmarks.models`.
-        provider: `EAGER`, `COMPILED` or `FUSED`.
+        provider: `EAGER`, `COMPILED`, `FUSED` or `RECOMPUTED`.
         dtype: of the activations; other dtypes than float32 run under autocast.
         size: height and width of the images; by default those that the network is made for.
     """
@@ -83,17 +88,34 @@ def training_step(
 
 
 def measured_peak(name: str, provider: str, batch: int, setting: Setting, size: int | None) -> int:
-    """The most memory that a training step has: CUDA's allocator, or the resident set of this process on a CPU."""
-    _, step = training_step(name, provider, batch, setting, size)
+    """The most memory that a training step takes beyond what there was before it: parameters, momentum and images.
+
+    CUDA's allocator tells, or the resident set of this process on a CPU.
+    """
+    module, step = training_step(name, provider, batch, setting, size)
+    small = [tensor[: BATCHES[0]] for tensor in step.args]  # type: ignore[attr-defined]
     for _ in range(3):  # compiles, makes the momentum, lets cuDNN try its algorithms
-        step()
+        step() if setting.device != "cpu" else step.func(*small)  # type: ignore[attr-defined]
+    module.zero_grad(set_to_none=True)
     if setting.device == "cpu":
-        return resident_peak()
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _resident("VmRSS")
+        step()
+        return _resident("VmHWM") - before
     torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _resident(key: str) -> int:
+    """The resident set of this process in bytes, now (VmRSS) or at most (VmHWM)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) * 1024
 
 
 def in_a_process(function: Callable[..., int], *arguments: object) -> int:
@@ -111,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default %(default)s")
     add("--batch", nargs="+", type=int, default=[32, 64, 128, 256], help="default %(default)s")
     add("--size", type=int, help="height and width of the images (default: the network's own)")
-    add("--provider", nargs="+", default=[EAGER, COMPILED, FUSED], help="default %(default)s")
+    add("--provider", nargs="+", default=[EAGER, COMPILED, FUSED, RECOMPUTED], help="default %(default)s")
     add("--peak", action=argparse.BooleanOptionalAction, default=gpu, help="run steps too, each in its own process")
     add("--device", default="cuda" if gpu else "cpu", help="of the steps that are run (default %(default)s)")
     add("--output", type=Path, default=results.RESULTS, metavar="DIR", help="where memory.csv is (default %(default)s)")

@@ -113,7 +113,6 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(invstd, channels, "invstd"),
           vector(weight, channels, "weight"),
           vector(bias, channels, "bias"),
-          nullptr,
           relu,
           written(output, input, "output")};
 }
@@ -146,25 +145,73 @@ void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weig
                                   vector(running_var, channels, "running_var"), momentum, eps});
 }
 
-void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output, Tensor mean, Tensor invstd,
-                        Tensor sum_g, Tensor sum_g_xhat, OptionalTensor masked) {
-  const Activation shape = activation(input, "input");
-  const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_reduce({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
-                                    data(output, input, "output"), vector(mean, channels, "mean"),
-                                    vector(invstd, channels, "invstd"), vector(sum_g, channels, "sum_g"),
-                                    vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
+resfuse::BnMask mask_args(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
+                          const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                          const Tensor& invstd, bool relu) {
+  const int64_t channels = input.size(1);
+  return {data(grad_output, input, "grad_output"),
+          data(output, input, "output"),
+          vector(mean, channels, "mean"),
+          vector(invstd, channels, "invstd"),
+          vector(weight, channels, "weight"),
+          vector(bias, channels, "bias"),
+          relu};
 }
 
-void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight, Tensor mean,
-                       Tensor invstd, Tensor sum_g, Tensor sum_g_xhat, double count, Tensor grad_input) {
+void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
+                        OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
+                        OptionalTensor masked) {
   const Activation shape = activation(input, "input");
   const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_apply({shape, data(grad_output, input, "grad_output"), input.data_ptr(),
-                                   data(output, input, "output"), vector(mean, channels, "mean"),
-                                   vector(invstd, channels, "invstd"), vector(weight, channels, "weight"),
+  resfuse::cpu::bn_backward_reduce(
+      {shape, input.data_ptr(), mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
+       vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
+}
+
+void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
+                       OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
+                       double count, Tensor grad_input) {
+  const Activation shape = activation(input, "input");
+  const int64_t channels = shape.channels;
+  resfuse::cpu::bn_backward_apply({shape, input.data_ptr(),
+                                   mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
                                    vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count,
                                    written(grad_input, input, "grad_input")});
+}
+
+bool is_dense_nhwc(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return (size[3] == 1 || stride[3] == size[1]) && (size[2] == 1 || stride[2] == size[3] * size[1]) &&
+         (size[1] == 1 || stride[1] == 1) && (size[0] == 1 || stride[0] == size[2] * size[3] * size[1]);
+}
+
+// Height and width of input and output come from the tensors, the rest from `settings`: kernel, stride, padding,
+// dilation (vertical, horizontal).
+resfuse::Pooling pool_args(const Tensor& input, const Tensor& output, const Tensor& positions,
+                           const std::vector<int64_t>& settings) {
+  STD_TORCH_CHECK(settings.size() == 8, "settings: expected 8 numbers, got ", settings.size());
+  STD_TORCH_CHECK(settings[0] * settings[1] <= 256, "settings: expected at most 256 elements in a window");
+  for (const Tensor* tensor : {&input, &output, &positions})
+    STD_TORCH_CHECK(tensor->dim() == 4 && is_dense_nhwc(*tensor), "expected dense NHWC tensors");
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions: expected uint8");
+  STD_TORCH_CHECK(input.scalar_type() == output.scalar_type(), "output: its dtype is not that of the input");
+  const auto in = input.sizes(), out = output.sizes(), of = positions.sizes();
+  STD_TORCH_CHECK(in[0] == out[0] && in[1] == out[1], "output: its shape does not fit the input");
+  for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(out[i] == of[i], "positions: not the shape of the output");
+  const auto axis = [&](int64_t i) {
+    return resfuse::PoolAxis{in[2 + i], out[2 + i], settings[i], settings[2 + i], settings[4 + i], settings[6 + i]};
+  };
+  return {in[0], in[1], axis(0), axis(1), dtype_of(input, "input")};
+}
+
+void max_pool_forward(Tensor input, std::vector<int64_t> settings, Tensor output, Tensor positions) {
+  resfuse::cpu::max_pool_forward({pool_args(input, output, positions, settings), input.data_ptr(), written(output),
+                                  static_cast<uint8_t*>(written(positions))});
+}
+
+void max_pool_backward(Tensor grad_output, Tensor positions, std::vector<int64_t> settings, Tensor grad_input) {
+  resfuse::cpu::max_pool_backward({pool_args(grad_input, grad_output, positions, settings), grad_output.data_ptr(),
+                                   static_cast<const uint8_t*>(positions.data_ptr()), written(grad_input)});
 }
 
 resfuse::ConvVector conv_vector(const OptionalTensor& tensor, int64_t filters, const char* name) {
@@ -172,12 +219,6 @@ resfuse::ConvVector conv_vector(const OptionalTensor& tensor, int64_t filters, c
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == filters, name, ": expected a vector of ", filters,
                   " elements");
   return {tensor->data_ptr(), tensor->stride(0), dtype_of(*tensor, name)};
-}
-
-bool is_dense_nhwc(const Tensor& tensor) {
-  const auto size = tensor.sizes(), stride = tensor.strides();
-  return (size[3] == 1 || stride[3] == size[1]) && (size[2] == 1 || stride[2] == size[3] * size[1]) &&
-         (size[1] == 1 || stride[1] == 1) && (size[0] == 1 || stride[0] == size[2] * size[3] * size[1]);
 }
 
 // As resfuse.layout.is_channels_last: strides decide, where both orders are the same memory.
@@ -434,6 +475,8 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_train_forward", TORCH_BOX(&bn_train_forward));
   m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
+  m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
+  m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
   m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_statistics_forward", TORCH_BOX(&conv_statistics_forward));
 }

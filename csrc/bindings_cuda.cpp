@@ -87,29 +87,30 @@ void bn_apply(const Tensor& input, OptionalTensor residual, const Tensor& mean, 
 }
 
 void bn_backward(const Tensor& grad_output, const Tensor& input, OptionalTensor output, OptionalTensor weight,
-                 const Tensor& mean, const Tensor& invstd, bool batch_statistics, OptionalTensor grad_input,
-                 OptionalTensor grad_residual, Tensor sum_g, Tensor sum_g_xhat, Tensor workspace, int64_t launches) {
+                 OptionalTensor bias, const Tensor& mean, const Tensor& invstd, bool relu, bool batch_statistics,
+                 OptionalTensor grad_input, OptionalTensor grad_residual, Tensor sum_g, Tensor sum_g_xhat,
+                 Tensor workspace, int64_t launches) {
   const Activation shape = activation(input, "input");
   check_like(grad_output, "grad_output", input, "input");
   const Place place(input);
-  cuda::bn_backward(
-      {shape, grad_output.data_ptr(), input.data_ptr(), data_like(output, "output", input, "input"),
-       channel_vector(weight, "weight", shape, input), channel_vector(mean, "mean", shape, input),
-       channel_vector(invstd, "invstd", shape, input), batch_statistics,
-       data_like(grad_input, "grad_input", input, "input"), data_like(grad_residual, "grad_residual", input, "input"),
-       float_vector(sum_g, "sum_g", shape, input), float_vector(sum_g_xhat, "sum_g_xhat", shape, input),
-       checked_workspace(workspace, input, shape), checked_launches(launches)},
-      place.stream);
+  cuda::bn_backward({shape, grad_output.data_ptr(), input.data_ptr(), data_like(output, "output", input, "input"),
+                     channel_vector(weight, "weight", shape, input), channel_vector(bias, "bias", shape, input),
+                     channel_vector(mean, "mean", shape, input), channel_vector(invstd, "invstd", shape, input), relu,
+                     batch_statistics, data_like(grad_input, "grad_input", input, "input"),
+                     data_like(grad_residual, "grad_residual", input, "input"),
+                     float_vector(sum_g, "sum_g", shape, input), float_vector(sum_g_xhat, "sum_g_xhat", shape, input),
+                     checked_workspace(workspace, input, shape), checked_launches(launches)},
+                    place.stream);
 }
 
-void bn_backward_apply(const Tensor& grad_output, const Tensor& input, OptionalTensor output, OptionalTensor weight,
-                       const Tensor& mean, const Tensor& invstd, const Tensor& sum_g, const Tensor& sum_g_xhat,
-                       double count, Tensor grad_input) {
+void bn_backward_apply(const Tensor& grad_output, const Tensor& input, OptionalTensor weight, const Tensor& mean,
+                       const Tensor& invstd, const Tensor& sum_g, const Tensor& sum_g_xhat, double count,
+                       Tensor grad_input) {
   const Activation shape = activation(input, "input");
   check_like(grad_output, "grad_output", input, "input");
   check_like(grad_input, "grad_input", input, "input");
   const Place place(input);
-  cuda::bn_backward_apply({shape, grad_output.data_ptr(), input.data_ptr(), data_like(output, "output", input, "input"),
+  cuda::bn_backward_apply({shape, grad_output.data_ptr(), input.data_ptr(),
                            channel_vector(weight, "weight", shape, input), channel_vector(mean, "mean", shape, input),
                            channel_vector(invstd, "invstd", shape, input), channel_vector(sum_g, "sum_g", shape, input),
                            channel_vector(sum_g_xhat, "sum_g_xhat", shape, input), count, grad_input.data_ptr()},

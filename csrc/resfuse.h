@@ -47,14 +47,14 @@ struct BnStatistics {
   float *mean, *m2;
 };
 
-// output = act(weight (input - mean) invstd + bias + residual).
+// output = act((input - mean) (invstd weight) + bias + residual), with these roundings and no others than one of a
+// fused multiply-add: backward computes it again.
 struct BnApply {
   Activation shape;
   const void* input;
   const void* residual;  // or null
   const float *mean, *invstd;
   const float *weight, *bias;  // or null
-  const float* mean_low;       // what rounding to float32 took from the mean, or null
   bool relu;
   void* output;
 };
@@ -75,13 +75,21 @@ struct BnTrainForward {
   double momentum, eps;
 };
 
-// With g = grad_output where output > 0: sum_g = sum g, sum_g_xhat = sum g (input - mean) invstd.
+// g = grad_output where the ReLU's output is not <= 0; the output is that of BnApply without a residual where it is
+// null.
+struct BnMask {
+  const void* grad_output;
+  const void* output;  // or null
+  const float *mean, *invstd;
+  const float *weight, *bias;  // or null
+  bool relu;                   // false: g = grad_output
+};
+
+// sum_g = sum g, sum_g_xhat = sum g (input - mean) invstd.
 struct BnBackwardReduce {
   Activation shape;
-  const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null
-  const float *mean, *invstd;
+  BnMask mask;
   float *sum_g, *sum_g_xhat;
   void* masked;  // receives g, or null
 };
@@ -89,13 +97,39 @@ struct BnBackwardReduce {
 // grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count); count 0: = weight invstd g.
 struct BnBackwardApply {
   Activation shape;
-  const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null where grad_output is masked already
-  const float *mean, *invstd;
-  const float* weight;  // or null
+  BnMask mask;
   const float *sum_g, *sum_g_xhat;
   double count;
+  void* grad_input;
+};
+
+// One dimension of the windows of a pooling: window `i` of `out` has the elements i stride - padding + j dilation,
+// j < kernel, as far as they exist.
+struct PoolAxis {
+  int64_t size, out, kernel, stride, padding, dilation;
+};
+
+// A pooling on NHWC memory; a window has at most 256 elements.
+struct Pooling {
+  int64_t batch, channels;
+  PoolAxis rows, columns;
+  DType dtype;
+};
+
+// output = the maximum of each window, positions = which element it is, by rows; the first of several, the last NaN.
+struct MaxPoolForward {
+  Pooling pool;
+  const void* input;
+  void* output;
+  uint8_t* positions;
+};
+
+// grad_input = the sum of the gradients of the windows whose maximum an element is.
+struct MaxPoolBackward {
+  Pooling pool;
+  const void* grad_output;
+  const uint8_t* positions;
   void* grad_input;
 };
 
@@ -158,6 +192,8 @@ void bn_eval_forward(const BnEvalForward& args);
 void bn_train_forward(const BnTrainForward& args);
 void bn_backward_reduce(const BnBackwardReduce& args);
 void bn_backward_apply(const BnBackwardApply& args);
+void max_pool_forward(const MaxPoolForward& args);
+void max_pool_backward(const MaxPoolBackward& args);
 void conv_forward(const ConvForward& args);
 
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
@@ -183,7 +219,7 @@ struct BnStatistics {
 };
 
 // Batch norm in training: statistics of the batch into mean and invstd, the running ones updated, and
-// output = act(weight (input - mean) invstd + bias + residual).
+// output = act((input - mean) (invstd weight) + bias + residual), from the mean and invstd that are written.
 struct BnTrainForward {
   Activation shape;
   const void* input;
@@ -209,15 +245,16 @@ struct BnApply {
   void* output;
 };
 
-// With g = grad_output where output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g xhat,
-// grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) with batch
+// With g = grad_output where the ReLU's output > 0 and xhat = (input - mean) invstd: sum_g = sum g, sum_g_xhat = sum g
+// xhat, grad_residual = g, and grad_input = weight invstd (g - sum_g / count - xhat sum_g_xhat / count) with batch
 // statistics, weight invstd g with running ones.
 struct BnBackward {
   Activation shape;
   const void* grad_output;
   const void* input;
-  const void* output;  // the ReLU's output, or null without a ReLU
-  ChannelVector weight, mean, invstd;
+  const void* output;  // the ReLU's output; null: that of BnApply without a residual
+  ChannelVector weight, bias, mean, invstd;
+  bool relu;  // false: g = grad_output
   bool batch_statistics;
   void* grad_input;     // or null
   void* grad_residual;  // or null
@@ -229,9 +266,8 @@ struct BnBackward {
 // grad_input alone, with given sums over `count` values per channel; count 0: running statistics, the sums are unused.
 struct BnBackwardApply {
   Activation shape;
-  const void* grad_output;
+  const void* grad_output;  // masked
   const void* input;
-  const void* output;  // the ReLU's output, or null where grad_output is masked already
   ChannelVector weight, mean, invstd, sum_g, sum_g_xhat;
   double count;
   void* grad_input;

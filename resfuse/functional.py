@@ -99,7 +99,8 @@ def bn_act(
         ValueError: a shape, device or layout does not fit, `activation` is unknown, the running statistics are missing
             while not training, or there is only one value per channel in training (as `F.batch_norm` does).
 
-    Saved for backward: `input`, mean, invstd and, with ReLU, the output.
+    Saved for backward: `input`, weight, mean, invstd and, for the mask of the ReLU, the output, or, when `training` and
+    without a residual, bias.
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; running statistics as in `torch.nn.BatchNorm2d`.
 
     Example:
@@ -167,7 +168,7 @@ def sync_bn_act(
         TypeError, ValueError: as `bn_act`, but one value per channel is an error only in a group of one process.
         RuntimeError: `torch.distributed` is not initialised.
 
-    Saved for backward: `input`, mean, invstd, the count and, with ReLU, the output.
+    Saved for backward: as `bn_act`, and the count.
     Source: the documentation of `torch.nn.SyncBatchNorm`; Chan, Golub & LeVeque 1983 for merging the statistics.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -255,7 +256,7 @@ def conv_bn_act(
         ValueError: a shape, device or layout does not fit, an option is out of range, the running statistics are
             missing while not training, or there is only one value per channel in training.
 
-    Saved for backward: `input`, the weights, with ReLU the output, and in training z, mean and invstd.
+    Saved for backward: `input`, `conv_weight`, `conv_bias`, in training z, and what `bn_act` saves beside its input.
     Source: conv2d and BatchNorm2d of the PyTorch documentation; Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3.
 
     Example:

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from resfuse.types import BatchNorm, Convolution
+from resfuse.types import BatchNorm, Convolution, Pooling
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -118,6 +118,18 @@ def conv_output_shape(
         for i in (0, 1)
     )
     return input_shape[0], weight_shape[0], height, width
+
+
+def pool_output_size(input_shape: torch.Size, pooling: Pooling) -> tuple[int, int]:
+    """(OH, OW) of a max pooling of an (N, C, H, W) input."""
+
+    def size(i: int) -> int:
+        extent, padding, stride = input_shape[i + 2], pooling.padding[i], pooling.stride[i]
+        distance = extent + 2 * padding - pooling.dilation[i] * (pooling.kernel_size[i] - 1) - 1
+        count = (distance + (stride - 1 if pooling.ceil_mode else 0)) // stride + 1
+        return count - (pooling.ceil_mode and (count - 1) * stride >= extent + padding)  # no window begins in padding
+
+    return size(0), size(1)
 
 
 @overload

@@ -14,7 +14,7 @@ free.  What differs from that, with x the input, z the convolution's output, y t
 | backward of pooling                   | dy, indices -> dx, which max_pool2d clears first                          |
 | resfuse::conv_bn_act_train            | one: x, w -> z; [z], residual -> y                                        |
 | resfuse::bn_act_train                 | one: x -> statistics; [x], residual -> y                                  |
-| resfuse::bn_act_backward, training    | one: dy, x, y -> sums, g; [g or dy and y, x] -> dx                        |
+| resfuse::bn_act_backward, training    | one: dy, x, y -> sums, g; [g or dy and y, x] -> dx; y beside a residual   |
 
 What stands in brackets is read a second time by the same launch, and counts as far as it exceeds the last-level cache.
 FLOPs are those of matrix products and convolutions, a multiply-add being two: torch's registry of formulas, with those

@@ -31,6 +31,16 @@ class Convolution(NamedTuple):
         return cls(*pairs, operator.index(groups))
 
 
+class Pooling(NamedTuple):
+    """The settings of a 2-D max pooling, normalised: what `F.max_pool2d` takes after the input."""
+
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    ceil_mode: bool
+
+
 class BatchNorm(NamedTuple):
     """State and settings of a batch norm, in the order of `F.batch_norm`.  Tensors are (C,) or None."""
 

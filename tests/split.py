@@ -38,13 +38,13 @@ def results(backend: str, call: Call, grad_output: Tensor, shares: Sequence[slic
     outputs = [run.bn_apply(input[share], mean, invstd, weight, bias, residual[share], relu) for share in shares]
     masks = outputs if relu else [None] * len(shares)
     sums = [
-        run.bn_backward_reduce(grad_output[share], input[share], mask, mean, invstd)
+        run.bn_backward_reduce(grad_output[share], input[share], mask, weight, bias, mean, invstd, relu)
         for share, mask in zip(shares, masks, strict=True)
     ]
     sum_g, sum_g_xhat = (torch.stack(part).sum(0) for part in list(zip(*sums, strict=True))[:2])
     grads = [
-        run.bn_backward_apply(grad_output[share], input[share], mask, weight, mean, invstd, sum_g, sum_g_xhat, count)
-        for share, mask in zip(shares, masks, strict=True)
+        run.bn_backward_apply(masked, input[share], weight, mean, invstd, sum_g, sum_g_xhat, count)
+        for share, (_, _, masked) in zip(shares, sums, strict=True)
     ]
     found = {
         "output": torch.cat(outputs),

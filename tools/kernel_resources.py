@@ -126,10 +126,11 @@ def pointwise_specs(x: Tensor, device: DeviceProperties) -> list[Any]:
         bn_act.bn_statistics(x)
         for (y, vector), training in itertools.product(((x, v), (None, None)), (True, False)):
             bn_act.bn_act_forward(x, BatchNorm(v, v, vector, vector, training, 0.1, 1e-5), y, y is not None)
-            bn_act.bn_act_backward(x, x, y, vector, v, v, training, True, y is not None)
-            bn_act.bn_backward_apply(x, x, y, vector, v, v, v, v, 7 if training else None)
+            bn_act.bn_act_backward(x, x, y, vector, vector, v, v, y is not None, training, True, y is not None)
+            bn_act.bn_backward_apply(x, x, vector, v, v, v, v, 7 if training else None)
+        bn_act.bn_act_backward(x, x, None, v, v, v, v, True, True, True, False)  # the mask from the input
         bn_act.bn_apply(x, v, v, v, v, x, True)
-        bn_act.bn_backward_reduce(x, x, x, v, v)
+        bn_act.bn_backward_reduce(x, x, x, v, v, v, v, True)
     return specs
 
 

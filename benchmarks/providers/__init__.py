@@ -25,12 +25,13 @@ PROVIDERS: dict[str, Provider] = {
         Resfuse("resfuse"),
         Resfuse("resfuse_nchw", "nchw"),
         Resfuse("resfuse_compiled", compiled=True),
+        Resfuse("resfuse_recompute", recompute=True),
         Resfuse("resfuse_cpu", backend="cpu"),
         Resfuse("resfuse_cuda", backend="cuda"),
         Resfuse("resfuse_triton", backend="triton"),
     )
 }
-ONLY_BY_NAME = ("resfuse_nchw", "resfuse_compiled", "resfuse_cpu")
+ONLY_BY_NAME = ("resfuse_nchw", "resfuse_compiled", "resfuse_recompute", "resfuse_cpu")
 DEFAULT = tuple(name for name in PROVIDERS if name not in ONLY_BY_NAME)
 """The providers of a run without `--provider`; those that cannot run here are left out with their reasons."""
 QUICK = ("eager_nchw", "eager_channels_last", "resfuse")

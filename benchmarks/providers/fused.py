@@ -17,16 +17,23 @@ class Resfuse(Provider):
     """A model after `resfuse.fuse_`, or an op as one call of `resfuse`.
 
     `resfuse` and `resfuse_nchw` let resfuse choose the backend for each call, as users do; `resfuse_<backend>` requests
-    one backend in every call.  `resfuse_compiled` is the fused module under torch.compile's default mode.
+    one backend in every call.  `resfuse_compiled` is the fused module under torch.compile's default mode,
+    `resfuse_recompute` computes activations again in backward.
     """
 
     packages = ("resfuse",)
 
     def __init__(
-        self, name: str, layout: str = "channels_last", *, backend: str | None = None, compiled: bool = False
+        self,
+        name: str,
+        layout: str = "channels_last",
+        *,
+        backend: str | None = None,
+        compiled: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__(name, layout)
-        self._backend, self._compiled = backend, compiled
+        self._backend, self._compiled, self._recompute = backend, compiled, recompute
 
     def unavailable_reason(self, setting: Setting) -> str | None:
         import resfuse
@@ -36,7 +43,7 @@ class Resfuse(Provider):
         return compiler_reason(setting) if self._compiled else None
 
     def prepare(self, module: nn.Module, examples: tuple[Tensor, ...], setting: Setting) -> Step:
-        fused = fuse(self.in_layout(module).train(setting.trains))
+        fused = fuse(self.in_layout(module).train(setting.trains), self._recompute)
         step = make_step(compile_module(fused) if self._compiled else fused, setting)
         return step if self._backend is None else _on_backend(step, self._backend)
 
@@ -53,7 +60,7 @@ class _FusedOp(nn.Module):
         return output
 
 
-def fuse(module: nn.Module) -> nn.Module:
+def fuse(module: nn.Module, recompute: bool = False) -> nn.Module:
     """A model in channels_last fused in place, as the README does, or an op that makes resfuse's call."""
     if hasattr(module, "fused"):
         return _FusedOp(module).train(module.training)
@@ -61,7 +68,7 @@ def fuse(module: nn.Module) -> nn.Module:
 
     import resfuse
 
-    resfuse.fuse_(module.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    resfuse.fuse_(module.to(memory_format=torch.channels_last), recompute=recompute)  # type: ignore[call-overload]
     return module
 
 

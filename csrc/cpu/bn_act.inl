@@ -2,8 +2,9 @@
 // channel).
 //
 // Traffic in training: forward reads the input twice (statistics, apply) and the residual once, writes the output once.
-// Backward reads grad_output, input and output (the mask) twice and writes grad_input; with a residual the first pass
-// writes g = masked grad_output, which is the residual's gradient, and the second reads g in place of two tensors.
+// Backward reads grad_output and input twice and writes grad_input; the ReLU's mask comes from the input.  With a
+// residual it comes from the output, which the first pass reads, and this writes g = masked grad_output, which is the
+// residual's gradient and which the second pass reads in place of grad_output.
 //
 // Every sum runs over tiles of at most 32 rows that fit the L2 cache, in float; tiles are merged in double.  The
 // partition into tiles and chunks depends on the shape alone, so results do not depend on the number of threads.
@@ -198,51 +199,69 @@ void bn_statistics(const BnStatistics& args) {
   }
 }
 
-// (x - mean) scale + bias, not x scale + (bias - mean scale): the latter cancels where the mean is large.
-struct Affine {
-  std::vector<float> scale, bias;
-
-  Affine(int64_t channels, const float* invstd, const float* weight, const float* bias_or_null,
-         const float* mean_low = nullptr)
-      : scale(invstd, invstd + channels), bias(channels, 0.0f) {
-    for (int64_t c = 0; c < channels && weight != nullptr; ++c) scale[c] *= weight[c];
-    for (int64_t c = 0; c < channels && bias_or_null != nullptr; ++c) bias[c] = bias_or_null[c];
-    for (int64_t c = 0; c < channels && mean_low != nullptr; ++c) bias[c] -= mean_low[c] * scale[c];
-  }
-};
-
-template <class T>
-void apply_typed(const BnApply& args) {
-  const Activation& shape = args.shape;
-  const int64_t channels = shape.channels;
-  const Affine affine(channels, args.invstd, args.weight, args.bias, args.mean_low);
-  const float *mean = args.mean, *scale = affine.scale.data(), *bias = affine.bias.data();
-  const T *input = static_cast<const T*>(args.input), *residual = static_cast<const T*>(args.residual);
-  T* output = static_cast<T*>(args.output);
-  const bool with_relu = args.relu;
-  const auto finish = [=](f32x16 value, int64_t i, auto lanes) __attribute__((always_inline)) {
-    if (residual != nullptr) value += load(residual + i, lanes);
-    if (with_relu) value = relu(value);
-    store(output + i, value, lanes);
-  };
+// f(offset, lanes, of) for all elements, in blocks of one row or plane: of(vector) is the value of a vector per
+// channel.
+template <class F>
+void each_element(const Activation& shape, F f) {
+  const int64_t channels = shape.channels, pixels = shape.pixels;
   if (shape.channels_last) {
-    parallel_for(0, shape.batch * shape.pixels, ceil_div(kGrain, channels), [&](int64_t first, int64_t last) {
+    parallel_for(0, shape.batch * pixels, ceil_div(kGrain, channels), [&](int64_t first, int64_t last) {
+      const F local = f;  // whose pointers no store can change
       for (int64_t row = first; row < last; ++row)
         each_block(channels, [&](int64_t c, auto lanes) {
-          const f32x16 centred = load(input + row * channels + c, lanes) - load(mean + c, lanes);
-          finish(centred * load(scale + c, lanes) + load(bias + c, lanes), row * channels + c, lanes);
+          local(row * channels + c, lanes,
+                [=](const float* vector) __attribute__((always_inline)) { return load(vector + c, lanes); });
         });
     });
   } else {
-    parallel_for(0, shape.batch * channels, ceil_div(kGrain, shape.pixels), [&](int64_t first, int64_t last) {
+    parallel_for(0, shape.batch * channels, ceil_div(kGrain, pixels), [&](int64_t first, int64_t last) {
+      const F local = f;
       for (int64_t plane = first; plane < last; ++plane) {
-        const int64_t c = plane % channels, start = plane * shape.pixels;
-        each_block(shape.pixels, [&](int64_t i, auto lanes) {
-          finish((load(input + start + i, lanes) - mean[c]) * scale[c] + bias[c], start + i, lanes);
+        const int64_t c = plane % channels;
+        each_block(pixels, [&](int64_t i, auto lanes) {
+          local(plane * pixels + i, lanes,
+                [=](const float* vector) __attribute__((always_inline)) { return vector[c]; });
         });
       }
     });
   }
+}
+
+// (x - mean) scale + bias, not x scale + (bias - mean scale): the latter cancels where the mean is large.  Forward's
+// arithmetic, and backward's where it computes the output again.
+struct Affine {
+  const float *mean, *scale, *bias;
+
+  template <class Of>
+  RESFUSE_INLINE f32x16 operator()(f32x16 x, Of of) const {
+    return (x - of(mean)) * of(scale) + of(bias);
+  }
+};
+
+// Its vectors; scale = invstd weight.
+struct AffineVectors {
+  std::vector<float> scale, bias;
+
+  AffineVectors(int64_t channels, const float* invstd, const float* weight, const float* bias_or_null)
+      : scale(invstd, invstd + channels), bias(channels, 0.0f) {
+    for (int64_t c = 0; c < channels && weight != nullptr; ++c) scale[c] *= weight[c];
+    for (int64_t c = 0; c < channels && bias_or_null != nullptr; ++c) bias[c] = bias_or_null[c];
+  }
+  Affine with(const float* mean) const { return {mean, scale.data(), bias.data()}; }
+};
+
+template <class T>
+void apply_typed(const BnApply& args) {
+  const AffineVectors vectors(args.shape.channels, args.invstd, args.weight, args.bias);
+  const Affine affine = vectors.with(args.mean);
+  const T *input = static_cast<const T*>(args.input), *residual = static_cast<const T*>(args.residual);
+  T* output = static_cast<T*>(args.output);
+  const bool with_relu = args.relu;
+  each_element(args.shape, [=](int64_t i, auto lanes, auto of) __attribute__((always_inline)) {
+    f32x16 value = affine(load(input + i, lanes), of);
+    if (residual != nullptr) value += load(residual + i, lanes);
+    store(output + i, with_relu ? relu(value) : value, lanes);
+  });
 }
 
 void bn_apply(const BnApply& args) {
@@ -263,7 +282,6 @@ void bn_train_forward(const BnTrainForward& args) {
   const int64_t channels = shape.channels;
   const double count = static_cast<double>(shape.batch * shape.pixels);
   std::vector<double> wide(args.statistics != nullptr ? 0 : 2 * channels);
-  std::vector<float> mean_low(channels);
   const double* known = args.statistics;
   if (known == nullptr) {
     statistics(shape, args.apply.input, wide.data(), wide.data() + channels);
@@ -272,7 +290,6 @@ void bn_train_forward(const BnTrainForward& args) {
   for (int64_t c = 0; c < channels; ++c) {
     const double mean = known[c], m2 = known[channels + c];
     args.mean[c] = static_cast<float>(mean);
-    mean_low[c] = static_cast<float>(mean - args.mean[c]);
     args.invstd[c] = static_cast<float>(1.0 / std::sqrt(m2 / count + args.eps));
     if (args.running_mean != nullptr) {
       args.running_mean[c] = static_cast<float>((1 - args.momentum) * args.running_mean[c] + args.momentum * mean);
@@ -280,44 +297,75 @@ void bn_train_forward(const BnTrainForward& args) {
           static_cast<float>((1 - args.momentum) * args.running_var[c] + args.momentum * (m2 / (count - 1)));
     }
   }
-  BnApply apply = args.apply;
-  apply.mean_low = mean_low.data();
-  bn_apply(apply);
+  bn_apply(args.apply);
 }
 
-// g at offset i, and its store where the caller wants it kept.
+// What a ReLU passes of a gradient g, by its output, by the input that makes it again, or without a ReLU all of it.
 template <class T>
-struct MaskedGrad {
-  const T *grad_output, *output;
-  T* masked;
+struct OutputMask {
+  static constexpr bool reads_input = false;
+  const T* output;
 
-  template <class Lanes>
-  RESFUSE_INLINE f32x16 operator()(int64_t i, Lanes lanes) const {
-    f32x16 g = load(grad_output + i, lanes);
-    if (output != nullptr) g = relu_mask(g, load(output + i, lanes));
-    if (masked != nullptr) store(masked + i, g, lanes);
-    return g;
+  template <class Lanes, class Of>
+  RESFUSE_INLINE f32x16 operator()(f32x16 g, f32x16, int64_t i, Lanes lanes, Of) const {
+    return relu_mask(g, load(output + i, lanes));
   }
 };
 
 template <class T>
-void backward_reduce_rows(const BnBackwardReduce& args) {
+struct InputMask {
+  static constexpr bool reads_input = true;
+  Affine affine;
+  // What is not greater is zero as a T: half of the least bfloat16 is rounded to even.
+  static constexpr float kZero = std::is_same_v<T, bf16> ? 0x1p-134f : 0.0f;
+
+  template <class Lanes, class Of>
+  RESFUSE_INLINE f32x16 operator()(f32x16 g, f32x16 x, int64_t, Lanes, Of of) const {
+    return relu_mask(g, affine(x, of), kZero);
+  }
+};
+
+struct NoMask {
+  static constexpr bool reads_input = false;
+
+  template <class Lanes, class Of>
+  RESFUSE_INLINE f32x16 operator()(f32x16 g, f32x16, int64_t, Lanes, Of) const {
+    return g;
+  }
+};
+
+template <class T, class F>
+void with_mask(const BnMask& args, const Affine& affine, F f) {
+  if (!args.relu)
+    f(NoMask{});
+  else if (args.output != nullptr)
+    f(OutputMask<T>{static_cast<const T*>(args.output)});
+  else
+    f(InputMask<T>{affine});
+}
+
+template <class T, class Mask>
+void backward_reduce_rows(const BnBackwardReduce& args, const Mask mask) {
   const Tiling tiling(args.shape);
   const int64_t channels = args.shape.channels;
-  const T* input = static_cast<const T*>(args.input);
-  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
-                           static_cast<T*>(args.masked)};
+  const T *input = static_cast<const T*>(args.input), *grad_output = static_cast<const T*>(args.mask.grad_output);
+  const float* mean = args.mask.mean;
+  T* masked = static_cast<T*>(args.masked);
   std::vector<double> partial(2 * tiling.chunks * channels);
   parallel_for(0, tiling.chunks, 1, [&](int64_t first, int64_t last) {
     std::vector<float> buffer(2 * channels);
+    const auto terms_of = [=](int64_t i, int64_t c, auto lanes, f32x16* terms) __attribute__((always_inline)) {
+      const auto of = [=](const float* vector) __attribute__((always_inline)) { return load(vector + c, lanes); };
+      const f32x16 x = load(input + i, lanes), g = mask(load(grad_output + i, lanes), x, i, lanes, of);
+      if (masked != nullptr) store(masked + i, g, lanes);
+      terms[0] = g;
+      terms[1] = g * (x - of(mean));
+    };
     for (int64_t chunk = first; chunk < last; ++chunk) {
       double* sums = partial.data() + 2 * chunk * channels;
       each_tile(tiling, chunk, [&](int64_t begin, int64_t end) {
         std::fill(buffer.begin(), buffer.end(), 0.0f);
-        add_rows<2, 1>(channels, begin, end, buffer.data(), [&](int64_t i, int64_t c, auto lanes, f32x16* terms) {
-          terms[0] = grad(i, lanes);
-          terms[1] = terms[0] * (load(input + i, lanes) - load(args.mean + c, lanes));
-        });
+        add_rows<2, 1>(channels, begin, end, buffer.data(), terms_of);
         for (int64_t c = 0; c < 2 * channels; ++c) sums[c] += buffer[c];
       });
     }
@@ -329,88 +377,79 @@ void backward_reduce_rows(const BnBackwardReduce& args) {
       sum_gx += partial[(2 * chunk + 1) * channels + c];
     }
     args.sum_g[c] = static_cast<float>(sum_g);
-    args.sum_g_xhat[c] = static_cast<float>(sum_gx * args.invstd[c]);
+    args.sum_g_xhat[c] = static_cast<float>(sum_gx * args.mask.invstd[c]);
   }
 }
 
-template <class T>
-void backward_reduce_planes(const BnBackwardReduce& args) {
+template <class T, class Mask>
+void backward_reduce_planes(const BnBackwardReduce& args, const Mask mask) {
   const Activation& shape = args.shape;
-  const T* input = static_cast<const T*>(args.input);
-  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
-                           static_cast<T*>(args.masked)};
+  const T *input = static_cast<const T*>(args.input), *grad_output = static_cast<const T*>(args.mask.grad_output);
+  T* masked = static_cast<T*>(args.masked);
   parallel_for(0, shape.channels, ceil_div(kGrain, shape.batch * shape.pixels), [&](int64_t first, int64_t last) {
     for (int64_t channel = first; channel < last; ++channel) {
-      const float mean = args.mean[channel];
+      const float mean = args.mask.mean[channel];
+      const auto of = [=](const float* vector) __attribute__((always_inline)) { return vector[channel]; };
       double sum_g = 0, sum_gx = 0;
       each_plane_tile(shape, channel, [&](int64_t begin, int64_t end) {
         f32x16 tile_g = {}, tile_gx = {};
-        each_block(end - begin, [&](int64_t i, auto lanes) {
-          const f32x16 g = grad(begin + i, lanes);
+        each_block(end - begin, [&](int64_t offset, auto lanes) {
+          const int64_t i = begin + offset;
+          const f32x16 x = load(input + i, lanes), g = mask(load(grad_output + i, lanes), x, i, lanes, of);
+          if (masked != nullptr) store(masked + i, g, lanes);
           tile_g += g;
-          tile_gx += keep(g * (load(input + begin + i, lanes) - mean), lanes);
+          tile_gx += keep(g * (x - mean), lanes);
         });
         sum_g += total(tile_g);
         sum_gx += total(tile_gx);
       });
       args.sum_g[channel] = static_cast<float>(sum_g);
-      args.sum_g_xhat[channel] = static_cast<float>(sum_gx * args.invstd[channel]);
+      args.sum_g_xhat[channel] = static_cast<float>(sum_gx * args.mask.invstd[channel]);
     }
   });
 }
 
 void bn_backward_reduce(const BnBackwardReduce& args) {
+  const AffineVectors vectors(args.shape.channels, args.mask.invstd, args.mask.weight, args.mask.bias);
   with_type(args.shape.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (args.shape.channels_last)
-      backward_reduce_rows<T>(args);
-    else
-      backward_reduce_planes<T>(args);
+    with_mask<T>(args.mask, vectors.with(args.mask.mean), [&](auto mask) {
+      if (args.shape.channels_last)
+        backward_reduce_rows<T>(args, mask);
+      else
+        backward_reduce_planes<T>(args, mask);
+    });
   });
 }
 
-template <class T>
-void backward_apply_typed(const BnBackwardApply& args) {
-  const Activation& shape = args.shape;
-  const int64_t channels = shape.channels;
-  const T* input = static_cast<const T*>(args.input);
-  const MaskedGrad<T> grad{static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output), nullptr};
+template <class T, class Mask>
+void backward_apply_typed(const BnBackwardApply& args, const Affine& affine, const Mask mask) {
+  const int64_t channels = args.shape.channels;
+  const T *input = static_cast<const T*>(args.input), *grad_output = static_cast<const T*>(args.mask.grad_output);
   T* grad_input = static_cast<T*>(args.grad_input);
-  const Affine affine(channels, args.invstd, args.weight, nullptr);
-  const float *mean = args.mean, *scale = affine.scale.data();
+  const float *mean = affine.mean, *scale = affine.scale;
   // grad_input = scale (g - mean_g - (input - mean) slope)
   std::vector<float> terms(2 * channels, 0.0f);
   float *mean_g = terms.data(), *slope = mean_g + channels;
   for (int64_t c = 0; c < channels && args.count > 0; ++c) {
     mean_g[c] = static_cast<float>(args.sum_g[c] / args.count);
-    slope[c] = static_cast<float>(args.sum_g_xhat[c] / args.count * args.invstd[c]);
+    slope[c] = static_cast<float>(args.sum_g_xhat[c] / args.count * args.mask.invstd[c]);
   }
   const bool batch_statistics = args.count > 0;
-  if (shape.channels_last) {
-    parallel_for(0, shape.batch * shape.pixels, ceil_div(kGrain, channels), [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row)
-        each_block(channels, [&](int64_t c, auto lanes) {
-          const int64_t i = row * channels + c;
-          f32x16 g = grad(i, lanes);
-          if (batch_statistics)
-            g = g - load(mean_g + c, lanes) - (load(input + i, lanes) - load(mean + c, lanes)) * load(slope + c, lanes);
-          store(grad_input + i, g * load(scale + c, lanes), lanes);
-        });
-    });
-  } else {
-    parallel_for(0, shape.batch * channels, ceil_div(kGrain, shape.pixels), [&](int64_t first, int64_t last) {
-      for (int64_t plane = first; plane < last; ++plane) {
-        const int64_t c = plane % channels, start = plane * shape.pixels;
-        each_block(shape.pixels, [&](int64_t i, auto lanes) {
-          f32x16 g = grad(start + i, lanes);
-          if (batch_statistics) g = g - mean_g[c] - (load(input + start + i, lanes) - mean[c]) * slope[c];
-          store(grad_input + start + i, g * scale[c], lanes);
-        });
-      }
-    });
-  }
+  each_element(args.shape, [=](int64_t i, auto lanes, auto of) __attribute__((always_inline)) {
+    f32x16 x = {};
+    if (batch_statistics || Mask::reads_input) x = load(input + i, lanes);
+    f32x16 g = mask(load(grad_output + i, lanes), x, i, lanes, of);
+    if (batch_statistics) g = g - of(mean_g) - (x - of(mean)) * of(slope);
+    store(grad_input + i, g * of(scale), lanes);
+  });
 }
 
 void bn_backward_apply(const BnBackwardApply& args) {
-  with_type(args.shape.dtype, [&](auto* type) { backward_apply_typed<std::remove_pointer_t<decltype(type)>>(args); });
+  const AffineVectors vectors(args.shape.channels, args.mask.invstd, args.mask.weight, args.mask.bias);
+  const Affine affine = vectors.with(args.mask.mean);
+  with_type(args.shape.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_mask<T>(args.mask, affine, [&](auto mask) { backward_apply_typed<T>(args, affine, mask); });
+  });
 }

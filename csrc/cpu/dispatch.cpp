@@ -75,6 +75,8 @@ void bn_eval_forward(const BnEvalForward& args) { chosen().kernels->bn_eval_forw
 void bn_train_forward(const BnTrainForward& args) { chosen().kernels->bn_train_forward(args); }
 void bn_backward_reduce(const BnBackwardReduce& args) { chosen().kernels->bn_backward_reduce(args); }
 void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backward_apply(args); }
+void max_pool_forward(const MaxPoolForward& args) { chosen().kernels->max_pool_forward(args); }
+void max_pool_backward(const MaxPoolBackward& args) { chosen().kernels->max_pool_backward(args); }
 void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args); }
 bool conv_pool_forward(const ConvForward& args, const MaxPool& pool) {
   return chosen().kernels->conv_pool_forward(args, pool);

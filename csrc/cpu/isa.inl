@@ -10,6 +10,8 @@ namespace {
 
 #include "conv_vec.inl"
 
+#include "max_pool.inl"
+
 #include "conv_plan.inl"
 
 #include "conv_pack.inl"
@@ -28,7 +30,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {add_relu_forward, add_relu_backward, bn_statistics,      bn_apply,
-                         bn_eval_forward,  bn_train_forward,  bn_backward_reduce, bn_backward_apply,
-                         conv_forward,     conv_pool_forward, multiply_seconds};
+const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,         bn_eval_forward,
+                         bn_train_forward, bn_backward_reduce, bn_backward_apply, max_pool_forward, max_pool_backward,
+                         conv_forward,     conv_pool_forward,  multiply_seconds};
 }  // namespace resfuse::cpu::RESFUSE_ISA

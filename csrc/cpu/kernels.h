@@ -31,6 +31,8 @@ struct Kernels {
   void (*bn_train_forward)(const BnTrainForward&);
   void (*bn_backward_reduce)(const BnBackwardReduce&);
   void (*bn_backward_apply)(const BnBackwardApply&);
+  void (*max_pool_forward)(const MaxPoolForward&);
+  void (*max_pool_backward)(const MaxPoolBackward&);
   void (*conv_forward)(const ConvForward&);
   bool (*conv_pool_forward)(const ConvForward&, const MaxPool&);
   double (*multiply_seconds)(BFloat16Products);

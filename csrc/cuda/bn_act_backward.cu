@@ -5,11 +5,14 @@
 //   dx = weight invstd (g - sum_g / count - xhat sum_g_xhat / count)     with batch statistics
 //   dx = weight invstd g                                                 with running statistics
 //
+// Without y its sign is computed from x, as forward did.
+//
 // bn_backward         one cooperative launch: g and the sums of each block's part, dresidual, and dx where it needs no
-//                     sums | grid barrier | sums merged in a fixed order, then dx. Reads dy, x and y. Each block keeps
-//                     as much of g and x in shared memory as fits and reads the rest again (dresidual in place of dy
-//                     and y), backwards, while it is still in L2. Bytes: 3 to 6 activations read, plus the writes.
-// bn_backward_apply   dx from given sums. Reads dy, y and, with batch statistics, x; writes dx.
+//                     sums | grid barrier | sums merged in a fixed order, then dx. Reads dy, x and y if there is one.
+//                     Each block keeps as much of g and x in shared memory as fits and reads the rest again (dresidual
+//                     in place of dy and y), backwards, while it is still in L2. Bytes: 2 to 4 activations read, 6
+//                     with y and without dresidual, plus the writes.
+// bn_backward_apply   dx from given sums. Reads g and, with batch statistics, x; writes dx.
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "two_pass.cuh"
@@ -22,15 +25,15 @@ constexpr int kApplyThreads = 256;
 template <int N>
 constexpr int kGroup = N == 1 ? 8 : 2;  // items in flight, from up to three activations
 
-// Per channel: dx = scale g - (x - mean) slope - shift.
+// Per channel: dx = scale g - (x - mean) slope - shift, and y = relu((x - mean) scale + bias).
 struct Gradient {
-  float mean, scale, slope, shift;
+  float mean, scale, bias, slope, shift;
 };
 
 // The same for the N elements of a thread's items.
 template <int N>
 struct Gradients {
-  float mean[N], scale[N], slope[N], shift[N];
+  float mean[N], scale[N], bias[N], slope[N], shift[N];
 
   __device__ Gradients(const Gradient* vectors, const ChannelTiles& t, const ThreadShare& share) {
 #pragma unroll
@@ -38,9 +41,17 @@ struct Gradients {
       const Gradient of = vectors[share.slot * t.lanes + (t.lanes == 1 ? 0 : k)];
       mean[k] = of.mean;
       scale[k] = of.scale;
+      bias[k] = of.bias;
       slope[k] = of.slope;
       shift[k] = of.shift;
     }
+  }
+
+  // Turns dy into g.
+  template <class T>
+  __device__ __forceinline__ void mask(float (&dy)[N], const float (&x)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k) dy[k] = Affine{mean[k], scale[k], bias[k]}(x[k]) <= kRoundedToZero<T> ? 0.f : dy[k];
   }
 
   // Turns g into dx, with batch statistics.
@@ -60,12 +71,14 @@ struct Gradients {
 template <class T, class Args>
 __device__ Gradient gradient(const Args& args, int channel, double sum_g, double sum_g_xhat, double count) {
   const float mean = channel_value<T>(args.mean, channel, 0.f), invstd = channel_value<T>(args.invstd, channel, 1.f);
-  const double scale = static_cast<double>(invstd) * channel_value<T>(args.weight, channel, 1.f);
+  const double scale = static_cast<double>(invstd) * channel_value<T>(args.weight, channel, 1.f);  // exact
   const double slope = scale * sum_g_xhat / count * invstd, shift = scale * sum_g / count;
-  return {mean, static_cast<float>(scale), static_cast<float>(slope), static_cast<float>(shift)};
+  float bias = 0.f;
+  if constexpr (std::is_same_v<Args, BnBackward>) bias = channel_value<T>(args.bias, channel, 0.f);
+  return {mean, static_cast<float>(scale), bias, static_cast<float>(slope), static_cast<float>(shift)};
 }
 
-// One item of dy, y and x in registers; `g` computes the masked gradient.
+// One item of dy, y and x in registers; `g` computes the masked gradient, whose mask comes from y where there is one.
 template <class T, int N>
 struct Item {
   using E = Elements<T, N>;
@@ -78,13 +91,18 @@ struct Item {
     if (x_from != nullptr) x = E::template load<kLast>(x_from + offset);
   }
 
-  __device__ __forceinline__ void g(bool with_relu, float (&values)[N]) const {
+  __device__ __forceinline__ void g(const Gradients<N>& of, bool relu, bool has_y, float (&values)[N]) const {
     E::unpack(dy, values);
-    if (with_relu) {
+    if (!relu) return;
+    if (has_y) {
       float output[N];
       E::unpack(y, output);
 #pragma unroll
       for (int k = 0; k < N; ++k) values[k] = masked(values[k], output[k]);
+    } else {
+      float input[N];
+      E::unpack(x, input);
+      of.template mask<T>(values, input);
     }
   }
 };
@@ -121,7 +139,7 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
       const int step = first + u;
       if (kFull || step < share.steps) {
         float g[N], values[N];
-        items[u].g(y != nullptr, g);
+        items[u].g(of, args.relu, y != nullptr, g);
         E::unpack(items[u].x, values);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -148,10 +166,10 @@ __device__ void thread_sums(const BnBackward& args, const ChannelTiles& t, const
       for (int k = 0; k < half; ++k) sums[k].merge(sums[k + half]);
 }
 
-// Writes dx for the thread's items, the last first; g and x of the first `kept` are in `keep`. y null: dy is g already;
-// x null: running statistics.
+// Writes dx for the thread's items, the last first; g and x of the first `kept` are in `keep`. Without `relu` dy is g
+// already; x null: running statistics.
 template <class T, int N, bool kSecondPass>
-__device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const ChannelTiles& t,
+__device__ void input_gradient(const T* dy, const T* y, const T* x, bool relu, T* dx, const ChannelTiles& t,
                                const ThreadShare& share, const Gradient* vectors, int kept,
                                const typename Elements<T, N>::Word* keep) {
   using E = Elements<T, N>;
@@ -181,7 +199,7 @@ __device__ void input_gradient(const T* dy, const T* y, const T* x, T* dx, const
       const int step = share.steps - 1 - first - u;
       if (kFull || step >= 0) {
         float g[N], values[N];
-        items[u].g(y != nullptr && step >= kept, g);
+        items[u].g(of, relu && step >= kept, y != nullptr, g);
         if (x != nullptr) {
           E::unpack(items[u].x, values);
           of.apply(g, values);
@@ -234,8 +252,8 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   const auto* dresidual = static_cast<const T*>(args.grad_residual);  // holds g, if present
   input_gradient<T, N, true>(dresidual != nullptr ? dresidual : static_cast<const T*>(args.grad_output),
                              dresidual != nullptr ? nullptr : static_cast<const T*>(args.output),
-                             static_cast<const T*>(args.input), static_cast<T*>(args.grad_input), t, share,
-                             memory.vectors, kept, memory.kept);
+                             static_cast<const T*>(args.input), args.relu && dresidual == nullptr,
+                             static_cast<T*>(args.grad_input), t, share, memory.vectors, kept, memory.kept);
 }
 
 template <class T, int N>
@@ -253,9 +271,8 @@ __global__ void __launch_bounds__(kApplyThreads)
     vectors[threadIdx.x] = gradient<T>(args, channel, sum_g, sum_g_xhat, count);
   }
   __syncthreads();
-  input_gradient<T, N, false>(static_cast<const T*>(args.grad_output), static_cast<const T*>(args.output),
-                              static_cast<const T*>(args.input), static_cast<T*>(args.grad_input), t, share, vectors, 0,
-                              nullptr);
+  input_gradient<T, N, false>(static_cast<const T*>(args.grad_output), nullptr, static_cast<const T*>(args.input),
+                              false, static_cast<T*>(args.grad_input), t, share, vectors, 0, nullptr);
 }
 
 }  // namespace
@@ -271,7 +288,7 @@ void bn_backward(const BnBackward& args, void* stream) {
 }
 
 void bn_backward_apply(const BnBackwardApply& args, void* stream) {
-  const bool all_aligned = aligned(args.grad_output, args.input, args.output, args.grad_input);
+  const bool all_aligned = aligned(args.grad_output, args.input, args.grad_input);
   with_elements(args.shape, all_aligned, [&](auto element, auto size) {
     using T = decltype(element);
     constexpr int N = decltype(size)::value;

@@ -1,6 +1,8 @@
 // Batch norm, residual and activation: per channel over N, H, W
 //
-//   y = act(weight (x - mean) invstd + bias + residual),   invstd = (variance + eps)^-1/2
+//   y = act((x - mean) (invstd weight) + bias + residual),   invstd = (variance + eps)^-1/2
+//
+// with mean and invstd rounded to float first, as they are kept: backward computes y again from them.
 //
 // bn_train_forward   one cooperative launch: x -> (count, mean, M2) of each block's part | grid barrier | merged in a
 //                    fixed order, running statistics, then y. Reads x; each block keeps as much of it in shared memory
@@ -20,12 +22,6 @@ namespace resfuse::cuda {
 namespace {
 
 constexpr int kApplyThreads = 256;
-
-// Per channel: y = act((x - mean) scale + shift + residual). Computed in double precision, which is free at that rate
-// and leaves only the rounding of the per-element arithmetic.
-struct Affine {
-  float mean, scale, shift;
-};
 
 __device__ float median(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
@@ -172,7 +168,7 @@ __device__ void normalise(const T* input, const T* residual, T* output, bool wit
         if (residual != nullptr) E::unpack(others[u], added);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-          const float y = fmaf(x[k] - mean[k], scale[k], shift[k]) + added[k];
+          const float y = Affine{mean[k], scale[k], shift[k]}(x[k]) + added[k];
           x[k] = y <= lowest ? lowest : y;  // NaN stays NaN
         }
         E::template store<kSecondPass>(output + offsets[u], E::pack(x));
@@ -197,16 +193,13 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   const Moments moments = whole_moments(args.workspace, t, share, memory.scratch);
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
-    const float centre = pivot(channel), mean = centre + moments.mean;
-    const double mean_low = (static_cast<double>(centre) - mean) + moments.mean;  // lost by rounding
+    const float mean = pivot(channel) + moments.mean;
     const double variance = moments.sum_of_squares() / moments.count;
-    const double invstd = inverse_deviation(variance, args.eps);
-    const double scale = invstd * channel_value<T>(args.weight, channel, 1.f);
-    const double shift = channel_value<T>(args.bias, channel, 0.f) - mean_low * scale;
-    memory.vectors[threadIdx.x] = {mean, static_cast<float>(scale), static_cast<float>(shift)};
+    const auto invstd = static_cast<float>(inverse_deviation(variance, args.eps));
+    memory.vectors[threadIdx.x] = affine<T>(args, channel, mean, invstd);
     if (share.part == 0) {
       args.mean[channel] = mean;
-      args.invstd[channel] = static_cast<float>(invstd);
+      args.invstd[channel] = invstd;
       const double momentum = args.momentum, unbiased = moments.sum_of_squares() / (moments.count - 1.);
       if (args.running_mean.data != nullptr) {
         const float old = channel_value<T>(args.running_mean, channel, 0.f);
@@ -247,19 +240,17 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
 template <class T, int N>
 __global__ void __launch_bounds__(kApplyThreads) bn_apply_kernel(const BnApply args, const ChannelTiles t) {
   RESFUSE_DYNAMIC_SHARED(shared);
-  auto* affine = reinterpret_cast<Affine*>(shared);
+  auto* vectors = reinterpret_cast<Affine*>(shared);
   const ThreadShare share(t);
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
-    const float spread = channel_value<T>(args.spread, channel, 1.f);
-    const double invstd = args.spread_is_variance ? inverse_deviation(static_cast<double>(spread), args.eps) : spread;
-    affine[threadIdx.x] = {channel_value<T>(args.mean, channel, 0.f),
-                           static_cast<float>(invstd * channel_value<T>(args.weight, channel, 1.f)),
-                           channel_value<T>(args.bias, channel, 0.f)};
+    float invstd = channel_value<T>(args.spread, channel, 1.f);
+    if (args.spread_is_variance) invstd = static_cast<float>(inverse_deviation(static_cast<double>(invstd), args.eps));
+    vectors[threadIdx.x] = affine<T>(args, channel, channel_value<T>(args.mean, channel, 0.f), invstd);
   }
   __syncthreads();
   normalise<T, N, false>(static_cast<const T*>(args.input), static_cast<const T*>(args.residual),
-                         static_cast<T*>(args.output), args.relu, t, share, affine, 0, nullptr);
+                         static_cast<T*>(args.output), args.relu, t, share, vectors, 0, nullptr);
 }
 
 }  // namespace

@@ -166,7 +166,7 @@ __device__ __forceinline__ void store_tile(Accumulators<T>& acc, const ChannelTe
           load_run(terms.scale + channel, scale);
           load_run(terms.shift + channel, shift);
 #pragma unroll
-          for (int k = 0; k < kRun; ++k) values[k] = (values[k] - centre[k]) * scale[k] + shift[k];
+          for (int k = 0; k < kRun; ++k) values[k] = Affine{centre[k], scale[k], shift[k]}(values[k]);
           if (out.residual != nullptr) {
             float residual[kRun];
             staging.read(0, piece, residual);

@@ -38,6 +38,12 @@ __device__ __forceinline__ float relu(float x) { return x <= 0.f ? 0.f : x; }
 // The gradient of `relu`, given its output.
 __device__ __forceinline__ float masked(float gradient, float output) { return output <= 0.f ? 0.f : gradient; }
 
+// The greatest float that is zero as a T: half of T's least positive value, rounded to even.
+template <class T>
+constexpr float kRoundedToZero = std::is_same_v<T, float>           ? 0.f
+                                 : std::is_same_v<T, __nv_bfloat16> ? 0x1p-134f
+                                                                    : 0x1p-25f;
+
 // N adjacent elements: one, or a vector of 16 bytes. A `Word` is the unit of one access.
 template <class T, int N>
 struct Elements {
@@ -119,6 +125,19 @@ __device__ __forceinline__ void set_channel_value(const ChannelVector& vector, i
   } else {
     static_cast<T*>(vector.data)[channel] = from_float<T>(value);
   }
+}
+
+// Per channel: the argument of a ReLU without a residual, with scale = invstd weight. Forward's arithmetic, and
+// backward's where it computes the sign of the output again.
+struct Affine {
+  float mean, scale, shift;
+
+  __device__ __forceinline__ float operator()(float x) const { return fmaf(x - mean, scale, shift); }
+};
+
+template <class T, class Args>
+__device__ Affine affine(const Args& args, int channel, float mean, float invstd) {
+  return {mean, invstd * channel_value<T>(args.weight, channel, 1.f), channel_value<T>(args.bias, channel, 0.f)};
 }
 
 // Calls function(T{}) with the element type that `dtype` names.

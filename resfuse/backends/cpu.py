@@ -17,8 +17,8 @@ from resfuse.backends.cpu_conv import (
     conv_forward,
     conv_statistics_forward,
 )
-from resfuse.layout import copy_back, dense, gapless, ordered_like, residual_for
-from resfuse.types import BatchNorm, Convolution, Problem
+from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, pool_output_size, residual_for
+from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
 __all__ = ["checked_inference", "conv_backward", "conv_forward"]
 
@@ -107,26 +107,27 @@ def bn_act_backward(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
+    relu: bool,
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
+    vectors = (_float(weight), _float(bias), mean, invstd)
     masked = torch.empty_like(input) if needs_residual_grad else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    cpu_kernels.bn_backward_reduce(grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, masked)
+    cpu_kernels.bn_backward_reduce(grad_output, input, output, *vectors, relu, sum_g, sum_g_xhat, masked)
     grad_input = None
     if needs_input_grad:
         if masked is not None:
-            grad_output, output = masked, None
+            grad_output, output, relu = masked, None, False
         grad_input = torch.empty_like(input)
         count = input.numel() // input.shape[1] if training else 0
-        cpu_kernels.bn_backward_apply(
-            grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count, grad_input
-        )
+        cpu_kernels.bn_backward_apply(grad_output, input, output, *vectors, relu, sum_g, sum_g_xhat, count, grad_input)
     return grad_input, sum_g_xhat, sum_g, masked
 
 
@@ -167,27 +168,35 @@ def bn_apply(
 ) -> Tensor:
     input = dense(input)
     output = torch.empty_like(input)
-    cpu_kernels.bn_apply(input, ordered_like(residual, input), mean, invstd, _float(weight), _float(bias), relu, output)
+    cpu_kernels.bn_apply(
+        input, residual_for(output, residual), mean, invstd, _float(weight), _float(bias), relu, output
+    )
     return output
 
 
 def bn_backward_reduce(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = grad_output if output is None else torch.empty_like(input)
+    masked = torch.empty_like(input) if relu else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
     cpu_kernels.bn_backward_reduce(
-        grad_output, input, output, mean, invstd, sum_g, sum_g_xhat, None if output is None else masked
+        grad_output, input, output, _float(weight), _float(bias), mean, invstd, relu, sum_g, sum_g_xhat, masked
     )
-    return sum_g, sum_g_xhat, masked
+    return sum_g, sum_g_xhat, grad_output if masked is None else masked
 
 
 def bn_backward_apply(
     grad_output: Tensor,
     input: Tensor,
-    output: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
@@ -196,12 +205,30 @@ def bn_backward_apply(
     count: int | None,
 ) -> Tensor:
     input = dense(input)
-    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    grad_input = torch.empty_like(input)
+    grad_output, grad_input = ordered_like(grad_output, input), torch.empty_like(input)
     cpu_kernels.bn_backward_apply(
-        grad_output, input, output, _float(weight), mean, invstd, sum_g, sum_g_xhat, count or 0, grad_input
+        grad_output, input, None, _float(weight), None, mean, invstd, False, sum_g, sum_g_xhat, count or 0, grad_input
     )
     return grad_input
+
+
+def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    input = channels_last(input)
+    shape = (*input.shape[:2], *pool_output_size(input.shape, pooling))
+    output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
+    positions = torch.empty_like(output, dtype=torch.uint8)
+    cpu_kernels.max_pool_forward(input, _window_settings(pooling), output, positions)
+    return output, positions
+
+
+def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
+    grad_input = torch.empty(shape, dtype=grad_output.dtype, memory_format=torch.channels_last)
+    cpu_kernels.max_pool_backward(channels_last(grad_output), positions, _window_settings(pooling), grad_input)
+    return grad_input
+
+
+def _window_settings(pooling: Pooling) -> tuple[int, ...]:
+    return *pooling.kernel_size, *pooling.stride, *pooling.padding, *pooling.dilation
 
 
 def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:

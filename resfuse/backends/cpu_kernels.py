@@ -24,10 +24,13 @@ for _schema in (
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, "
     "Tensor(d!) mean, Tensor(e!) invstd) -> ()",
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd, "
-    "Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
-    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    # settings: kernel, stride, padding, dilation (vertical, horizontal)
+    "max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()",
+    "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
     # settings: see `conv_settings`; pool: kernel size, stride and padding (vertical, horizontal).
     # The first two check their arguments themselves, and return None where they do not take them.
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
@@ -57,6 +60,8 @@ conv_pool_forward = _kernels.conv_pool_forward.default
 conv_input_grad = _kernels.conv_input_grad.default
 conv_statistics_forward = _kernels.conv_statistics_forward.default
 instruction_set = _kernels.instruction_set.default
+max_pool_backward = _kernels.max_pool_backward.default
+max_pool_forward = _kernels.max_pool_forward.default
 
 
 @functools.lru_cache(maxsize=4096)

@@ -42,13 +42,13 @@ _LIBRARY.define(
     "bool spread_is_variance, float eps, Tensor(a!) output) -> ()"
 )
 _LIBRARY.define(
-    "bn_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "bool batch_statistics, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!) sum_g, "
-    "Tensor(d!) sum_g_xhat, Tensor(e!) workspace, int launches) -> ()"
+    "bn_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, bool batch_statistics, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, "
+    "Tensor(c!) sum_g, Tensor(d!) sum_g_xhat, Tensor(e!) workspace, int launches) -> ()"
 )
 _LIBRARY.define(
-    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()"
+    "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, Tensor sum_g, "
+    "Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()"
 )
 _OPERATORS = torch.ops.resfuse_cuda
 _add_relu_forward = _OPERATORS.add_relu_forward.default
@@ -145,23 +145,25 @@ def bn_act_backward(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
+    relu: bool,
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias, grad_residual); without a ReLU (`output`) the last is `grad_output`."""
+    """(grad_input, grad_weight, grad_bias, grad_residual); without a ReLU the last is `grad_output`."""
     input = dense(input)
     grad_input = torch.empty_like(input) if needs_input_grad else None
-    grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
+    grad_residual = torch.empty_like(input) if needs_residual_grad and relu else None
     sum_g, sum_g_xhat = _two_vectors(input)
     _bn_backward(
-        ordered_like(grad_output, input), input, ordered_like(output, input), kernel_vector(weight, input),
-        kernel_vector(mean, input), kernel_vector(invstd, input), training, grad_input, grad_residual, sum_g,
-        sum_g_xhat, _workspace(input), _launches,
+        ordered_like(grad_output, input), input, ordered_like(output, input),
+        *(kernel_vector(vector, input) for vector in (weight, bias, mean, invstd)),
+        relu, training, grad_input, grad_residual, sum_g, sum_g_xhat, _workspace(input), _launches,
     )  # fmt: skip
-    if needs_residual_grad and output is None:
+    if needs_residual_grad and not relu:
         grad_residual = grad_output
     return grad_input, sum_g_xhat, sum_g, grad_residual
 
@@ -187,15 +189,24 @@ def bn_apply(
     input = dense(input)
     output = torch.empty_like(input)
     vectors = (kernel_vector(vector, input) for vector in (mean, invstd, weight, bias))
-    _bn_apply(input, ordered_like(residual, input), *vectors, relu, False, 0.0, output)
+    _bn_apply(input, residual_for(output, residual), *vectors, relu, False, 0.0, output)
     return output
 
 
 def bn_backward_reduce(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum g, sum g xhat, g)."""
-    _, sum_g_xhat, sum_g, masked = bn_act_backward(grad_output, input, output, None, mean, invstd, False, False, True)
+    _, sum_g_xhat, sum_g, masked = bn_act_backward(
+        grad_output, input, output, weight, bias, mean, invstd, relu, False, False, True
+    )
     assert masked is not None
     return sum_g, sum_g_xhat, masked
 
@@ -203,7 +214,6 @@ def bn_backward_reduce(
 def bn_backward_apply(
     grad_output: Tensor,
     input: Tensor,
-    output: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
@@ -215,9 +225,7 @@ def bn_backward_apply(
     input = dense(input)
     grad_input = torch.empty_like(input)
     vectors = (kernel_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
-    _bn_backward_apply(
-        ordered_like(grad_output, input), input, ordered_like(output, input), *vectors, float(count or 0), grad_input
-    )
+    _bn_backward_apply(ordered_like(grad_output, input), input, *vectors, float(count or 0), grad_input)
     return grad_input
 
 

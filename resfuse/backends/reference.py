@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.layout import as_result, conv_memory_format, is_channels_last
-from resfuse.types import BatchNorm, Convolution, Pair, Problem
+from resfuse.types import BatchNorm, Convolution, Pair, Pooling, Problem
 
 KERNELS = (
     "add_relu_forward", "add_relu_backward", "bn_act_forward", "bn_act_backward",
     "conv_bn_act_forward", "conv_forward", "conv_backward",
-    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
+    "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply", "max_pool_forward", "max_pool_backward",
 )  # fmt: skip
 
 
@@ -51,25 +51,24 @@ def bn_act_forward(
     """(output, mean, invstd).
 
     A residual may have fewer channels than the input: the others are zeros, for which no tensor is made.
-    With `training` batch statistics are used and the running ones updated in place; without it mean and invstd are
-    None: backward takes them from `inference_statistics`.
+    With `training` batch statistics are used and the running ones updated in place, and the output is, bit for bit,
+    `bn_apply` of mean and invstd, so that backward can compute it again.  Without it mean and invstd are None: backward
+    takes them from `inference_statistics`.
     """
     running_mean, running_var, weight, bias, training, momentum, eps = bn
-    mean = invstd = None
     if training and input.numel() == 0:  # eager returns at once and leaves the running statistics alone
-        output = F.batch_norm(input, *bn)
-        mean = invstd = _widen(input.new_zeros(input.shape[1]))
-    elif training:
-        output, mean, invstd = torch.native_batch_norm(
-            input, weight, bias, running_mean, running_var, True, momentum, eps
-        )
+        empty = _widen(input.new_zeros(input.shape[1]))
+        return _activate(as_result(F.batch_norm(input, *bn), input), residual, relu), empty, empty
+    if training:
+        _, mean, invstd = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
         mean, invstd = _widen(mean), _widen(invstd)
-    else:  # not F.batch_norm, which refuses eps = 0: torchvision's frozen norms have it where weights were trained so
-        output = torch.batch_norm(
-            input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
-        )
+        return bn_apply(input, mean, invstd, weight, bias, residual, relu), mean, invstd
+    # Not F.batch_norm, which refuses eps = 0: torchvision's frozen norms have it where weights were trained so.
+    output = torch.batch_norm(
+        input, weight, bias, running_mean, running_var, False, momentum, eps, torch.backends.cudnn.enabled
+    )
     # CUDA's kernel keeps the strides of any dense input; the result has those of a memory format, as everywhere.
-    return _activate(as_result(output, input), residual, relu), mean, invstd
+    return _activate(as_result(output, input), residual, relu), None, None
 
 
 def bn_act_backward(
@@ -77,23 +76,28 @@ def bn_act_backward(
     input: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
+    relu: bool,
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias, grad_residual); `output` is the source of the ReLU's mask, None without one.
+    """(grad_input, grad_weight, grad_bias, grad_residual).
 
+    The mask of the ReLU comes from its `output`, or, where that is None, from `bn_apply` of the input: without a
+    residual that is the same, bit for bit.
     With g = grad_output [a > 0]: grad_bias = sum g, grad_weight = sum g xhat, grad_residual = g, and grad_input =
     weight s g with running statistics, weight s (g - grad_bias / n - xhat grad_weight / n) with batch statistics.
     The per-channel gradients are in the dtype of `mean`.
     """
-    grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, mean, invstd)
+    vectors = (weight, bias, mean, invstd)
+    grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, *vectors, relu)
     grad_input = None
     if needs_input_grad:
         count = input.numel() // input.shape[1] if training else None
-        grad_input = bn_backward_apply(masked, input, None, weight, mean, invstd, grad_bias, grad_weight, count)
+        grad_input = bn_backward_apply(masked, input, weight, mean, invstd, grad_bias, grad_weight, count)
     return grad_input, grad_weight, grad_bias, masked if needs_residual_grad else None
 
 
@@ -205,20 +209,28 @@ def bn_apply(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """act(weight (input - mean) invstd + bias [+ residual]) with statistics given."""
-    scaled = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
-    if weight is not None:
-        scaled = scaled * _per_channel(weight)
+    """act((input - mean) (invstd weight) + bias [+ residual]) with statistics given."""
+    scale = invstd if weight is None else invstd * weight
+    output = (_widen(input) - _per_channel(mean)).mul_(_per_channel(scale))
     if bias is not None:
-        scaled = scaled + _per_channel(bias)
-    return _activate(scaled.to(input.dtype), residual, relu)
+        output += _per_channel(bias)
+    return _activate(as_result(output.to(input.dtype), input), residual, relu)
 
 
 def bn_backward_reduce(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
+    grad_output: Tensor,
+    input: Tensor,
+    output: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum g, sum g xhat, g) with g = grad_output masked by the ReLU whose `output` is given (None: no ReLU)."""
-    masked = grad_output if output is None else add_relu_backward(grad_output, output)
+    """(sum g, sum g xhat, g) with g = grad_output masked by the ReLU as in `bn_act_backward`."""
+    if relu and output is None:
+        output = bn_apply(input, mean, invstd, weight, bias, None, True)
+    masked = add_relu_backward(grad_output, output) if relu and output is not None else grad_output
     g = _widen(masked)
     xhat = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
     return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)), masked
@@ -227,7 +239,6 @@ def bn_backward_reduce(
 def bn_backward_apply(
     grad_output: Tensor,
     input: Tensor,
-    output: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
@@ -235,13 +246,46 @@ def bn_backward_apply(
     sum_g_xhat: Tensor,
     count: int | None,
 ) -> Tensor:
-    """grad_input from the (all-reduced) sums over `count` values per channel; None: running statistics were used."""
-    g = _widen(grad_output if output is None else add_relu_backward(grad_output, output))
+    """grad_input from g and the (all-reduced) sums over `count` values per channel; None: running statistics were used.
+
+    `grad_output` is masked already.
+    """
+    g = _widen(grad_output)
     if count is not None:
         xhat = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
         g = g - _per_channel(sum_g) / count - xhat * _per_channel(sum_g_xhat) / count
     scale = invstd if weight is None else invstd * weight
     return (g * _per_channel(scale)).to(input.dtype)
+
+
+def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """(output, positions) of `F.max_pool2d`; a position is that of the maximum in its window, by rows, as uint8.
+
+    Of several maxima it is the first; NaN is greater than all numbers, and of several NaN it is the last.
+    """
+    output, pixels = F.max_pool2d(input, *pooling, return_indices=True)
+    rows, columns = _window_starts(output, pooling)
+    width, (dilation_h, dilation_w) = input.shape[3], pooling.dilation
+    row, column = (pixels // width - rows) // dilation_h, (pixels % width - columns) // dilation_w
+    return output, (row * pooling.kernel_size[1] + column).to(torch.uint8)
+
+
+def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
+    """The gradient of an input of that shape, in any layout; a composition of differentiable operations."""
+    rows, columns = _window_starts(positions, pooling)
+    where, kernel_w = positions.long(), pooling.kernel_size[1]
+    row = rows + where // kernel_w * pooling.dilation[0]
+    column = columns + where % kernel_w * pooling.dilation[1]
+    pixels = (row * shape[3] + column).flatten(2)
+    images = grad_output.new_zeros((*shape[:2], shape[2] * shape[3]))
+    return images.scatter_add(2, pixels, grad_output.reshape(pixels.shape)).view(shape)
+
+
+def _window_starts(output: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """The first row and column of each window, which may lie in the padding."""
+    row, column = (torch.arange(size, device=output.device) for size in output.shape[2:])
+    (stride_h, stride_w), (padding_h, padding_w) = pooling.stride, pooling.padding
+    return (row * stride_h - padding_h).view(-1, 1), column * stride_w - padding_w
 
 
 def inference_statistics(bn: BatchNorm) -> tuple[Tensor, Tensor]:

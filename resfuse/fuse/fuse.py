@@ -24,6 +24,7 @@ def fuse_(
     *,
     filter_fn: Filter | None = None,
     memory_format: torch.memory_format = torch.channels_last,
+    recompute: bool = False,
 ) -> FuseReport:
     """Make a model run its convolutions, batch norms, additions and ReLUs fused, in place.
 
@@ -47,6 +48,11 @@ def fuse_(
             rather than `view` on them).  With `torch.preserve_format` they follow PyTorch's rule: channels_last if the
             input or the weight is.  Parameters keep their strides either way; with those of
             `model.to(memory_format=torch.channels_last)` the kernels are faster.
+        recompute: train in about half the memory.  The output of a fused call with batch statistics is not kept for
+            backward where its readers are fused calls too: backward computes it again, element by element and bit for
+            bit, from the convolution's output.  Gradients are the same.  It counts for everything that is called
+            within the forward of a fused module; `torch.compile` decides itself what to keep, and ignores it.  See
+            docs/memory.md.
 
     Returns:
         The modules that were fused, and the batch norms that were not with the reasons.
@@ -65,7 +71,7 @@ def fuse_(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if memory_format not in (torch.channels_last, torch.preserve_format):
         raise ValueError(f"memory_format: expected torch.channels_last or torch.preserve_format, got {memory_format}")
-    fusion = _Fusion(model, memory_format == torch.channels_last)
+    fusion = _Fusion(model, memory_format == torch.channels_last, bool(recompute))
     try:
         with undisturbed(model) as restore:
             fusion.change_classes()
@@ -116,8 +122,8 @@ def _restore(module: nn.Module) -> None:
 class _Fusion:
     """The state of one `fuse_`."""
 
-    def __init__(self, model: nn.Module, channels_last: bool) -> None:
-        self.model, self.channels_last = model, channels_last
+    def __init__(self, model: nn.Module, channels_last: bool, recompute: bool) -> None:
+        self.model, self.options = model, (channels_last, recompute)
         self.names = {module: name for name, module in _walk(model, "", set())}
         self.changed: list[nn.Module] = []
         self.reasons: dict[nn.Module, str] = {}
@@ -138,7 +144,7 @@ class _Fusion:
                 self.reasons[module] = "its forward was replaced on the instance"
             elif _may_have_a_part(module):
                 try:
-                    cls = fused_class(type(module), self.channels_last)
+                    cls = fused_class(type(module), *self.options)
                 except NotRewrittenError as reason:
                     self.reasons[module] = str(reason)
                 else:
@@ -162,7 +168,7 @@ class _Fusion:
             restore()
         for module in reversed(failed):  # once more, the innermost first: it may have been what is inside
             del self.reasons[module]
-            module.__class__ = fused_class(type(module), self.channels_last)
+            module.__class__ = fused_class(type(module), *self.options)
             self._follow(module, again=True)
             restore()
 
@@ -188,7 +194,7 @@ class _Fusion:
             _restore(module)
             if filter_fn(module, self.names[module]):
                 self.allowed.add(module)
-                module.__class__ = fused_class(type(module), self.channels_last)
+                module.__class__ = fused_class(type(module), *self.options)
             else:
                 self.reasons[module] = "filter_fn"
         return any(module in self.reasons for module in asked)

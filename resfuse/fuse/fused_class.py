@@ -1,8 +1,8 @@
 """Classes of fused modules: the module's own class with fused forwards.
 
 `fuse_` changes `module.__class__` and nothing else, so the module keeps its identity, children, parameters, hooks and
-names, and remains an instance of its class.  A fused class is made once for each class (and memory format).  It cannot
-be imported by name, so its instances are pickled and copied by that pair.
+names, and remains an instance of its class.  A fused class is made once for each class and options.  It cannot be
+imported by name, so its instances are pickled and copied by these.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from resfuse.fuse.rewrite import NotRewrittenError, rewrite
 from resfuse.nn.lazy import FORWARDS, force
+from resfuse.ops.recompute import recomputed
 
 
 class Fused:
@@ -22,7 +23,8 @@ class Fused:
 
     _resfuse_original: ClassVar[type[nn.Module]]
     """The module's class before `fuse_`."""
-    _resfuse_channels_last: ClassVar[bool]
+    _resfuse_options: ClassVar[tuple[bool, bool]]
+    """(channels_last, recompute) of `fused_class`."""
     _resfuse_methods: ClassVar[dict[Callable[..., Any], Callable[..., Any]]]
     """Methods, and those of its bases -> the same for a caller that can take a `Lazy`."""
 
@@ -34,14 +36,19 @@ class Fused:
         cls = type(self)
         if not is_fused_class(cls):
             return reduced  # whoever derived a class from the fused one is responsible for pickling it
-        return _new, (cls._resfuse_original, cls._resfuse_channels_last), *reduced[2:]
+        return _new, (cls._resfuse_original, *cls._resfuse_options), *reduced[2:]
 
 
-_classes: dict[tuple[type[nn.Module], bool, FunctionType], type[nn.Module] | str] = {}
+_classes: dict[tuple[type[nn.Module], bool, bool, FunctionType], type[nn.Module] | str] = {}
 
 
-def fused_class(original: type[nn.Module], channels_last: bool) -> type[nn.Module]:
+def fused_class(original: type[nn.Module], channels_last: bool, recompute: bool) -> type[nn.Module]:
     """The class `Fused<Original>`, always the same one as long as the class has the same forward.
+
+    Args:
+        original: the module's class.
+        channels_last: convolutions take their input in channels_last memory.
+        recompute: what is called within its forward does not keep outputs that backward can compute again.
 
     Raises:
         NotRewrittenError: there can be none, for a reason that its message gives.
@@ -49,11 +56,11 @@ def fused_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
     forward = getattr(original, "forward", None)
     if not isinstance(forward, FunctionType):
         raise NotRewrittenError("its forward is no function")
-    key = (original, channels_last, forward)
+    key = (original, channels_last, recompute, forward)
     cls = _classes.get(key)
     if cls is None:
         try:
-            cls = _make_class(original, channels_last)
+            cls = _make_class(original, channels_last, recompute)
         except NotRewrittenError as reason:
             cls = str(reason)
         _classes[key] = cls
@@ -62,7 +69,7 @@ def fused_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
     return cls
 
 
-def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Module]:
+def _make_class(original: type[nn.Module], channels_last: bool, recompute: bool) -> type[nn.Module]:
     if not _pickles_by_default(original):
         raise NotRewrittenError(f"{original.__name__} has its own way of being pickled")
     if original.__call__ is not nn.Module.__call__:
@@ -71,7 +78,7 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
         raise NotRewrittenError("it is PyTorch's own")
     namespace: dict[str, Any] = {
         "__module__": original.__module__, "__doc__": original.__doc__,
-        "_resfuse_original": original, "_resfuse_channels_last": channels_last, "_resfuse_methods": {},
+        "_resfuse_original": original, "_resfuse_options": (channels_last, recompute), "_resfuse_methods": {},
     }  # fmt: skip
     names, todo = {"forward"}, ["forward"]
     while todo:
@@ -84,7 +91,7 @@ def _make_class(original: type[nn.Module], channels_last: bool) -> type[nn.Modul
                     raise
                 continue
             if depth == 0 and fused is not None:
-                namespace[name], lazy_version = _versions(original, name, function, fused)
+                namespace[name], lazy_version = _versions(original, name, function, fused, recompute)
                 namespace["_resfuse_methods"][namespace[name]] = lazy_version
                 if name == "forward":
                     FORWARDS[namespace[name]] = lazy_version
@@ -109,7 +116,7 @@ def _definitions(cls: type, name: str) -> list[FunctionType]:
 
 
 def _versions(
-    cls: type, name: str, function: FunctionType, fused: Callable[..., Any]
+    cls: type, name: str, function: FunctionType, fused: Callable[..., Any], recompute: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A method of a fused class, and the version for callers that can take a `Lazy`.
 
@@ -127,6 +134,8 @@ def _versions(
         options = {key: force(value) for key, value in options.items()}
         return getattr(cls, name)(self, *map(force, args), **options)
 
+    if recompute:
+        method, lazy_method = recomputed(method), recomputed(lazy_method)
     method.__name__, method.__doc__, method.__wrapped__ = name, function.__doc__, function  # type: ignore[attr-defined]
     return method, lazy_method
 
@@ -146,10 +155,10 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module, Fused)
 
 
-def _new(original: type[nn.Module], channels_last: bool) -> nn.Module:
+def _new(original: type[nn.Module], channels_last: bool, recompute: bool = False) -> nn.Module:
     """An empty instance; one of the original class where the fused one cannot be made here (there are no sources)."""
     try:
-        cls = fused_class(original, channels_last)
+        cls = fused_class(original, channels_last, recompute)
     except NotRewrittenError:
         cls = original
     return cls.__new__(cls)

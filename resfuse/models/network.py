@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resfuse.models.stage import Stage
 from resfuse.nn import PlainBlock, Projection, ZeroPadShortcut
 from resfuse.nn.lazy import call, evaluated, force
+from resfuse.ops.recompute import recomputed
 
 
 class Network(nn.Module):
@@ -30,6 +31,8 @@ class Network(nn.Module):
         zero_init_residual: start with every block as the identity, see `initialize`.
         norm_layer: called with a number of channels; `torch.nn.BatchNorm2d` by default.
         checkpoint: checkpoint every that many blocks and recompute activations in backward (0: off); see `Stage`.
+        recompute: compute in backward what batch norm, residual and ReLU make of a convolution's output, in place of
+            keeping it; see `fuse_`.
         stem: kernel size, stride and padding of the first convolution.
         pool: 3x3 max pooling of stride 2 follows the stem.
         preactivated: for pre-activation blocks, of which the first one lacks its own BN and ReLU.
@@ -51,6 +54,7 @@ class Network(nn.Module):
         zero_init_residual: bool = False,
         norm_layer: Callable[..., nn.Module] | None = None,
         checkpoint: int = 0,
+        recompute: bool = False,
         stem: tuple[int, int, int] = (3, 1, 1),
         pool: bool = False,
         preactivated: bool = False,
@@ -84,8 +88,9 @@ class Network(nn.Module):
                     options["preactivated"] = i == j == 0
                 blocks.append(block(self.inplanes, planes, stride, downsample, **options))
                 self.inplanes = outplanes
-            self.add_module(f"layer{i + 1}", Stage(blocks, checkpoint))
+            self.add_module(f"layer{i + 1}", Stage(blocks, checkpoint, recompute))
         self.stages = [f"layer{i + 1}" for i in range(len(counts))]
+        self.recompute = recompute
         self.bn2 = norm_layer(self.inplanes) if preactivated else None
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(self.inplanes, num_classes)
@@ -93,6 +98,9 @@ class Network(nn.Module):
 
     @evaluated
     def forward(self, x: Tensor) -> Any:
+        return recomputed(self._forward)(x) if self.recompute else self._forward(x)
+
+    def _forward(self, x: Any) -> Tensor:
         x = call(self.relu, call(self.bn1, call(self.conv1, x)))
         if self.maxpool is not None:
             x = call(self.maxpool, x)

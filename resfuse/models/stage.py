@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from resfuse.nn.lazy import evaluated, force
 from resfuse.nn.sequential import FusedSequential, sequential_forward
+from resfuse.ops.recompute import recomputed
 
 
 class Stage(FusedSequential):
@@ -28,26 +29,28 @@ class Stage(FusedSequential):
             segments are saved, and backward recomputes the rest (`torch.utils.checkpoint`; Chen et al. 2016,
             arXiv:1604.06174).  Gradients and running statistics are the same: updates by the recomputation are
             discarded.  `torch.compile`, which decides itself what to save, ignores it.
+        recompute: that of the network, for the segments.
 
     Raises:
         ValueError: `checkpoint` is negative.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], checkpoint: int = 0) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], checkpoint: int = 0, recompute: bool = False) -> None:
         super().__init__(*blocks)
         if checkpoint < 0:
             raise ValueError(f"checkpoint: expected a number of blocks, 0 for none, got {checkpoint}")
-        self.checkpoint = int(checkpoint)
+        self.checkpoint, self.recompute = int(checkpoint), recompute
 
     @evaluated
     def forward(self, input: Tensor) -> Any:
         blocks = list(self._modules.values())
         if not self.checkpoint or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return sequential_forward(blocks, input)
+        run = recomputed(_run) if self.recompute else _run
         for start in range(0, len(blocks), self.checkpoint):
             segment = blocks[start : start + self.checkpoint]
             input = run_checkpointed(
-                functools.partial(_run, segment),
+                functools.partial(run, segment),
                 force(input),
                 use_reentrant=False,
                 context_fn=functools.partial(_contexts, segment),

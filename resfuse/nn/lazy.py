@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import Parameter
 
-from resfuse.nn import fused_call
+from resfuse.nn import fused_call, max_pool
 from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind
 from resfuse.nn.fused_call import ConvCall, NormCall, activation_of, global_hooks, plain_convolution, unobserved
 from resfuse.types import BatchNorm
@@ -259,7 +259,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
         held = settle(x).held if last and type(x) is Lazy else SHARED
         value = force(x)
         is_leaf = type(value) is Symbol and isinstance(f, nn.Module)
-        result = value.tracer.leaf(f, value) if is_leaf else f(value)
+        result = value.tracer.leaf(f, value) if is_leaf else max_pool.pooled(f, value)
     if not isinstance(f, nn.Module) or type(result) not in (Tensor, Symbol):
         return result
     if result is value:  # as from a dropout in inference
@@ -519,6 +519,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.add: _plain(add),
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
+    F.max_pool2d: lambda input, *args, **options: max_pool.pooled(F.max_pool2d, force(input), *args, **options),
 }
 _FLOAT_FUNCTIONAL = {"add": _plain(add), "add_relu": _plain(lambda a, b: call(F.relu, add(a, b)))}
 _NORM_FORWARDS = {

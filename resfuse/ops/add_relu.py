@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends import dispatch
 from resfuse.backends.dispatch import backend_for, through_dispatcher
+from resfuse.ops import recompute
 from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.recompute import Saved
 
 
 def run(input: Tensor, residual: Tensor) -> Tensor:
@@ -37,13 +38,13 @@ class AddReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor) -> Tensor:
         output = run(input, residual)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
-        ctx.save_for_backward(output)
+        recompute.save(ctx, Saved(input, residual), output, relu=True)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        (output,) = ctx.saved_tensors
+        output = recompute.take(ctx).output
+        assert output is not None
         if must_differentiate(grad_output):
             grad = torch.where(output.detach() <= 0, 0, grad_output)
         elif through_dispatcher():

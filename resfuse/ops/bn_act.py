@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends import dispatch, reference
+from resfuse.backends import reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
+from resfuse.ops import recompute
 from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.recompute import Saved, Vectors
 from resfuse.types import BatchNorm
 
 
@@ -29,16 +31,15 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    vectors: Vectors,
+    relu: bool,
     training: bool,
     needs_input_grad: bool,
     needs_residual_grad: bool,
     request: str | None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     """(grad_input, grad_weight, grad_bias, grad_residual); `request` is that of the forward."""
-    args = (grad_output, input, output, weight, mean, invstd, training, needs_input_grad, needs_residual_grad)
+    args = (grad_output, input, output, *vectors, relu, training, needs_input_grad, needs_residual_grad)
     if through_dispatcher():
         return torch.ops.resfuse.bn_act_backward(*args)
     return backend_for("bn_act_backward", input, request=request).bn_act_backward(*args)
@@ -48,24 +49,23 @@ def differentiable_backward(
     grad_output: Tensor,
     input: Tensor,
     output: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    vectors: Vectors,
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`backward` as a composition of differentiable operations (create_graph=True).
+    """`backward` as a composition of differentiable operations (create_graph=True); no `output` means no ReLU.
 
     The batch statistics are functions of the input and are therefore computed again here.
     """
     g = grad_output if output is None else torch.where(output.detach() <= 0, 0, grad_output)
+    weight, _, mean, invstd = vectors
     count = None
     if training:
         count = input.numel() // input.shape[1]
         mean, m2 = reference.bn_statistics(input)
         invstd = (m2 / count + eps).rsqrt()
-    sum_g, sum_g_xhat, _ = reference.bn_backward_reduce(g, input, None, mean, invstd)
-    grad_input = reference.bn_backward_apply(g, input, None, weight, mean, invstd, sum_g, sum_g_xhat, count)
+    sum_g, sum_g_xhat, _ = reference.bn_backward_reduce(g, input, None, None, None, mean, invstd, False)
+    grad_input = reference.bn_backward_apply(g, input, weight, mean, invstd, sum_g, sum_g_xhat, count)
     return grad_input, sum_g_xhat, sum_g, g
 
 
@@ -105,7 +105,7 @@ def _fake_train(input: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(grad_output: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, (needs_input_grad, needs_residual_grad) = args[2], args[-2:]
+    mean, (needs_input_grad, needs_residual_grad) = args[3], args[-2:]
     return (
         empty_result(input) if needs_input_grad else input.new_empty(0),
         torch.empty_like(mean),
@@ -127,8 +127,9 @@ define(
     lambda input, *_: empty_result(input),
 )
 define(
-    "bn_act_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor mean, Tensor invstd, "
-    "bool training, bool needs_input_grad, bool needs_residual_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bn_act_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, bool training, bool needs_input_grad, bool needs_residual_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
@@ -140,7 +141,7 @@ def gradient_of_residual(ctx: Any, grad: Tensor) -> Tensor:
 
 
 class BNActFunction(torch.autograd.Function):
-    """Saves the input, mean and invstd, and, where there is a ReLU, the output as the source of its mask.
+    """Saves the input, the weight, mean and invstd, and what `recompute.save` says.
 
     `batch_norm` are the fields of a `BatchNorm`: autograd sees only tensors that are arguments themselves.
     """
@@ -149,23 +150,26 @@ class BNActFunction(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, relu: bool, *batch_norm: Any) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, mean, invstd = run(input, bn, residual, relu)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
-        ctx.training, ctx.relu, ctx.eps = bn.training, relu, bn.eps
+        ctx.training, ctx.eps = bn.training, bn.eps
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, output if relu else None, bn.weight, mean, invstd)
+        recompute.save(ctx, Saved(input, residual, None, None, *bn[2:4], mean, invstd), output, relu, bn.training)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, output, weight, mean, invstd = ctx.saved_tensors
+        saved = recompute.take(ctx)
+        input = recompute.input_of(ctx, saved)
         needs_input, needs_residual, _, _, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        args = (grad_output, input, output, weight, mean, invstd, ctx.training)
         if must_differentiate(grad_output):
-            grads: Any = differentiable_backward(*args, ctx.eps)
+            output = recompute.mask_of(ctx, saved, input)
+            grads: Any = differentiable_backward(grad_output, input, output, saved.vectors, ctx.training, ctx.eps)
         else:  # without a ReLU the residual's gradient is grad_output itself
-            grads = backward(*args, needs_input, needs_residual and ctx.relu, ctx.request)
+            grads = backward(
+                grad_output, input, saved.output, saved.vectors, ctx.relu, ctx.training, needs_input,
+                needs_residual and ctx.relu, ctx.request,
+            )  # fmt: skip
         grad_input, grad_weight, grad_bias, grad_residual = grads
         return (
             grad_input if needs_input else None,

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends import dispatch, reference
+from resfuse.backends import reference
 from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
-from resfuse.ops import bn_act
+from resfuse.ops import bn_act, recompute
 from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.recompute import Saved
 from resfuse.types import BatchNorm, Convolution
 
 NeedsGrad = tuple[bool, ...]
@@ -156,7 +157,7 @@ define(
 
 
 class ConvBNActFunction(torch.autograd.Function):
-    """Saves the input, the two weights and, where there is a ReLU, the output as the source of its mask.
+    """Saves the input, the two weights, and what `recompute.save` says.
 
     With batch statistics it also saves z = conv(input), mean and invstd, as eager does.  With running statistics z is
     computed again in backward, and only if batch norm's weight needs a gradient: a frozen one costs nothing.
@@ -175,33 +176,37 @@ class ConvBNActFunction(torch.autograd.Function):
     ) -> Tensor:
         bn = BatchNorm(*batch_norm)
         output, z, mean, invstd = run(input, conv_weight, conv_bias, convolution, bn, residual, relu)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
         if not bn.training:
             mean, invstd = reference.inference_statistics(bn)
-        ctx.training, ctx.relu, ctx.eps, ctx.convolution = bn.training, relu, bn.eps, convolution
+        ctx.training, ctx.eps, ctx.convolution = bn.training, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.save_for_backward(input, conv_weight, conv_bias, bn.weight, output if relu else None, z, mean, invstd)
+        saved = Saved(input, residual, None, z, *bn[2:4], mean, invstd, conv_weight, conv_bias)
+        recompute.save(ctx, saved, output, relu, bn.training)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        saved = ctx.saved_tensors  # once: with activation checkpointing each read computes them again, or raises
-        input, conv_weight, conv_bias, weight, output, z, mean, invstd = saved
+        saved = recompute.take(ctx)
+        conv_weight, z = saved.conv_weight, saved.z
+        assert conv_weight is not None
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
         grads: Any = (None, None, None)
         if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
             if z is None and needs_weight:
-                z = conv_forward(input, conv_weight, conv_bias, ctx.convolution, ctx.request)
+                input = recompute.input_of(ctx, saved)
+                z = conv_forward(input, conv_weight, saved.conv_bias, ctx.convolution, ctx.request)
             elif z is None:  # where no one reads sum g xhat, any tensor of the right shape will do
                 z = grad_output
             # Without a ReLU the residual's gradient is grad_output itself.
             grad_z, grad_weight, grad_bias, grad_residual = bn_act.backward(
-                grad_output, z, output, weight, mean, invstd, ctx.training,
+                grad_output, z, saved.output, saved.vectors, ctx.relu, ctx.training,
                 any(needs_conv), needs_residual and ctx.relu, ctx.request,
             )  # fmt: skip
+            saved, z = saved._replace(z=None, output=None), None  # the convolution's gradients take their place
             if grad_z is not None:
+                input = recompute.input_of(ctx, saved)
                 grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), ctx.request)
         return (
             *(grad if needed else None for grad, needed in zip(grads, needs_conv, strict=True)),
@@ -218,12 +223,13 @@ class ConvBNActFunction(torch.autograd.Function):
         )
 
 
-def _differentiable_backward(ctx: Any, saved: tuple[Any, ...], grad_output: Tensor) -> Any:
+def _differentiable_backward(ctx: Any, saved: Any, grad_output: Tensor) -> Any:
     """The gradients as compositions of differentiable operations, from the inputs themselves."""
-    input, conv_weight, conv_bias, weight, output, _, mean, invstd = saved
-    z = reference.conv_forward(input, conv_weight, conv_bias, ctx.convolution)
+    input, conv_weight = recompute.input_of(ctx, saved), saved.conv_weight
+    output = recompute.mask_of(ctx, saved, saved.z)
+    z = reference.conv_forward(input, conv_weight, saved.conv_bias, ctx.convolution)
     grad_z, grad_weight, grad_bias, grad_residual = bn_act.differentiable_backward(
-        grad_output, z, output, weight, mean, invstd, ctx.training, ctx.eps
+        grad_output, z, output, saved.vectors, ctx.training, ctx.eps
     )
     needs_conv = tuple(ctx.needs_input_grad[:3])
     grads = reference.conv_backward(grad_z, input, conv_weight, ctx.convolution, needs_conv)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
+
 _LIBRARY = torch.library.Library("resfuse", "DEF")
 
 
@@ -16,6 +18,13 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"resfuse::{name}", fake, lib=_LIBRARY)
+
+
+def run_kernel(kernel: str, *args: Any, request: str | None = IN_FORCE) -> Any:
+    """A function of the kernel API for the first argument, or its registered operator of the same arguments."""
+    if through_dispatcher():
+        return getattr(torch.ops.resfuse, kernel)(*args)
+    return getattr(backend_for(kernel, args[0], request=request), kernel)(*args)
 
 
 def must_differentiate(grad_output: torch.Tensor) -> bool:

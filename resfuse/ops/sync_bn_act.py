@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resfuse.backends import dispatch
-from resfuse.backends.dispatch import IN_FORCE, backend_for, through_dispatcher
+from resfuse.backends.dispatch import backend_for, through_dispatcher
 from resfuse.layout import as_result, empty_result
+from resfuse.ops import recompute
 from resfuse.ops.bn_act import _fake_statistics
-from resfuse.ops.library import define
+from resfuse.ops.library import define, run_kernel
+from resfuse.ops.recompute import Saved
 from resfuse.types import BatchNorm
 
 Group = Any
@@ -61,7 +62,7 @@ def _own_statistics(input: Tensor) -> Tensor:
     if input.numel() == 0:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         return torch.zeros(2 * channels + 1, dtype=dtype, device=input.device)
-    mean, m2 = _run("bn_statistics", input)
+    mean, m2 = run_kernel("bn_statistics", input)
     return torch.cat((mean, m2, mean.new_full((1,), input.numel() // channels)))
 
 
@@ -91,14 +92,7 @@ def _all_reduce(vector: Tensor, group: Group) -> Tensor:
 
 
 def bn_apply(input: Tensor, *args: Any) -> Tensor:
-    return _run("bn_apply", input, *args)
-
-
-def _run(kernel: str, *args: Any, request: str | None = IN_FORCE) -> Any:
-    """A function of the kernel API, or its registered operator of the same arguments."""
-    if through_dispatcher():
-        return getattr(torch.ops.resfuse, kernel)(*args)
-    return getattr(backend_for(kernel, args[0], request=request), kernel)(*args)
+    return run_kernel("bn_apply", input, *args)
 
 
 def _run_backward_apply(grad_output: Tensor, input: Tensor, *vectors: Any, request: str | None) -> Tensor:
@@ -106,7 +100,7 @@ def _run_backward_apply(grad_output: Tensor, input: Tensor, *vectors: Any, reque
     if through_dispatcher():
         return torch.ops.resfuse.bn_backward_apply(grad_output, input, *vectors)
     chosen = backend_for("bn_backward_apply", input, request=request)
-    return chosen.bn_backward_apply(grad_output, input, None, *vectors, 1)
+    return chosen.bn_backward_apply(grad_output, input, *vectors, 1)
 
 
 # Registered operators return what their fakes promise: new tensors only, with the strides of `empty_result`.
@@ -116,15 +110,16 @@ def _apply(input: Tensor, *rest: Any) -> Tensor:
     return as_result(backend_for("bn_apply", input).bn_apply(input, *rest), input)
 
 
-def _backward_reduce(grad_output: Tensor, input: Tensor, output: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _backward_reduce(grad_output: Tensor, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     chosen = backend_for("bn_backward_reduce", input)
-    sum_g, sum_g_xhat, masked = chosen.bn_backward_reduce(grad_output, input, output, *rest)
-    return sum_g, sum_g_xhat, input.new_empty(0) if output is None else as_result(masked, input)
+    sum_g, sum_g_xhat, masked = chosen.bn_backward_reduce(grad_output, input, *rest)
+    relu = rest[-1]
+    return sum_g, sum_g_xhat, as_result(masked, input) if relu else input.new_empty(0)
 
 
 def _backward_apply(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
     chosen = backend_for("bn_backward_apply", input)
-    return as_result(chosen.bn_backward_apply(grad_output, input, None, *rest, 1), input)
+    return as_result(chosen.bn_backward_apply(grad_output, input, *rest, 1), input)
 
 
 define(
@@ -139,13 +134,13 @@ define(
     lambda input, *_: empty_result(input),
 )
 define(
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor mean, Tensor invstd) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu) -> (Tensor, Tensor, Tensor)",
     _backward_reduce,
-    lambda grad_output, input, output, mean, invstd: (
+    lambda grad_output, input, output, weight, bias, mean, invstd, relu: (
         torch.empty_like(mean),
         torch.empty_like(mean),
-        input.new_empty(0) if output is None else empty_result(input),
+        empty_result(input) if relu else input.new_empty(0),
     ),
 )
 define(
@@ -159,8 +154,8 @@ define(
 class SyncBNActFunction(torch.autograd.Function):
     """Normalisation by given statistics of all processes, whose dependence on the input enters the gradient.
 
-    Saves the input, mean, invstd and count, and, where there is a ReLU, the output as the source of its mask.  The
-    gradients of weight and bias are this process's own, as those of all other parameters are (DDP averages them).
+    Saves the input, the weight, mean, invstd and count, and what `recompute.save` says.  The gradients of weight and
+    bias are this process's own, as those of all other parameters are (DDP averages them).
     """
 
     @staticmethod
@@ -177,21 +172,25 @@ class SyncBNActFunction(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         output = bn_apply(input, mean, invstd, weight, bias, residual, relu)
-        ctx.request = None if torch.compiler.is_compiling() else dispatch.requested_backend()
-        ctx.relu, ctx.group = relu, group
-        ctx.save_for_backward(input, output if relu else None, weight, mean, invstd, count)
+        ctx.group = group
+        recompute.save(
+            ctx, Saved(input, residual, None, None, weight, bias, mean, invstd, total_count=count), output, relu
+        )
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        input, output, weight, mean, invstd, count = ctx.saved_tensors
-        args = (grad_output, input, output, mean, invstd)
-        grad_bias, grad_weight, masked = _run("bn_backward_reduce", *args, request=ctx.request)
-        masked = grad_output if output is None else masked  # the registered operator returns new tensors only
+        saved: Any = recompute.take(ctx)
+        input, (weight, _, mean, invstd) = recompute.input_of(ctx, saved), saved.vectors
+        args = (grad_output, input, saved.output, *saved.vectors, ctx.relu)
+        grad_bias, grad_weight, masked = run_kernel("bn_backward_reduce", *args, request=ctx.request)
+        masked = masked if ctx.relu else grad_output  # the registered operator returns new tensors only
         needs, grad_input = ctx.needs_input_grad, None
         if needs[0]:
-            mean_g, mean_g_xhat = (_all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / count).chunk(2)
+            mean_g, mean_g_xhat = (
+                _all_reduce(torch.cat((grad_bias, grad_weight)), ctx.group) / saved.total_count
+            ).chunk(2)
             vectors = (weight, mean, invstd, mean_g, mean_g_xhat)
             grad_input = _run_backward_apply(masked, input, *vectors, request=ctx.request)
         return (

@@ -12,8 +12,8 @@ from resfuse.types import BatchNorm
 from tests.contract import RUNNING, Call, Results
 from tests.shapes import LAYOUTS, Shape4, Values, bn_act_call
 
-TWO_PASSES = ("bn_act_forward train", "bn_act_backward train", "bn_act_backward eval", "bn_statistics",
-              "bn_backward_reduce")  # fmt: skip
+TWO_PASSES = ("bn_act_forward train", "bn_act_backward train", "bn_act_backward eval", "bn_act_backward no residual",
+              "bn_statistics", "bn_backward_reduce")  # fmt: skip
 """Calls that read their input twice: in one launch, or in two where not all blocks are resident."""
 
 
@@ -38,7 +38,17 @@ class Operands:
         t = self.tensors
         mean, invstd = t["running_mean"], (t["running_var"] + 1e-5).rsqrt()
         return self.kernels.bn_act_backward(
-            t["grad_output"], t["input"], t["residual"], t["weight"], mean, invstd, training, True, True
+            t["grad_output"],
+            t["input"],
+            t["residual"],
+            t["weight"],
+            t["bias"],
+            mean,
+            invstd,
+            True,
+            training,
+            True,
+            True,
         )
 
     def calls(self) -> dict[str, Callable[[], Any]]:
@@ -57,11 +67,12 @@ class Operands:
             "bn_act_backward eval": lambda: self.backward(False),
             "bn_statistics": lambda: k.bn_statistics(x),
             "bn_apply": lambda: k.bn_apply(x, mean, invstd, weight, bias, y, True),
-            "bn_backward_reduce": lambda: k.bn_backward_reduce(dy, x, y, mean, invstd),
-            "bn_backward_apply": lambda: k.bn_backward_apply(dy, x, y, weight, mean, invstd, mean, bias, 99),
-            "bn_backward_apply frozen": lambda: k.bn_backward_apply(
-                dy, x, None, weight, mean, invstd, mean, bias, None
-            ),
+            "bn_act_backward no residual": lambda: k.bn_act_backward(
+                dy, x, None, weight, bias, mean, invstd, True, True, True, False
+            )[:3],
+            "bn_backward_reduce": lambda: k.bn_backward_reduce(dy, x, y, weight, bias, mean, invstd, True),
+            "bn_backward_apply": lambda: k.bn_backward_apply(dy, x, weight, mean, invstd, mean, bias, 99),
+            "bn_backward_apply frozen": lambda: k.bn_backward_apply(dy, x, weight, mean, invstd, mean, bias, None),
         }
 
 

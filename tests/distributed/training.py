@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resfuse
 from tests import models
-from tests.distributed.scenario import assert_equal_everywhere, rank, scenario, share
+from tests.distributed.scenario import assert_equal_everywhere, rank, scenario, share, to_sync
 
 
 def ddp_training(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -104,3 +104,37 @@ def fully_sharded() -> None:
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     for (name, found), expected in zip(fused.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(found.full_tensor(), expected.detach(), rtol=1e-3, atol=1e-3, msg=name)
+
+
+@scenario
+def recomputation() -> None:
+    """The same bits as without, for synchronised batch norm, DDP and FSDP2.
+
+    FSDP2 frees a layer's parameters while the layers behind it, which compute its output again, run backward.
+    """
+
+    def synchronised(model: nn.Module, recompute: bool) -> nn.Module:
+        resfuse.fuse_(to_sync(model), recompute=recompute)
+        return model
+
+    def in_ddp(model: nn.Module, recompute: bool) -> nn.Module:
+        resfuse.fuse_(model, recompute=recompute)
+        return DistributedDataParallel(model)
+
+    def sharded(model: nn.Module, recompute: bool) -> nn.Module:
+        resfuse.fuse_(model, memory_format=torch.preserve_format, recompute=recompute)
+        for module in (model.layer1[0], model.layer2[0], model):  # type: ignore[index, union-attr]
+            fully_shard(module)
+        return model
+
+    for wrap in (synchronised, in_ddp, sharded):
+        found = []
+        for recompute in (False, True):
+            model = wrap(models.small_resnet(Bottleneck), recompute)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+            for step in range(2):
+                optimizer.zero_grad()
+                model(share(models.random_input((4, 3, 48, 48), step), (2, 2))).square().mean().backward()
+                optimizer.step()
+            found.append([getattr(tensor, "full_tensor", lambda t=tensor: t)() for tensor in model.parameters()])
+        assert all(map(torch.equal, *found))

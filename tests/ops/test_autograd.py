@@ -109,18 +109,19 @@ def test_statistics_of_an_eval_forward_survive_training(layer: tuple[Tensor, ...
     torch.testing.assert_close(torch.autograd.grad(output.sum(), [input, scale]), expected)
 
 
-@pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_output_modified_in_place(activation: str, layer: tuple[Tensor, ...]) -> None:
-    """As in eager: an error if backward needs the output (the ReLU's mask), the right gradient if it does not."""
-    input = layer[0]
-    output = resfuse.bn_act(input, None, None, training=True, activation=activation)
+@pytest.mark.parametrize(("activation", "has_residual"), [("relu", True), ("relu", False), ("identity", True)])
+def test_output_modified_in_place(activation: str, has_residual: bool, layer: tuple[Tensor, ...]) -> None:
+    """An error if backward reads the output (the ReLU's mask behind a residual), the right gradient if it does not."""
+    input, residual = layer[0], torch.ones_like(layer[0]) if has_residual else None
+    output = resfuse.bn_act(input, None, None, residual=residual, training=True, activation=activation)
     output.mul_(2)
-    if activation == "relu":
+    if activation == "relu" and has_residual:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.square().sum().backward()
     else:
         (grad,) = torch.autograd.grad(output.square().sum(), input)
-        eager = F.batch_norm(input, None, None, training=True).mul_(2)
+        eager = F.batch_norm(input, None, None, training=True) + (1 if has_residual else 0)
+        eager = (torch.relu(eager) if activation == "relu" else eager) * 2
         torch.testing.assert_close(grad, torch.autograd.grad(eager.square().sum(), input)[0], rtol=1e-4, atol=1e-5)
 
 

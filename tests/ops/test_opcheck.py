@@ -90,12 +90,13 @@ def test_bn_act_in_bfloat16(parameters: torch.dtype) -> None:
 def test_bn_act_backward(layout: str, grad_layout: str) -> None:
     input = tensor(layout)
     grad_output = lay_out(torch.randn(input.shape), grad_layout)
-    mean, invstd, weight, _ = vectors(8)
+    mean, invstd, weight, bias = vectors(8)
     output = torch.relu(torch.randn_like(input))
     for needs in itertools.product([True, False], repeat=2):
-        check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, True, *needs))
-    check("bn_act_backward", (grad_output, input, output, weight, mean, invstd, False, True, True))
-    check("bn_act_backward", (grad_output, input, None, None, mean, invstd, True, True, False))
+        check("bn_act_backward", (grad_output, input, output, weight, None, mean, invstd, True, True, *needs))
+    check("bn_act_backward", (grad_output, input, output, weight, None, mean, invstd, True, False, True, True))
+    check("bn_act_backward", (grad_output, input, None, weight, bias, mean, invstd, True, True, True, False))
+    check("bn_act_backward", (grad_output, input, None, None, None, mean, invstd, False, True, True, False))
 
 
 @pytest.mark.parametrize("other_layout", ["nchw", "nhwc"])
@@ -107,8 +108,9 @@ def test_parts_of_synchronised_batch_norm(layout: str, other_layout: str) -> Non
     check("bn_statistics", (input,))
     check("bn_apply", (input, mean, invstd, weight, bias, other, True))
     check("bn_apply", (input, mean, invstd, None, None, None, False))
-    check("bn_backward_reduce", (other, input, torch.relu(other), mean, invstd))
-    check("bn_backward_reduce", (other, input, None, mean, invstd))
+    check("bn_backward_reduce", (other, input, torch.relu(other), weight, bias, mean, invstd, True))
+    check("bn_backward_reduce", (other, input, None, weight, bias, mean, invstd, True))
+    check("bn_backward_reduce", (other, input, None, None, None, mean, invstd, False))
     check("bn_backward_apply", (other, input, weight, mean, invstd, bias, weight))
 
 

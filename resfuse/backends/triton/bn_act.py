@@ -64,11 +64,12 @@ def bn_train_forward_kernel(
         count, mean, m2 = bn_tile.whole_statistics(
             workspace_ptr, images, positions, channels, channel, parts, tiles_per_part, TILE
         )
+        mean += pivot
         invstd = reduce.inverse_deviation(m2 / count, eps)
         if part == 0:
-            tl.store(mean_ptr + column, pivot + mean, inside)
+            tl.store(mean_ptr + column, mean, inside)
             tl.store(invstd_ptr + column, invstd, inside)
-            reduce.update_running(running_mean_ptr, running_var_ptr, column, inside, pivot + mean, m2, count, momentum)
+            reduce.update_running(running_mean_ptr, running_var_ptr, column, inside, mean, m2, count, momentum)
         scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
         bias = reduce.per_channel(bias_ptr, column, inside, 0.0)
         last = first + tile_count - 1
@@ -76,8 +77,8 @@ def bn_train_forward_kernel(
             tile_count, loop_unroll_factor=bn_tile.LOADS_AHEAD // x_ptr.dtype.element_ty.primitive_bitwidth
         ):
             offset, offsets, mask = bn_tile.tile_at(last - i, images, positions, channels, channel, TILE)
-            u = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32) - pivot[None, :]
-            a = (u - mean[None, :]) * scale[None, :] + bias[None, :]
+            x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
+            a = reduce.affine(x, mean, scale, bias)
             bn_tile.activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
 
 
@@ -103,23 +104,23 @@ def bn_apply_kernel(
     bias = reduce.per_channel(bias_ptr, column, inside, 0.0)
     offset, offsets, mask = bn_tile.tile_at(tile, images, positions, channels, channel, TILE)
     x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-    a = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    a = reduce.affine(x, mean, scale, bias)
     bn_tile.activate_and_store(a, residual_ptr, y_ptr, offset, offsets, mask, RELU)
 
 
 @triton.jit
 def bn_backward_kernel(
-    dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, dx_ptr, dresidual_ptr, sum_g_ptr, sum_g_xhat_ptr,
+    dy_ptr, x_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, invstd_ptr, dx_ptr, dresidual_ptr, sum_g_ptr, sum_g_xhat_ptr,
     workspace_ptr, barrier_ptr, images, positions, channels, parts, tiles_per_part, count,
-    BATCH_STATISTICS: tl.constexpr, TILE: tl.constexpr, PHASE: tl.constexpr,
+    RELU: tl.constexpr, BATCH_STATISTICS: tl.constexpr, TILE: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """With g = dy [not y <= 0] and xhat = (x - mean) invstd: sum g, sum g xhat, dresidual = g, and
+    """With g = dy [not y <= 0] (RELU) and xhat = (x - mean) invstd: sum g, sum g xhat, dresidual = g, and
 
         dx = weight invstd (g - sum g / count - xhat sum g xhat / count)     with BATCH_STATISTICS
         dx = weight invstd g                                                 without
 
-    y, dx and dresidual may be None.  Reads dy, x and y, and once more (or dresidual for dy and y) where dx needs the
-    sums; writes dx and dresidual.
+    dx and dresidual may be None, and y, which is then computed from x.  Reads dy, x and y, and once more (or dresidual
+    for dy and y) where dx needs the sums; writes dx and dresidual.
     """
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
@@ -131,12 +132,13 @@ def bn_backward_kernel(
         reduce.per_channel(invstd_ptr, column, inside, 0.0),
     )
     scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
+    bias = reduce.per_channel(bias_ptr, column, inside, 0.0)
     if PHASE != 2:
         tile_g, tile_g_centred = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in range(tile_count):
             offset, offsets, mask = bn_tile.tile_at(first + i, images, positions, channels, channel, TILE)
-            g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
             x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
+            g = bn_tile.masked_gradient(dy_ptr, y_ptr, x, mean, scale, bias, offset, offsets, mask, RELU)
             tile_g += g
             tile_g_centred += tl.where(mask, g * (x - mean[None, :]), 0.0)
             if dresidual_ptr is not None:
@@ -161,21 +163,21 @@ def bn_backward_kernel(
                 last = first + tile_count - 1
                 for i in range(tile_count):
                     offset, offsets, mask = bn_tile.tile_at(last - i, images, positions, channels, channel, TILE)
+                    x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
                     if dresidual_ptr is not None:
                         g = tl.load(dresidual_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
                     else:
-                        g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
-                    x = tl.load(x_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
+                        g = bn_tile.masked_gradient(dy_ptr, y_ptr, x, mean, scale, bias, offset, offsets, mask, RELU)
                     dx = scale[None, :] * (g - shift[None, :] - (x - mean[None, :]) * slope[None, :])
                     bn_tile.store(dx_ptr, offset, offsets, dx, mask)
 
 
 @triton.jit
 def bn_backward_apply_kernel(
-    dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, dx_ptr,
+    g_ptr, x_ptr, weight_ptr, mean_ptr, invstd_ptr, sum_g_ptr, sum_g_xhat_ptr, dx_ptr,
     images, positions, channels, count, BATCH_STATISTICS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx as in `bn_backward_kernel`, by given sums; a tile per program.  Reads dy, x and y, writes dx."""
+    """dx as in `bn_backward_kernel`, by given g and sums; a tile per program.  Reads g and x, writes dx."""
     tile, channel, _, _ = bn_tile.part_of(images, positions, channels, 1, TILE)
     column = channel + tl.arange(0, TILE.block_n)
     inside = column < channels
@@ -185,7 +187,7 @@ def bn_backward_apply_kernel(
     )
     scale = invstd * reduce.per_channel(weight_ptr, column, inside, 1.0)
     offset, offsets, mask = bn_tile.tile_at(tile, images, positions, channels, channel, TILE)
-    g = bn_tile.masked_gradient(dy_ptr, y_ptr, offset, offsets, mask)
+    g = tl.load(g_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
     if BATCH_STATISTICS:
         shift = reduce.per_channel(sum_g_ptr, column, inside, 0.0) / count
         slope = reduce.per_channel(sum_g_xhat_ptr, column, inside, 0.0) / count * invstd
@@ -212,19 +214,19 @@ def bn_act_forward(
 
 
 def bn_act_backward(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, mean: Tensor, invstd: Tensor,
-    training: bool, needs_input_grad: bool, needs_residual_grad: bool,
+    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, invstd: Tensor, relu: bool, training: bool, needs_input_grad: bool, needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:  # fmt: skip
     input = dense(input)
     grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input) if needs_input_grad else None
-    grad_residual = torch.empty_like(input) if needs_residual_grad and output is not None else None
+    grad_residual = torch.empty_like(input) if needs_residual_grad and relu else None
     sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    vectors = unstrided(weight, mean, invstd)
+    vectors = unstrided(weight, bias, mean, invstd)
     pointers = (grad_output, input, output, *vectors, grad_input, grad_residual, sum_g, sum_g_xhat)
     count = input.numel() // input.shape[1]
-    _reduce(bn_backward_kernel, input, pointers, (float(count),), BATCH_STATISTICS=training)
-    if needs_residual_grad and output is None:
+    _reduce(bn_backward_kernel, input, pointers, (float(count),), RELU=relu, BATCH_STATISTICS=training)
+    if needs_residual_grad and not relu:
         grad_residual = grad_output
     return grad_input, sum_g_xhat, sum_g, grad_residual
 
@@ -242,31 +244,31 @@ def bn_apply(
 ) -> Tensor:  # fmt: skip
     input = dense(input)
     output = torch.empty_like(input)
-    _apply(input, ordered_like(residual, input), output, unstrided(mean, invstd, weight, bias), None, relu)
+    _apply(input, residual_for(output, residual), output, unstrided(mean, invstd, weight, bias), None, relu)
     return output
 
 
 def bn_backward_reduce(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, mean: Tensor, invstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, invstd: Tensor, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, sum_g_xhat, sum_g, masked = bn_act_backward(
-        grad_output, input, output, None, mean, invstd, training=False, needs_input_grad=False, needs_residual_grad=True
+        grad_output, input, output, weight, bias, mean, invstd, relu, False, False, True
     )
     assert masked is not None
     return sum_g, sum_g_xhat, masked
 
 
 def bn_backward_apply(
-    grad_output: Tensor, input: Tensor, output: Tensor | None, weight: Tensor | None, mean: Tensor, invstd: Tensor,
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor,
     sum_g: Tensor, sum_g_xhat: Tensor, count: int | None,
 ) -> Tensor:  # fmt: skip
     input = dense(input)
-    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
     grad_input = torch.empty_like(input)
     vectors = unstrided(weight, mean, invstd, sum_g, sum_g_xhat)
     plan = batch_norm_plan(input, ELEMENTWISE, properties(input.device))
     launch(
-        bn_backward_apply_kernel, plan.tiles, grad_output, input, output, *vectors, grad_input,
+        bn_backward_apply_kernel, plan.tiles, ordered_like(grad_output, input), input, *vectors, grad_input,
         plan.images, plan.positions, plan.channels, float(count or 1),
         BATCH_STATISTICS=count is not None, TILE=plan.tile, num_warps=plan.num_warps,
     )  # fmt: skip

@@ -18,7 +18,7 @@ thread's own: the loop over tiles needs no communication.
 import triton
 import triton.language as tl
 
-from resfuse.backends.triton.reduce import merge_parts, merge_rows, store_part
+from resfuse.backends.triton.reduce import affine, merge_parts, merge_rows, store_part
 
 LOADS_AHEAD = tl.constexpr(32)  # bits: tiles of 2-byte elements are loaded in pairs, so that as much is under way
 
@@ -50,11 +50,15 @@ def part_of(images, positions, channels, tiles_per_part, TILE: tl.constexpr):
 
 
 @triton.jit
-def masked_gradient(dy_ptr, y_ptr, offset, offsets, mask):
-    """g = dy where not y <= 0, else 0; dy without a ReLU (y_ptr None)."""
+def masked_gradient(dy_ptr, y_ptr, x, mean, scale, bias, offset, offsets, mask, RELU: tl.constexpr):
+    """g = dy where not y <= 0, else 0, with the y that forward made of x where y_ptr is None; dy without a ReLU."""
     g = tl.load(dy_ptr + offset + offsets, mask, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        g = tl.where(tl.load(y_ptr + offset + offsets, mask, other=0.0).to(tl.float32) <= 0, 0.0, g)
+    if RELU:
+        if y_ptr is not None:
+            y = tl.load(y_ptr + offset + offsets, mask, other=0.0)
+        else:  # what is too small for the dtype is zero
+            y = affine(x, mean, scale, bias).to(dy_ptr.dtype.element_ty)
+        g = tl.where(y.to(tl.float32) <= 0, 0.0, g)
     return g
 
 

@@ -142,7 +142,7 @@ def conv_bn_act_train_kernel(
             if not IN_REGISTERS:
                 inside = (pixels < M)[:, None] & channel_mask[None, :]
                 z = tl.load(z_ptr + (pixels[:, None] * K + channels[None, :]), mask=inside, other=0.0)
-            y = (z.to(tl.float32) - mean[None, :]) * scale[None, :] + shift[None, :]
+            y = reduce.affine(z.to(tl.float32), mean, scale, shift)
             conv_tile.activate_and_store(y, residual_ptr, out_ptr, pixels, channels, M, channel_mask, K, RELU)
 
 

@@ -42,6 +42,15 @@ def merge_rows(mean, m2, counts):
 
 
 @triton.jit
+def affine(x, mean, scale, bias):
+    """(x - mean) scale + bias per column: the arithmetic of forward, and of backward where it makes y again.
+
+    The multiply-add is explicit, since both have to round alike.
+    """
+    return tl.fma(x - mean[None, :], scale[None, :], bias[None, :])
+
+
+@triton.jit
 def store_part(workspace_ptr, part, channels, column, mask, first, second):
     """Write the row of a part in the workspace: two values per channel."""
     row_ptr = workspace_ptr + part.to(tl.int64) * 2 * channels + column

@@ -77,7 +77,7 @@ def test_reductions_take_one_launch_on_a_gpu(dtype: torch.dtype, layout: str, gp
         v = torch.empty(shape[1], device="meta")
         with launch.collected(GPUS[gpu]) as specs:
             triton.bn_act_forward(x, BatchNorm(v, v, v, v, True, 0.1, 1e-5), None, True)
-            triton.bn_act_backward(x, x, x, v, v, v, True, True, True)
+            triton.bn_act_backward(x, x, x, v, None, v, v, True, True, True, True)
             triton.bn_statistics(x)
         assert len(specs) == 3
         for spec in specs:
