@@ -360,64 +360,68 @@ bool fits(const Tensor& input, const Tensor& weight, const OptionalTensor& conv_
          (of[1] == filters || (settings.pad_residual && of[1] < filters));
 }
 
-// The tensors of a convolution in inference, in the order of the operators' schemas.
+// A convolution in inference: its tensors in the order of the operators' schemas.
 struct Inference {
   Tensor input, weight;
   OptionalTensor conv_bias, bn[4], residual;
+  Settings settings;
+  Tensor read = input;  // the input as kernels read it
+  resfuse::ConvForward args{};
+  bool in_place = false;  // the output is the residual
 
-  OptionalTensor run(const Settings& settings, const resfuse::MaxPool* pool) {
-    if (!fits(input, weight, conv_bias, bn, residual, settings)) return std::nullopt;
-    const Tensor read = readable(input, weight);
-    resfuse::ConvForward args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), settings);
-    const resfuse::Convolution& conv = args.conv;
-    args.running_mean = conv_vector(bn[0], conv.filters, "running_mean");
-    args.running_var = conv_vector(bn[1], conv.filters, "running_var");
-    args.bn_weight = conv_vector(bn[2], conv.filters, "weight");
-    args.bn_bias = conv_vector(bn[3], conv.filters, "bias");
+  // False where the tensors do not fit each other, or the kernels.
+  bool prepare() {
+    if (!fits(input, weight, conv_bias, bn, residual, settings)) return false;
+    read = readable(input, weight);
+    args = conv_args(read, weight, conv_bias, weight.size(0), weight.size(1), settings);
+    const int64_t filters = args.conv.filters;
+    args.running_mean = conv_vector(bn[0], filters, "running_mean");
+    args.running_var = conv_vector(bn[1], filters, "running_var");
+    args.bn_weight = conv_vector(bn[2], filters, "weight");
+    args.bn_bias = conv_vector(bn[3], filters, "bias");
     args.eps = settings.eps;
     args.relu = settings.relu;
-    bool in_place = false;
-    if (residual) {
-      const int64_t channels = residual->size(1);
-      in_place = settings.overwrite_residual && channels == conv.filters && is_dense_nhwc(*residual) &&
-                 !may_overlap(*residual, input);
-      residual = to_nhwc(*residual);
-      args.residual = residual->data_ptr();
-      args.residual_channels = channels;
-    }
-    if (pool == nullptr) {
-      const Tensor output = in_place ? *residual : empty_nhwc(conv);
-      args.output = output.data_ptr();
-      resfuse::cpu::conv_forward(args);
-      return in_result_format(output, input, weight);
-    }
-    resfuse::MaxPool sized = *pool;
-    sized.out_height = (conv.out_height + 2 * pool->padding_h - pool->kernel_h) / pool->stride_h + 1;
-    sized.out_width = (conv.out_width + 2 * pool->padding_w - pool->kernel_w) / pool->stride_w + 1;
-    if (conv.out_height + 2 * pool->padding_h < pool->kernel_h || conv.out_width + 2 * pool->padding_w < pool->kernel_w)
-      return std::nullopt;
-    resfuse::Convolution pooled = conv;
-    pooled.out_height = sized.out_height, pooled.out_width = sized.out_width;
-    const Tensor output = empty_nhwc(pooled);
-    args.output = output.data_ptr();
-    if (!resfuse::cpu::conv_pool_forward(args, sized)) return std::nullopt;
-    return in_result_format(output, input, weight);
+    if (!residual) return true;
+    args.residual_channels = residual->size(1);
+    in_place = settings.overwrite_residual && args.residual_channels == filters && is_dense_nhwc(*residual) &&
+               !may_overlap(*residual, input);
+    residual = to_nhwc(*residual);
+    args.residual = residual->data_ptr();
+    return true;
   }
 };
 
 OptionalTensor conv_inference_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor mean,
                                       OptionalTensor var, OptionalTensor bn_weight, OptionalTensor bn_bias,
                                       OptionalTensor residual, Tensor settings) {
-  return Inference{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, residual}.run(Settings(settings),
-                                                                                            nullptr);
+  Inference call{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, residual, Settings(settings)};
+  if (!call.prepare()) return std::nullopt;
+  const Tensor output = call.in_place ? *call.residual : empty_nhwc(call.args.conv);
+  call.args.output = output.data_ptr();
+  resfuse::cpu::conv_forward(call.args);
+  return in_result_format(output, input, weight);
 }
 
 OptionalTensor conv_pool_forward(Tensor input, Tensor weight, OptionalTensor conv_bias, OptionalTensor mean,
                                  OptionalTensor var, OptionalTensor bn_weight, OptionalTensor bn_bias, Tensor settings,
-                                 std::vector<int64_t> pool) {
-  STD_TORCH_CHECK(pool.size() == 6, "pool: expected kernel size, stride and padding");
-  const resfuse::MaxPool sizes{pool[0], pool[1], pool[2], pool[3], pool[4], pool[5], 0, 0};
-  return Inference{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, {}}.run(Settings(settings), &sizes);
+                                 std::vector<int64_t> pooling) {
+  STD_TORCH_CHECK(pooling.size() == 8, "pooling: expected kernel size, stride, padding and dilation");
+  Inference call{input, weight, conv_bias, {mean, var, bn_weight, bn_bias}, {}, Settings(settings)};
+  if (!call.prepare()) return std::nullopt;
+  const resfuse::Convolution& conv = call.args.conv;
+  const auto axis = [&](int64_t size, int64_t i) {
+    const int64_t beyond = size + 2 * pooling[4 + i] - pooling[6 + i] * (pooling[i] - 1) - 1;
+    const int64_t out = beyond < 0 ? 0 : beyond / pooling[2 + i] + 1;
+    return resfuse::PoolAxis{size, out, pooling[i], pooling[2 + i], pooling[4 + i], pooling[6 + i]};
+  };
+  const resfuse::Pooling pool{conv.batch, conv.filters, axis(conv.out_height, 0), axis(conv.out_width, 1), conv.dtype};
+  if (pool.rows.out == 0 || pool.columns.out == 0) return std::nullopt;
+  resfuse::Convolution pooled = conv;
+  pooled.out_height = pool.rows.out, pooled.out_width = pool.columns.out;
+  const Tensor output = empty_nhwc(pooled);
+  call.args.output = output.data_ptr();
+  if (!resfuse::cpu::conv_pool_forward(call.args, pool)) return std::nullopt;
+  return in_result_format(output, input, weight);
 }
 
 // z = conv(input) + conv_bias, and its mean and M2 per channel, in float64.

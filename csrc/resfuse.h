@@ -160,12 +160,6 @@ struct WeightStrides {
 // How bfloat16 is multiplied: widened to float32, or in pairs by vdpbf16ps.
 enum class BFloat16Products : int32_t { widened, pairs };
 
-// Max pooling, each pair (vertical, horizontal); padding is never a maximum.
-struct MaxPool {
-  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
-  int64_t out_height, out_width;
-};
-
 // output = act(BN(conv(input, weight) + conv_bias) + residual) on the CPU, or without BN where running_var is null.
 struct ConvForward {
   Convolution conv;
@@ -198,7 +192,7 @@ void conv_forward(const ConvForward& args);
 
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
 // after the other, and nothing has happened.
-bool conv_pool_forward(const ConvForward& args, const MaxPool& pool);
+bool conv_pool_forward(const ConvForward& args, const Pooling& pool);
 void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();
 // The faster of those that the processor has, measured once, or the one that RESFUSE_CPU_BF16 names.

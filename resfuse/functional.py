@@ -21,7 +21,7 @@ from resfuse.ops.add_relu import AddReLUFunction
 from resfuse.ops.bn_act import BNActFunction
 from resfuse.ops.conv_bn_act import ConvBNActFunction
 from resfuse.ops.sync_bn_act import SyncBNActFunction
-from resfuse.types import BatchNorm
+from resfuse.types import BatchNorm, Pooling
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -334,16 +334,13 @@ def pooled_inference(
     settings: tuple[Any, Any, Any, int],
     bn: BatchNorm,
     relu: bool,
-    pool: tuple[int, ...],
+    pooling: Pooling,
 ) -> Tensor | None:
-    """`conv_bn_act` from modules with max pooling behind it, in one call; None, and nothing has happened, if it is not.
-
-    `pool` is kernel size, stride and padding, each (vertical, horizontal).
-    """
+    """`conv_bn_act` from modules and max pooling behind it; None, and nothing has happened, if that is not one call."""
     inference = _checked_inference(bn)
     if inference is None:
         return None
-    output: Tensor | None = inference(input, conv_weight, conv_bias, settings, bn, None, relu, pool=pool)
+    output: Tensor | None = inference(input, conv_weight, conv_bias, settings, bn, None, relu, pooling=pooling)
     return output
 
 

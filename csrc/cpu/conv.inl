@@ -30,7 +30,7 @@ void conv_forward(const ConvForward& args) {
   statistics(shape, args.output, args.statistics, args.statistics + conv.filters);
 }
 
-bool conv_pool_forward(const ConvForward& args, const MaxPool& pool) {
+bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
   return with_type(args.conv.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #ifdef RESFUSE_ISA_PAIRS

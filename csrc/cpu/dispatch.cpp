@@ -78,7 +78,7 @@ void bn_backward_apply(const BnBackwardApply& args) { chosen().kernels->bn_backw
 void max_pool_forward(const MaxPoolForward& args) { chosen().kernels->max_pool_forward(args); }
 void max_pool_backward(const MaxPoolBackward& args) { chosen().kernels->max_pool_backward(args); }
 void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args); }
-bool conv_pool_forward(const ConvForward& args, const MaxPool& pool) {
+bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
   return chosen().kernels->conv_pool_forward(args, pool);
 }
 

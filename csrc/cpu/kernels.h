@@ -34,7 +34,7 @@ struct Kernels {
   void (*max_pool_forward)(const MaxPoolForward&);
   void (*max_pool_backward)(const MaxPoolBackward&);
   void (*conv_forward)(const ConvForward&);
-  bool (*conv_pool_forward)(const ConvForward&, const MaxPool&);
+  bool (*conv_pool_forward)(const ConvForward&, const Pooling&);
   double (*multiply_seconds)(BFloat16Products);
 };
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from resfuse.backends import cpu_kernels, reference
 from resfuse.backends.cpu_kernels import conv_settings
 from resfuse.layout import is_channels_last
-from resfuse.types import BatchNorm, Convolution
+from resfuse.types import BatchNorm, Convolution, Pooling
 
 # Looked up once: every call counts.
 inference_operator = cpu_kernels.conv_inference_forward
@@ -48,12 +48,12 @@ def checked_inference(
     bn: BatchNorm,
     residual: Tensor | None,
     *flags: bool,
-    pool: tuple[int, ...] | None = None,
+    pooling: Pooling | None = None,
 ) -> Tensor | None:
     """`conv_bn_act_inference` of arguments that nobody has checked; None for those that only PyTorch takes, or nobody.
 
     `settings` are as for `Convolution.of`; `flags` are relu, overwrite_residual and pad_residual.  Where there is no
-    residual, `pool` is max pooling of the output in the same call.
+    residual, `pooling` is that of the output in the same call.
     """
     mean, var, weight, bias, _, _, eps = bn
     if mean is None or conv_weight.dtype is not input.dtype:
@@ -62,9 +62,12 @@ def checked_inference(
         numbers = conv_settings(settings, eps, *flags)
     except TypeError:  # lists have no hash
         return None
-    if pool is not None:
-        return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pool)
-    return inference_operator(input, conv_weight, conv_bias, mean, var, weight, bias, residual, numbers)
+    if pooling is None:
+        return inference_operator(input, conv_weight, conv_bias, mean, var, weight, bias, residual, numbers)
+    if pooling.ceil_mode:
+        return None
+    pool = (*pooling.kernel_size, *pooling.stride, *pooling.padding, *pooling.dilation)
+    return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pool)
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:

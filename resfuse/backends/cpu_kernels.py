@@ -31,12 +31,12 @@ for _schema in (
     # settings: kernel, stride, padding, dilation (vertical, horizontal)
     "max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()",
     "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
-    # settings: see `conv_settings`; pool: kernel size, stride and padding (vertical, horizontal).
+    # settings: see `conv_settings`; pooling: as above.
     # The first two check their arguments themselves, and return None where they do not take them.
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
     "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor settings) -> Tensor?",
     "conv_pool_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
-    "Tensor? weight, Tensor? bias, Tensor settings, int[] pool) -> Tensor?",
+    "Tensor? weight, Tensor? bias, Tensor settings, int[] pooling) -> Tensor?",
     "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings) -> Tensor",
     "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor settings) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",

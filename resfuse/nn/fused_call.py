@@ -34,7 +34,7 @@ from resfuse.nn.batch_norm import (
     read_state,
     synchronising_group,
 )
-from resfuse.types import BatchNorm
+from resfuse.types import BatchNorm, Pooling
 
 _PLAIN_TENSORS = (Tensor, Parameter)
 _PLAIN = BatchNormKind()
@@ -47,7 +47,6 @@ _global_backward_pre_hooks = _torch_module._global_backward_pre_hooks
 
 # What the modules would call.
 _conv2d, _batch_norm, _relu = F.conv2d, F.batch_norm, F.relu
-_max_pool2d, _pool_forward = F.max_pool2d, nn.MaxPool2d.forward
 _conv_forward, _norm_forward, _relu_forward = nn.Conv2d.forward, nn.BatchNorm2d.forward, nn.ReLU.forward
 
 
@@ -93,7 +92,7 @@ def own_conv_bn_act(
     overwrite_residual: bool = False,
     pad_residual: bool = False,
     channels_last: bool = False,
-    pool: tuple[int, ...] | None = None,
+    pooling: Pooling | None = None,
 ) -> Tensor | None:
     """Call the operator with the state of the modules; None, and nothing has happened, if it cannot replace them.
 
@@ -113,7 +112,7 @@ def own_conv_bn_act(
         overwrite_residual: the residual is not read afterwards, so inference may write the output over it.
         pad_residual: a residual of fewer channels is added to the first ones.
         channels_last: convert the input to this memory format, which the output then has, too.
-        pool: `pool_settings` of max pooling of the output, without a residual; None, too, where that is not one call.
+        pooling: max pooling of the output, without a residual; the result is None, too, where that is not one call.
     """
     if global_hooks() or not _fusible_tensors(input, residual):
         return None
@@ -132,8 +131,8 @@ def own_conv_bn_act(
         return None
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
-    if pool is not None:
-        return functional.pooled_inference(input, conv_weight, conv_bias, settings, state, act is not None, pool)
+    if pooling is not None:
+        return functional.pooled_inference(input, conv_weight, conv_bias, settings, state, act is not None, pooling)
     if module is not None and state.training:
         count_batch(module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
     try:
@@ -296,19 +295,6 @@ def unobserved(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-def pool_settings(pool: nn.MaxPool2d) -> tuple[int, ...] | None:
-    """Kernel size, stride and padding, each (vertical, horizontal); None if the module must be called."""
-    plain = pool.dilation in (1, (1, 1)) and not (pool.return_indices or pool.ceil_mode) and unobserved(pool)
-    if not plain or F.max_pool2d is not _max_pool2d or nn.MaxPool2d.forward is not _pool_forward:
-        return None
-    settings = (pool.kernel_size, pool.stride, pool.padding)
-    numbers = sum((setting if type(setting) is tuple else (setting, setting) for setting in settings), ())
-    if len(numbers) != 6 or any(type(number) is not int for number in numbers):
-        return None
-    fits = min(numbers[:4]) > 0 and 0 <= 2 * numbers[4] <= numbers[0] and 0 <= 2 * numbers[5] <= numbers[1]
-    return numbers if fits else None  # else F.max_pool2d raises
 
 
 def global_hooks() -> bool:

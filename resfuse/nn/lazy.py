@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import Parameter
 
-from resfuse.nn import fused_call, max_pool
+from resfuse.nn import fused_call
 from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind
 from resfuse.nn.fused_call import ConvCall, NormCall, activation_of, global_hooks, plain_convolution, unobserved
+from resfuse.nn.max_pool import pooled, pooling_of
 from resfuse.types import BatchNorm
 
 RELU = nn.ReLU()
@@ -101,11 +102,11 @@ class Lazy:
 
     def pooled(self, pool: nn.MaxPool2d) -> Lazy | None:
         """Compute it with max pooling behind it; None, and nothing has happened, where that is not one call."""
-        settings = fused_call.pool_settings(pool)
-        if settings is None:
+        pooling = pooling_of(pool, self)
+        if pooling is None:
             return None
         value = fused_call.own_conv_bn_act(
-            self.conv, self.bn, peek(self.input), None, self.act, channels_last=self.channels_last, pool=settings
+            self.conv, self.bn, peek(self.input), None, self.act, channels_last=self.channels_last, pooling=pooling
         )
         return None if value is None else Lazy.of(value, OWN)
 
@@ -221,9 +222,9 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     role = _ROLES.get(type(f))
     if type(x) is Lazy:
         if x.value is None and x.act is not None:
-            pooled = x.pooled(f) if role is _POOL else None
-            if pooled is not None:
-                return pooled
+            result = x.pooled(f) if role is _POOL else None
+            if result is not None:
+                return result
             x.evaluate()
         if x.value is None:
             if role is _RELU:
@@ -259,7 +260,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
         held = settle(x).held if last and type(x) is Lazy else SHARED
         value = force(x)
         is_leaf = type(value) is Symbol and isinstance(f, nn.Module)
-        result = value.tracer.leaf(f, value) if is_leaf else max_pool.pooled(f, value)
+        result = value.tracer.leaf(f, value) if is_leaf else pooled(f, value)
     if not isinstance(f, nn.Module) or type(result) not in (Tensor, Symbol):
         return result
     if result is value:  # as from a dropout in inference
@@ -519,7 +520,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.add: _plain(add),
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
-    F.max_pool2d: lambda input, *args, **options: max_pool.pooled(F.max_pool2d, force(input), *args, **options),
+    F.max_pool2d: lambda input, *args, **options: pooled(F.max_pool2d, force(input), *args, **options),
 }
 _FLOAT_FUNCTIONAL = {"add": _plain(add), "add_relu": _plain(lambda a, b: call(F.relu, add(a, b)))}
 _NORM_FORWARDS = {

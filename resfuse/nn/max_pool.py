@@ -20,15 +20,22 @@ _max_pool2d, _pool_forward = F.max_pool2d, nn.MaxPool2d.forward
 
 def pooled(f: Any, *args: Any, **options: Any) -> Any:
     """`f(*args, **options)`, where `f` may be a `MaxPool2d` or `F.max_pool2d`, with all of its rules."""
-    pooling = None
-    if type(f) is nn.MaxPool2d:
-        if len(args) == 1 and not options and unobserved(f) and nn.MaxPool2d.forward is _pool_forward:
-            pooling = _pooling(f.kernel_size, f.stride, f.padding, f.dilation, f.ceil_mode, f.return_indices)
-    elif f is _max_pool2d and args:
-        pooling = _pooling(*args[1:], **options)
-    if pooling is None or F.max_pool2d is not _max_pool2d or global_hooks() or not _keeps_bytes(args[0], pooling):
+    pooling = pooling_of(f, *args, **options)
+    if pooling is None or global_hooks() or not _keeps_bytes(args[0], pooling):
         return f(*args, **options)
     return MaxPoolFunction.apply(args[0], pooling)
+
+
+def pooling_of(f: Any, *args: Any, **options: Any) -> Pooling | None:
+    """What `f(*args, **options)` pools by, if it is PyTorch's max pooling; None if it must be called."""
+    if F.max_pool2d is not _max_pool2d:
+        return None
+    if type(f) is nn.MaxPool2d:
+        if len(args) == 1 and not options and unobserved(f) and nn.MaxPool2d.forward is _pool_forward:
+            return _pooling(f.kernel_size, f.stride, f.padding, f.dilation, f.ceil_mode, f.return_indices)
+    elif f is _max_pool2d and args:
+        return _pooling(*args[1:], **options)
+    return None
 
 
 def _keeps_bytes(input: Any, pooling: Pooling) -> bool:
