@@ -147,7 +147,7 @@ MUTANTS = tuple(Mutant(*row) for row in (
      "          most = value != value ? value : most;\n", "",
      "tests/backends/cpu/test_conv_pool.py"),
     ("residual that may be the input is overwritten", "csrc/bindings_cpu.cpp",
-     " &&\n                 !may_overlap(*residual, input)", "",
+     " &&\n               !may_overlap(*residual, input)", "",
      "tests/backends/cpu/test_conv_pool.py"),
     ("residual of fewer channels read beyond them", "csrc/cpu/conv_gemm.inl",
      "std::clamp<int64_t>(args.residual_channels - at, 0, filters)", "filters",

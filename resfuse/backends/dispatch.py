@@ -184,6 +184,21 @@ def through_dispatcher() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def must_differentiate(grad_output: Tensor) -> bool:
+    """True if a backward pass has to consist of differentiable operations that PyTorch can transform.
+
+    With create_graph=True the gradient is itself differentiated; with is_grads_batched=True it runs under vmap.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return (
+        torch.is_grad_enabled()
+        or functorch.is_batchedtensor(grad_output)
+        or functorch.is_legacy_batchedtensor(grad_output)
+    )
+
+
 IN_FORCE = "in force"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfuse.backends.dispatch import backend_for, through_dispatcher
+from resfuse.backends.dispatch import backend_for, must_differentiate, through_dispatcher
 from resfuse.ops import recompute
-from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.library import define
 from resfuse.ops.recompute import Saved
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference
-from resfuse.backends.dispatch import backend_for, through_dispatcher
+from resfuse.backends.dispatch import backend_for, must_differentiate, through_dispatcher
 from resfuse.layout import as_result, empty_result
 from resfuse.ops import recompute
-from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.library import define
 from resfuse.ops.recompute import Saved, Vectors
 from resfuse.types import BatchNorm
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference
-from resfuse.backends.dispatch import backend_for, through_dispatcher
+from resfuse.backends.dispatch import backend_for, must_differentiate, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act, recompute
-from resfuse.ops.library import define, must_differentiate
+from resfuse.ops.library import define
 from resfuse.ops.recompute import Saved
 from resfuse.types import BatchNorm, Convolution
 

@@ -25,18 +25,3 @@ def run_kernel(kernel: str, *args: Any, request: str | None = IN_FORCE) -> Any:
     if through_dispatcher():
         return getattr(torch.ops.resfuse, kernel)(*args)
     return getattr(backend_for(kernel, args[0], request=request), kernel)(*args)
-
-
-def must_differentiate(grad_output: torch.Tensor) -> bool:
-    """True if a backward pass has to consist of differentiable operations that PyTorch can transform.
-
-    With create_graph=True the gradient is itself differentiated; with is_grads_batched=True it runs under vmap.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return (
-        torch.is_grad_enabled()
-        or functorch.is_batchedtensor(grad_output)
-        or functorch.is_legacy_batchedtensor(grad_output)
-    )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import dispatch, reference
-from resfuse.backends.dispatch import backend_for
-from resfuse.ops.library import must_differentiate
+from resfuse.backends.dispatch import backend_for, must_differentiate
 from resfuse.types import Pooling
 
 MOST_POSITIONS = 256
