@@ -16,7 +16,7 @@ from resfuse.backends import dispatch
 from resfuse.explanation import PYTORCH, Explanation, Layer, Totals
 from resfuse.fuse import fuse_
 from resfuse.roofline import DEVICES, Device, Kernel, kernels, measure_device, named_arguments, processor_name
-from resfuse.tracing import Call, Input, Run, Tracer, expanded
+from resfuse.tracing import Call, Input, Run, Tracer, expanded, with_recomputation
 from resfuse.types import AbsentDevice, Convolution, Problem
 
 _FUSIBLE = ("convolution", "batch_norm", "relu", "add")
@@ -31,6 +31,7 @@ def explain(
     backward: bool | None = None,
     measure: bool = False,
     backend: str | None = None,
+    recompute: bool = False,
 ) -> Explanation:
     """List a model's operators with backend, launches, FLOPs, bytes and roofline time, fused and unfused.
 
@@ -50,6 +51,8 @@ def explain(
             inputs that the caches do not hold).  `print` then begins with those that lose most.
         backend: as in `use_backend`, but for `explain` alone and so also for a machine that is not there; None: as
             `use_backend` or RESFUSE_BACKEND ask, else automatic choice.
+        recompute: as `fuse_(recompute=True)`, whose passes over memory are then in backward's figures.  A model that
+            was fused so needs no asking.
 
     Returns:
         The explanation: `print` it, or look at `layers`, `total`, `unfused` and `to_dict()`.
@@ -82,7 +85,11 @@ def explain(
             left[name] = reason
             left.setdefault(name.rpartition(".")[0], reason)  # also for the convolution before it
     machine = _Machine(described, place, request, left, measure)
-    fused = machine.layers(tracer.calls(backward=backward))
+    calls = tracer.calls(backward=backward)
+    options = (getattr(type(module), "_resfuse_options", (True, False)) for module in model.modules())
+    if backward and (recompute or any(again for _, again in options)):
+        calls = with_recomputation(calls)
+    fused = machine.layers(calls)
     unfused = machine.layers(tracer.calls(backward=backward, as_pytorch=True))
     shapes = tuple((tuple(input.shape), input.dtype) for input in tracer.inputs)
     return Explanation(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from resfuse.backends import dispatch
 from resfuse.nn.fused_call import traced_as_pytorch
-from resfuse.roofline import is_view
+from resfuse.roofline import is_view, named_arguments
 
 Input = Tensor | Sequence[int]
 
@@ -124,6 +124,33 @@ class Tracer:
 def _channels_last(input: Tensor) -> Tensor:
     """In the memory format in which fused models compute, and eager ones are fastest."""
     return input.to(memory_format=torch.channels_last) if input.dim() == 4 else input
+
+
+def with_recomputation(calls: list[Call]) -> list[Call]:
+    """The calls of a training step after `fuse_(recompute=True)`: backward makes activations again.
+
+    Those that a fused call reads, or whose sign masks a ReLU behind a residual; each once, though of a stage of more
+    than four blocks some come back twice.
+    """
+    kernel = torch.ops.resfuse.bn_apply.default
+    named = [(call, run, named_arguments(run.func, run.args, run.kwargs)) for call in calls for run in call.forward]
+    fused = [(call, run, given) for call, run, given in named if run.func.namespace == "resfuse"]
+    read = {
+        _memory(given[name]) for *_, given in fused for name in ("input", "residual") if given.get(name) is not None
+    }
+    for call, run, given in fused:
+        if not run.func._overloadpacket.__name__.endswith("bn_act_train"):
+            continue
+        output, *z, mean, invstd = run.output
+        residual, relu = given["residual"], given["relu"]
+        if _memory(output) in read or (residual is not None and relu):
+            arguments = (*(z or [given["input"]]), mean, invstd, given["weight"], given["bias"], residual, relu)
+            call.backward.insert(0, Run(kernel, arguments, {}, output))
+    return calls
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def expanded(run: Run) -> list[Run]:

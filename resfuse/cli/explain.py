@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of model and images; with --training, by autocast")
     add("--device", help=f"{', '.join(DEVICES)}, which need not be there, or cuda or cpu (default: this machine's)")
     add("--training", "--train", action="store_true", help="a training step: batch statistics, forward and backward")
+    add("--recompute", action="store_true", help="with --training: as after fuse_(recompute=True)")
     add("--measure", action="store_true", help="time each operator on this machine, and show where time is lost")
     add("--backend", choices=PREFERENCE, help="instead of automatic choice")
     add("--layers", choices=("slowest", "all"), default="slowest", help="equal ones together, the worst first; or all")
@@ -78,4 +79,5 @@ def explain(args: argparse.Namespace) -> Explanation:
             device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             measure=args.measure,
             backend=args.backend,
+            recompute=args.recompute,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ def test_backward_can_be_left_out_and_asked_for() -> None:
     assert forward.training and not forward.backward and {layer.backward_backend for layer in forward.layers} == {None}
     frozen = resfuse.explain(model.eval(), (128, 3, 32, 32), device="h200", backward=True)
     assert frozen.total.flops > 3 * forward.total.flops - stem.flops, "z is computed again"
+
+
+def test_recomputation_reads_z_and_writes_the_activation_again() -> None:
+    model, shape = on_meta(torchvision.models.resnet50).bfloat16().train(), (4, 3, 224, 224)
+    plain, again = (resfuse.explain(model, shape, device="h200", recompute=recompute) for recompute in (False, True))
+    # All but the stem's, which PyTorch's pooling keeps.
+    layers = [layer for layer in plain.layers if layer.op == "conv_bn_act"][1:]
+    assert again.total.launches - plain.total.launches == len(layers) == 52
+    sizes = [2 * 4 * math.prod(layer.output_shape[1:]) for layer in layers]
+    residuals = sum(size for size, layer in zip(sizes, layers, strict=True) if "+res" in layer.detail)
+    vectors = sum(2 * layer.output_shape[1] * 2 + 2 * layer.output_shape[1] * 4 for layer in layers)
+    assert again.total.bytes - plain.total.bytes == 2 * sum(sizes) + residuals + vectors
+    fused = torchvision.models.resnet18().train()
+    resfuse.fuse_(fused, recompute=True)
+    assert (
+        resfuse.explain(fused, shape).total
+        == resfuse.explain(torchvision.models.resnet18().train(), shape, recompute=True).total
+    )
+    assert resfuse.explain(model.eval(), shape, recompute=True).total == resfuse.explain(model.eval(), shape).total
 
 
 def test_a_fused_model_is_explained_as_it_is() -> None:
