@@ -31,6 +31,7 @@ void conv_forward(const ConvForward& args) {
 }
 
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
+  if (takes_lanes(args)) return false;
   return with_type(args.conv.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #ifdef RESFUSE_ISA_PAIRS
@@ -38,7 +39,8 @@ bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
       if (args.products == BFloat16Products::pairs && args.weight_dtype == DType::bfloat16)
         return conv_pool<T, Pairs>(args, pool);
 #endif
-    return conv_pool<T, Floats>(args, pool);
+    // Winograd's path gains more than a pass over its output costs.
+    return !takes_winograd(args) && conv_pool<T, Floats>(args, pool);
   });
 }
 

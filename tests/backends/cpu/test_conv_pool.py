@@ -68,6 +68,23 @@ def test_equals_pooling_afterwards(dtype: torch.dtype) -> None:
     assert check_pooling(dtype, 150) > 100
 
 
+def test_a_faster_path_is_not_given_up() -> None:
+    """Winograd's convolution, as in the stem of a ResNet-D, is pooled afterwards."""
+    input, weight = (
+        torch.randn(shape).to(memory_format=torch.channels_last) for shape in ((1, 32, 56, 56), (64, 32, 3, 3))
+    )
+    vectors = torch.zeros(64), torch.ones(64), torch.ones(64), torch.zeros(64)
+    bn, pooling = BatchNorm(*vectors, False, 0.1, 1e-5), Pooling((3, 3), (2, 2), (1, 1), (1, 1), False)
+
+    def one_call(stride: int) -> bool:
+        arguments = input, weight, None, (stride, 1, 1, 1), bn, None, True
+        return cpu_conv.checked_inference(*arguments, pooling=pooling) is not None
+
+    with torch.no_grad():
+        assert not one_call(stride=1)
+        assert one_call(stride=2)
+
+
 class Stem(nn.Module):
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
