@@ -40,6 +40,10 @@ class Pooling(NamedTuple):
     dilation: Pair
     ceil_mode: bool
 
+    def window(self) -> tuple[int, ...]:
+        """Kernel size, stride, padding and dilation, each (vertical, horizontal), as bindings take them."""
+        return *self.kernel_size, *self.stride, *self.padding, *self.dilation
+
 
 class BatchNorm(NamedTuple):
     """State and settings of a batch norm, in the order of `F.batch_norm`.  Tensors are (C,) or None."""

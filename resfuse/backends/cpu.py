@@ -217,18 +217,14 @@ def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
     shape = (*input.shape[:2], *pool_output_size(input.shape, pooling))
     output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
     positions = torch.empty_like(output, dtype=torch.uint8)
-    cpu_kernels.max_pool_forward(input, _window_settings(pooling), output, positions)
+    cpu_kernels.max_pool_forward(input, pooling.window(), output, positions)
     return output, positions
 
 
 def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
     grad_input = torch.empty(shape, dtype=grad_output.dtype, memory_format=torch.channels_last)
-    cpu_kernels.max_pool_backward(channels_last(grad_output), positions, _window_settings(pooling), grad_input)
+    cpu_kernels.max_pool_backward(channels_last(grad_output), positions, pooling.window(), grad_input)
     return grad_input
-
-
-def _window_settings(pooling: Pooling) -> tuple[int, ...]:
-    return *pooling.kernel_size, *pooling.stride, *pooling.padding, *pooling.dilation
 
 
 def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,7 @@ def checked_inference(
         return inference_operator(input, conv_weight, conv_bias, mean, var, weight, bias, residual, numbers)
     if pooling.ceil_mode:
         return None
-    pool = (*pooling.kernel_size, *pooling.stride, *pooling.padding, *pooling.dilation)
-    return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pool)
+    return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pooling.window())
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
