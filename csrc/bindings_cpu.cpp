@@ -462,6 +462,29 @@ Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings) {
   return output;
 }
 
+// The gradient of the weight of a convolution, or none where PyTorch has to compute it.
+OptionalTensor conv_weight_grad(Tensor grad_output, Tensor input, Tensor weight, Tensor settings) {
+  const auto size = weight.sizes();
+  const Settings numbers(settings);
+  resfuse::ConvForward forward = conv_args(input, weight, {}, size[0], size[1], numbers);
+  const resfuse::Convolution& conv = forward.conv;
+  const int64_t expected[] = {conv.batch, conv.filters, conv.out_height, conv.out_width};
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(grad_output.size(i) == expected[i], "grad_output: its shape is not that of the output");
+  for (const Tensor* tensor : {&grad_output, &weight})
+    if (tensor->scalar_type() != input.scalar_type()) return {};
+  if (!is_dense_nhwc(input) || !is_dense_nhwc(grad_output)) return {};
+  const Tensor grad_weight = torch::stable::empty_like(weight);
+  const auto stride = grad_weight.strides();
+  const resfuse::ConvWeightGrad args{conv,
+                                     input.data_ptr(),
+                                     grad_output.data_ptr(),
+                                     grad_weight.data_ptr(),
+                                     {0, stride[0], stride[1], stride[2], stride[3]}};
+  if (!resfuse::cpu::conv_weight_grad(args)) return {};
+  return grad_weight;
+}
+
 std::string bfloat16_products() {
   return resfuse::cpu::bfloat16_products() == resfuse::BFloat16Products::pairs ? "pairs" : "widened";
 }
@@ -483,6 +506,7 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
   m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_statistics_forward", TORCH_BOX(&conv_statistics_forward));
+  m.impl("conv_weight_grad", TORCH_BOX(&conv_weight_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CompositeExplicitAutograd, m) {

@@ -177,6 +177,14 @@ struct ConvForward {
   double* statistics;  // receives the mean and M2 of each filter of the output: 2 x filters, or null
 };
 
+// The gradient of a convolution's weight on the CPU; all tensors have the convolution's dtype.
+struct ConvWeightGrad {
+  Convolution conv;
+  const void *input, *grad_output;  // NHWC
+  void* grad_weight;
+  WeightStrides strides;  // of grad_weight
+};
+
 namespace cpu {
 void add_relu_forward(const AddReluForward& args);
 void add_relu_backward(const AddReluBackward& args);
@@ -193,6 +201,8 @@ void conv_forward(const ConvForward& args);
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
 // after the other, and nothing has happened.
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool);
+// False where it has no kernel, or gradients are not finite: more of them than eager's would be.
+bool conv_weight_grad(const ConvWeightGrad& args);
 void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();
 // The faster of those that the processor has, measured once, or the one that RESFUSE_CPU_BF16 names.

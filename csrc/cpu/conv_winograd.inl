@@ -72,6 +72,26 @@ struct SharedFilters {
   }
 };
 
+// B^T d B of a tile of 4x4 pixels, for all channels; the sixteen results lie `stride` floats apart.
+template <class T>
+RESFUSE_INLINE void transform_tile(const T* const (&pixels)[16], int64_t channels, float* to, int64_t stride) {
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    vec rows[4][4];
+    unrolled<4>([&](auto j) {
+      const vec d0 = vload(pixels[j] + c), d1 = vload(pixels[4 + j] + c);
+      const vec d2 = vload(pixels[8 + j] + c), d3 = vload(pixels[12 + j] + c);
+      rows[0][j] = d0 - d2, rows[1][j] = d1 + d2, rows[2][j] = d2 - d1, rows[3][j] = d1 - d3;
+    });
+    unrolled<4>([&](auto j) {
+      float* row = to + 4 * j * stride + c;
+      vstore(row, rows[j][0] - rows[j][2]);
+      vstore(row + stride, rows[j][1] + rows[j][2]);
+      vstore(row + 2 * stride, rows[j][2] - rows[j][1]);
+      vstore(row + 3 * stride, rows[j][1] - rows[j][3]);
+    });
+  }
+}
+
 template <class T>
 struct WinogradWorker {
   const ConvForward& args;
@@ -187,22 +207,7 @@ struct WinogradWorker {
                              row * args.input_strides[2] + column * args.input_strides[3]
                        : outside;
     }
-    const int64_t stride = kTilePixels * plan.channel_words;
-    for (int64_t c = 0; c < conv.channels; c += kWidth) {
-      vec rows[4][4];
-      unrolled<4>([&](auto j) {
-        const vec d0 = vload(from[j] + c), d1 = vload(from[4 + j] + c);
-        const vec d2 = vload(from[8 + j] + c), d3 = vload(from[12 + j] + c);
-        rows[0][j] = d0 - d2, rows[1][j] = d1 + d2, rows[2][j] = d2 - d1, rows[3][j] = d1 - d3;
-      });
-      unrolled<4>([&](auto j) {
-        float* row = to + 4 * j * stride + c;
-        vstore(row, rows[j][0] - rows[j][2]);
-        vstore(row + stride, rows[j][1] + rows[j][2]);
-        vstore(row + 2 * stride, rows[j][2] - rows[j][1]);
-        vstore(row + 3 * stride, rows[j][1] - rows[j][3]);
-      });
-    }
+    transform_tile(from, conv.channels, to, kTilePixels * plan.channel_words);
   }
 
   // products: [16][tile][filter].

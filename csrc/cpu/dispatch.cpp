@@ -81,5 +81,6 @@ void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
   return chosen().kernels->conv_pool_forward(args, pool);
 }
+bool conv_weight_grad(const ConvWeightGrad& args) { return chosen().kernels->conv_weight_grad(args); }
 
 }  // namespace resfuse::cpu

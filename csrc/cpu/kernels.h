@@ -35,6 +35,7 @@ struct Kernels {
   void (*max_pool_backward)(const MaxPoolBackward&);
   void (*conv_forward)(const ConvForward&);
   bool (*conv_pool_forward)(const ConvForward&, const Pooling&);
+  bool (*conv_weight_grad)(const ConvWeightGrad&);
   double (*multiply_seconds)(BFloat16Products);
 };
 

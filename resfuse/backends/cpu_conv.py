@@ -20,6 +20,7 @@ inference_operator = cpu_kernels.conv_inference_forward
 _pool_forward = cpu_kernels.conv_pool_forward
 _statistics_forward = cpu_kernels.conv_statistics_forward
 _input_grad = cpu_kernels.conv_input_grad
+_weight_grad = cpu_kernels.conv_weight_grad
 
 
 def conv_bn_act_inference(
@@ -92,27 +93,25 @@ def conv_backward(
     convolution: Convolution,
     needs_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias): the first by the forward kernels where it can be, the others by PyTorch.
+    """(grad_input, grad_weight, grad_bias): the first two by own kernels where they are faster, the rest by PyTorch.
 
     Groups in bfloat16 are PyTorch's: it multiplies pairs where the forward kernels widen, in down to half the time.
     """
     stride, padding, dilation, groups = convolution
-    own = (
-        needs_grad[0]
-        and stride == (1, 1)
-        and padding[0] <= dilation[0] * (conv_weight.shape[2] - 1)
-        and padding[1] <= dilation[1] * (conv_weight.shape[3] - 1)
-        and is_channels_last(input)
-        and (groups == 1 or input.dtype is torch.float32)
-    )
-    if not own:
-        return reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
-    grad_input = _input_grad(grad_output, conv_weight, conv_settings(convolution))
-    grad_weight = grad_bias = None
-    if needs_grad[1] or needs_grad[2]:
-        others = (False, needs_grad[1], needs_grad[2])
-        _, grad_weight, grad_bias = reference.conv_backward(grad_output, input, conv_weight, convolution, others)
-    return grad_input, grad_weight, grad_bias
+    needs_input, needs_weight, needs_bias = needs_grad
+    grad_input = grad_weight = None
+    if stride == (1, 1) and is_channels_last(input) and (groups == 1 or input.dtype is torch.float32):
+        settings = conv_settings(convolution)
+        height, width = conv_weight.shape[2:]
+        if needs_input and padding[0] <= dilation[0] * (height - 1) and padding[1] <= dilation[1] * (width - 1):
+            grad_input = _input_grad(grad_output, conv_weight, settings)
+        if needs_weight:
+            grad_weight = _weight_grad(grad_output, input, conv_weight, settings)
+    rest = (needs_input and grad_input is None, needs_weight and grad_weight is None, needs_bias)
+    if any(rest):
+        others = reference.conv_backward(grad_output, input, conv_weight, convolution, rest)
+        return grad_input if others[0] is None else others[0], grad_weight if others[1] is None else others[1], others[2]
+    return grad_input, grad_weight, None
 
 
 def _readable(conv_weight: Tensor, input: Tensor) -> Tensor:

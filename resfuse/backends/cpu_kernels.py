@@ -38,6 +38,7 @@ for _schema in (
     "conv_pool_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
     "Tensor? weight, Tensor? bias, Tensor settings, int[] pooling) -> Tensor?",
     "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings) -> Tensor",
+    "conv_weight_grad(Tensor grad_output, Tensor input, Tensor conv_weight, Tensor settings) -> Tensor?",
     "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor settings) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",
     "instruction_set() -> str",
@@ -59,6 +60,7 @@ conv_inference_forward = _kernels.conv_inference_forward.default
 conv_pool_forward = _kernels.conv_pool_forward.default
 conv_input_grad = _kernels.conv_input_grad.default
 conv_statistics_forward = _kernels.conv_statistics_forward.default
+conv_weight_grad = _kernels.conv_weight_grad.default
 instruction_set = _kernels.instruction_set.default
 max_pool_backward = _kernels.max_pool_backward.default
 max_pool_forward = _kernels.max_pool_forward.default
