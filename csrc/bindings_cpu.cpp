@@ -473,7 +473,8 @@ OptionalTensor conv_weight_grad(Tensor grad_output, Tensor input, Tensor weight,
     STD_TORCH_CHECK(grad_output.size(i) == expected[i], "grad_output: its shape is not that of the output");
   for (const Tensor* tensor : {&grad_output, &weight})
     if (tensor->scalar_type() != input.scalar_type()) return {};
-  if (!is_dense_nhwc(input) || !is_dense_nhwc(grad_output)) return {};
+  if (!is_dense_nhwc(input)) return {};
+  grad_output = to_nhwc(grad_output);
   const Tensor grad_weight = torch::stable::empty_like(weight);
   const auto stride = grad_weight.strides();
   const resfuse::ConvWeightGrad args{conv,

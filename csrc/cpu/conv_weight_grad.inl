@@ -95,8 +95,8 @@ class WeightGradWorker {
   void transform_input(int64_t image, int64_t top, int64_t left, float* to) const {
     static const T zeros[kGradBlock] = {};
     const T* outside = zeros;
-    const T* first = static_cast<const T*>(args.input) + c +
-                     ((image * conv.height + top) * conv.width + left) * conv.channels;
+    const T* first =
+        static_cast<const T*>(args.input) + c + ((image * conv.height + top) * conv.width + left) * conv.channels;
     const int64_t down = conv.width * conv.channels;
     const T* pixels[16];
     unrolled<4>([&](auto r) {
@@ -105,17 +105,17 @@ class WeightGradWorker {
         pixels[4 * r + s] = inside ? first + r * down + s * conv.channels : outside;
       });
     });
-    fetch(first + 4 * down + conv.channels, down, conv.channels, channels);
+    fetch_pixels(first + 4 * down + conv.channels, down, conv.channels, channels);
     transform_tile(pixels, channels, to, plan.inputs);
   }
 
   // A g A^T
   void transform_grad(int64_t image, int64_t top, int64_t left, float* to) const {
     const int64_t down = conv.out_width * conv.filters;
-    const T* upper = static_cast<const T*>(args.grad_output) + k + (image * conv.out_height + top) * down +
-                     left * conv.filters;
+    const T* upper =
+        static_cast<const T*>(args.grad_output) + k + (image * conv.out_height + top) * down + left * conv.filters;
     const bool has_lower = top + 1 < conv.out_height, has_right = left + 1 < conv.out_width;
-    fetch(upper + 2 * down, down, conv.filters, filters);
+    fetch_pixels(upper + 2 * down, down, conv.filters, filters);
     for (int64_t i = 0; i < filters; i += kWidth) {
       vec rows[4][2];
       unrolled<2>([&](auto j) {
@@ -132,12 +132,6 @@ class WeightGradWorker {
         vstore(row + 3 * plan.grads, -rows[j][1]);
       });
     }
-  }
-
-  // To the cache: 2x2 pixels that the next row of tiles adds.  They are farther away than the hardware looks ahead.
-  static void fetch(const T* from, int64_t down, int64_t right, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
-      for (const int64_t at : {i, i + right, i + down, i + down + right}) __builtin_prefetch(from + at);
   }
 
   void multiply(int64_t product, int64_t count, float* sums) const {
@@ -177,7 +171,7 @@ class WeightGradWorker {
   vec write_filter(int64_t filter, int64_t channel, const vec (&m)[16]) const {
     const WeightStrides& stride = args.strides;
     T* to = static_cast<T*>(args.grad_weight) + filter * stride.filter + channel * stride.channel;
-    const auto times_g = [](vec m0, vec m1, vec m2, vec m3, vec (&out)[3]) __attribute__((always_inline)) {
+    const auto times_g = [](vec m0, vec m1, vec m2, vec m3, vec(&out)[3]) __attribute__((always_inline)) {
       const vec even = (m1 + m2) * 0.5f;
       out[0] = m0 + even, out[1] = (m1 - m2) * 0.5f, out[2] = even + m3;
     };
@@ -234,9 +228,11 @@ bool conv_weight_grad_typed(const ConvWeightGrad& args) {
 
 bool conv_weight_grad(const ConvWeightGrad& args) {
   const Convolution& conv = args.conv;
-  const bool taken = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
-                     conv.dilation_h == 1 && conv.dilation_w == 1 && conv.groups == 1 &&
-                     conv.channels % kWidth == 0 && conv.filters % kWidth == 0;
+  // The transformations round by more than a short sum does.
+  const bool many = conv.batch * ceil_div(conv.out_height, 2) * ceil_div(conv.out_width, 2) >= 64;
+  const bool taken = many && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
+                     conv.dilation_h == 1 && conv.dilation_w == 1 && conv.groups == 1 && conv.channels % kWidth == 0 &&
+                     conv.filters % kWidth == 0;
   return taken && with_type(conv.dtype, [&](auto* type) {
            return conv_weight_grad_typed<std::remove_pointer_t<decltype(type)>>(args);
          });

@@ -8,7 +8,7 @@
 
 struct WinogradPlan {
   int64_t tiles_high, tiles_wide, tiles, groups;  // a group of tiles makes a tile of multiply_tile
-  int64_t block_filters, blocks, chunks;
+  int64_t panel, block_filters, blocks, chunks;
   bool whole;             // the transformed pixels of all tiles are kept from block to block
   int64_t channel_words;  // from one transformed pixel to the next
   int64_t filter_floats, taps_floats, pixel_floats;
@@ -27,7 +27,7 @@ inline bool takes_winograd(const ConvForward& args) {
   const Convolution& conv = args.conv;
   const int64_t tiles = conv.batch * ceil_div(conv.out_height, 2) * ceil_div(conv.out_width, 2);
   return conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 && conv.dilation_h == 1 &&
-         conv.dilation_w == 1 && conv.groups == 1 && conv.channels % kWidth == 0 && conv.filters % kPanel == 0 &&
+         conv.dilation_w == 1 && conv.groups == 1 && conv.channels % kWidth == 0 && conv.filters % kWidth == 0 &&
          conv.channels <= kWinogradChannels && args.input_strides[1] == 1 &&
          tiles >= (conv.channels <= 256 ? 49 : 98) &&  // fewer do not make up for transforming the filters
          (args.residual == nullptr || args.residual_channels == conv.filters);
@@ -44,9 +44,9 @@ inline WinogradPlan plan_winograd(const ConvForward& args, int64_t threads) {
   plan.channel_words = conv.channels + 16;  // not a multiple of 4 KB, where pixels would share the L1 cache's sets
   plan.pixel_floats = 16 * kTilePixels * plan.channel_words;
   plan.whole = conv.channels >= 256 && plan.groups * plan.pixel_floats * 4 <= l2;
-  const int64_t most = plan.whole ? kPanel : std::max(kPanel, l2 / (64 * conv.channels) / kPanel * kPanel);
-  const int64_t panels = conv.filters / kPanel;
-  plan.block_filters = ceil_div(panels, ceil_div(conv.filters, most)) * kPanel;
+  const int64_t panel = plan.panel = conv.filters % kPanel == 0 ? kPanel : kWidth;
+  const int64_t most = plan.whole ? panel : std::max(panel, l2 / (64 * conv.channels) / panel * panel);
+  plan.block_filters = ceil_div(conv.filters / panel, ceil_div(conv.filters, most)) * panel;
   plan.blocks = ceil_div(conv.filters, plan.block_filters);
   plan.chunks = plan.whole ? 1 : std::min(plan.groups, std::max(4 * threads, plan.groups / 8));
   plan.filter_floats = 16 * conv.channels * plan.block_filters;
@@ -72,6 +72,13 @@ struct SharedFilters {
   }
 };
 
+// To the cache: 2x2 pixels that the next row of tiles adds.  They are farther away than the hardware looks ahead.
+template <class T>
+RESFUSE_INLINE void fetch_pixels(const T* from, int64_t down, int64_t right, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(T)))
+    for (const int64_t at : {c, c + right, c + down, c + down + right}) __builtin_prefetch(from + at);
+}
+
 // B^T d B of a tile of 4x4 pixels, for all channels; the sixteen results lie `stride` floats apart.
 template <class T>
 RESFUSE_INLINE void transform_tile(const T* const (&pixels)[16], int64_t channels, float* to, int64_t stride) {
@@ -92,8 +99,10 @@ RESFUSE_INLINE void transform_tile(const T* const (&pixels)[16], int64_t channel
   }
 }
 
-template <class T>
+// NV x kWidth filters make a panel.
+template <class T, int64_t NV>
 struct WinogradWorker {
+  static constexpr int64_t kFilters = NV * kWidth;
   const ConvForward& args;
   const WinogradPlan& plan;
   const ConvPlan& direct;  // of the windows of tiles that are computed directly
@@ -109,14 +118,14 @@ struct WinogradWorker {
     taps = filters + plan.filter_floats + 64;
     pixels = taps + plan.taps_floats + 64;
     products = pixels + (plan.whole ? plan.groups : 1) * plan.pixel_floats + 64;
-    window = products + 16 * kTilePixels * kPanel + 64;
+    window = products + 16 * kTilePixels * kFilters + 64;
     ones = window + 9 * plan.channel_words;
-    zeros = ones + kPanel;
-    vectors.centre = zeros + kPanel;
-    vectors.scale = vectors.centre + plan.block_filters + kPanel;
-    vectors.shift = vectors.scale + plan.block_filters + kPanel;
-    std::fill(ones, ones + kPanel, 1.0f);
-    std::fill(zeros, zeros + kPanel, 0.0f);
+    zeros = ones + kFilters;
+    vectors.centre = zeros + kFilters;
+    vectors.scale = vectors.centre + plan.block_filters + kFilters;
+    vectors.shift = vectors.scale + plan.block_filters + kFilters;
+    std::fill(ones, ones + kFilters, 1.0f);
+    std::fill(zeros, zeros + kFilters, 0.0f);
   }
 
   // `first`: the scratch of the first thread, where shared filters lie.
@@ -127,7 +136,7 @@ struct WinogradWorker {
       filter_end = conv.filters;
       filters = reinterpret_cast<float*>(first);
       taps = filters + plan.filter_floats + 64;
-      shared.transform([&](int64_t panel) { transform_filters(panel * kPanel, (panel + 1) * kPanel); });
+      shared.transform([&](int64_t panel) { transform_filters(panel * kFilters, (panel + 1) * kFilters); });
       vectors.fill(args, 0, conv.filters, conv.filters);
       packed = 0;
     }
@@ -146,9 +155,9 @@ struct WinogradWorker {
         const int64_t first = group * kTilePixels, count = std::min(kTilePixels, plan.tiles - first);
         if (!prepared)
           for (int64_t i = 0; i < count; ++i) transform_pixels(first + i, to + i * plan.channel_words);
-        for (int64_t k = filter_begin; k < filter_end; k += kPanel) {
+        for (int64_t k = filter_begin; k < filter_end; k += kFilters) {
           multiply_group(to, filters + (k - filter_begin) * 16 * conv.channels, count);
-          for (int64_t i = 0; i < count; ++i) finish(first + i, products + i * kPanel, k);
+          for (int64_t i = 0; i < count; ++i) finish(first + i, products + i * kFilters, k);
         }
       }
       prepared = plan.whole;
@@ -158,14 +167,14 @@ struct WinogradWorker {
  private:
   // G g G^T, for all channels of these filters of the block: [panel][16][channel][filter].
   void transform_filters(int64_t begin, int64_t end) const {
-    const int64_t count = conv.channels * kPanel;
-    for (int64_t k = begin; k < end; k += kPanel) {
+    const int64_t count = conv.channels * kFilters;
+    for (int64_t k = begin; k < end; k += kFilters) {
       float* from = taps + (k - filter_begin) * 9 * conv.channels;
       const int64_t at = k * args.weight_strides.filter;
       if (args.weight_dtype == DType::float32)
-        pack_panel<Floats>(args, direct, static_cast<const float*>(args.weight) + at, kPanel, from, kPanel);
+        pack_panel<Floats>(args, direct, static_cast<const float*>(args.weight) + at, kFilters, from, kFilters);
       else
-        pack_panel<Floats>(args, direct, static_cast<const bf16*>(args.weight) + at, kPanel, from, kPanel);
+        pack_panel<Floats>(args, direct, static_cast<const bf16*>(args.weight) + at, kFilters, from, kFilters);
       float* to = filters + (k - filter_begin) * 16 * conv.channels;
       for (int64_t i = 0; i < count; i += kWidth) {
         vec columns[4][3];
@@ -199,14 +208,16 @@ struct WinogradWorker {
     static const T outside[kWinogradChannels] = {};
     int64_t image, top, left;
     place(tile, image, top, left);
+    top -= conv.padding_h, left -= conv.padding_w;
+    const int64_t down = args.input_strides[2], right = args.input_strides[3];
+    const T* first = static_cast<const T*>(args.input) + image * args.input_strides[0] + top * down + left * right;
     const T* from[16];
     for (int64_t i = 0; i < 16; ++i) {
-      const int64_t row = top - conv.padding_h + i / 4, column = left - conv.padding_w + i % 4;
+      const int64_t row = top + i / 4, column = left + i % 4;
       const bool inside = row >= 0 && column >= 0 && row < conv.height && column < conv.width;
-      from[i] = inside ? static_cast<const T*>(args.input) + image * args.input_strides[0] +
-                             row * args.input_strides[2] + column * args.input_strides[3]
-                       : outside;
+      from[i] = inside ? first + i / 4 * down + i % 4 * right : outside;
     }
+    fetch_pixels(first + 4 * down + right, down, right, conv.channels);
     transform_tile(from, conv.channels, to, kTilePixels * plan.channel_words);
   }
 
@@ -217,27 +228,27 @@ struct WinogradWorker {
     tile.tap_rows = tile.tap_columns = 1;
     tile.run = conv.channels;
     tile.centre = tile.shift = zeros, tile.scale = ones;
-    tile.output_stride = tile.filters = kPanel;
+    tile.output_stride = tile.filters = kFilters;
     for (int64_t j = 0; j < 16; ++j)
       for (int64_t i = 0; i < count;) {
         const int64_t now = tile_pixels(count - i), groups = now >= 8 ? 2 : 1, rows = now / groups;
         const float* first = from + (j * kTilePixels + i) * plan.channel_words;
         tile.pixels[0] = reinterpret_cast<const char*>(first);
         tile.pixels[1] = reinterpret_cast<const char*>(first + rows * plan.channel_words);
-        tile.panel = panel + j * conv.channels * kPanel;
-        tile.output = products + (j * kTilePixels + i) * kPanel;
-        multiply<float, Floats>(tile, kPanel, groups, rows);
+        tile.panel = panel + j * conv.channels * kFilters;
+        tile.output = products + (j * kTilePixels + i) * kFilters;
+        multiply<float, Floats>(tile, kFilters, groups, rows);
         i += now;
       }
   }
 
-  // A^T m A, and the epilogue, of the filters [k, k + kPanel).
+  // A^T m A, and the epilogue, of the filters [k, k + kFilters).
   void finish(int64_t tile, const float* from, int64_t k) const {
     int64_t image, top, left;
     place(tile, image, top, left);
-    const int64_t stride = kTilePixels * kPanel;
-    vec outputs[2][2][kPanelVectors], check = {};
-    unrolled<kPanelVectors>([&](auto v) {
+    const int64_t stride = kTilePixels * kFilters;
+    vec outputs[2][2][NV], check = {};
+    unrolled<NV>([&](auto v) {
       vec sums[2][4];
       unrolled<4>([&](auto j) {
         const float* column = from + j * stride + v * kWidth;
@@ -265,9 +276,9 @@ struct WinogradWorker {
     });
   }
 
-  RESFUSE_INLINE void store_output(int64_t pixel, int64_t k, const vec (&sums)[kPanelVectors]) const {
+  RESFUSE_INLINE void store_output(int64_t pixel, int64_t k, const vec (&sums)[NV]) const {
     const int64_t at = pixel * conv.filters + k, local = k - filter_begin;
-    unrolled<kPanelVectors>([&](auto v) {
+    unrolled<NV>([&](auto v) {
       const int64_t f = v * kWidth;
       const vec centre = vload(vectors.centre + local + f), scale = vload(vectors.scale + local + f);
       vec value = (sums[v] - centre) * scale + vload(vectors.shift + local + f);
@@ -288,20 +299,26 @@ struct WinogradWorker {
     tile.output = static_cast<T*>(args.output) + at;
     tile.residual = args.residual != nullptr ? static_cast<const T*>(args.residual) + at : nullptr;
     tile.output_stride = tile.residual_stride = conv.filters;
-    tile.filters = tile.residual_filters = kPanel;
+    tile.filters = tile.residual_filters = kFilters;
     tile.relu = args.relu;
-    multiply<T, Floats>(tile, kPanel, 1, 1);
+    multiply<T, Floats>(tile, kFilters, 1, 1);
   }
 };
+
+template <class T, int64_t NV>
+void conv_winograd(const ConvForward& args, const WinogradPlan& plan, int64_t threads) {
+  const ConvPlan direct = plan_conv(args, 1, false, 1);
+  const int64_t workers = std::min(threads, plan.blocks * plan.chunks);
+  SharedFilters shared(workers > 1 && plan.blocks == 1 ? args.conv.filters / plan.panel : 0);
+  share_units(workers, plan.scratch_bytes(), [&](char* scratch, char* first, std::atomic<int64_t>& next) {
+    WinogradWorker<T, NV>(args, plan, direct, scratch).run(next, shared, first);
+  });
+}
 
 template <class T>
 void conv_winograd(const ConvForward& args) {
   const int64_t threads = conv_threads(args.conv);
   const WinogradPlan plan = plan_winograd(args, threads);
-  const ConvPlan direct = plan_conv(args, 1, false, 1);
-  const int64_t workers = std::min(threads, plan.blocks * plan.chunks);
-  SharedFilters shared(workers > 1 && plan.blocks == 1 ? args.conv.filters / kPanel : 0);
-  share_units(workers, plan.scratch_bytes(), [&](char* scratch, char* first, std::atomic<int64_t>& next) {
-    WinogradWorker<T>(args, plan, direct, scratch).run(next, shared, first);
-  });
+  plan.panel == kPanel ? conv_winograd<T, kPanelVectors>(args, plan, threads)
+                       : conv_winograd<T, 1>(args, plan, threads);
 }

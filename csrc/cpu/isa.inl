@@ -23,6 +23,7 @@ namespace {
 #endif
 #include "conv_lanes.inl"
 #include "conv_winograd.inl"
+
 #include "conv_weight_grad.inl"
 
 #include "conv_pool.inl"
@@ -33,5 +34,5 @@ namespace {
 extern const Kernels kernels;
 const Kernels kernels = {add_relu_forward, add_relu_backward,  bn_statistics,     bn_apply,         bn_eval_forward,
                          bn_train_forward, bn_backward_reduce, bn_backward_apply, max_pool_forward, max_pool_backward,
-                         conv_forward, conv_pool_forward, conv_weight_grad, multiply_seconds};
+                         conv_forward,     conv_pool_forward,  conv_weight_grad,  multiply_seconds};
 }  // namespace resfuse::cpu::RESFUSE_ISA

@@ -98,20 +98,19 @@ def conv_backward(
     Groups in bfloat16 are PyTorch's: it multiplies pairs where the forward kernels widen, in down to half the time.
     """
     stride, padding, dilation, groups = convolution
-    needs_input, needs_weight, needs_bias = needs_grad
     grad_input = grad_weight = None
     if stride == (1, 1) and is_channels_last(input) and (groups == 1 or input.dtype is torch.float32):
         settings = conv_settings(convolution)
         height, width = conv_weight.shape[2:]
-        if needs_input and padding[0] <= dilation[0] * (height - 1) and padding[1] <= dilation[1] * (width - 1):
+        if needs_grad[0] and padding[0] <= dilation[0] * (height - 1) and padding[1] <= dilation[1] * (width - 1):
             grad_input = _input_grad(grad_output, conv_weight, settings)
-        if needs_weight:
+        if needs_grad[1]:
             grad_weight = _weight_grad(grad_output, input, conv_weight, settings)
-    rest = (needs_input and grad_input is None, needs_weight and grad_weight is None, needs_bias)
-    if any(rest):
-        others = reference.conv_backward(grad_output, input, conv_weight, convolution, rest)
-        return grad_input if others[0] is None else others[0], grad_weight if others[1] is None else others[1], others[2]
-    return grad_input, grad_weight, None
+    needs_grad = (needs_grad[0] and grad_input is None, needs_grad[1] and grad_weight is None, needs_grad[2])
+    if not any(needs_grad):
+        return grad_input, grad_weight, None
+    others = reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
+    return others[0] if needs_grad[0] else grad_input, others[1] if needs_grad[1] else grad_weight, others[2]
 
 
 def _readable(conv_weight: Tensor, input: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
+from resfuse.backends import cpu_kernels, reference
+from resfuse.types import Convolution
 from tests.contract import EAGER, FUSED, Call, assert_within_contract, forward, term_sizes
 
 
@@ -106,6 +108,37 @@ def check(call: Call) -> None:
     assert torch.equal(found, fused(call)), f"{shapes}, {call.options}: not repeatable"
 
 
+def check_weight_gradient(rng: random.Random, dtype: torch.dtype) -> None:
+    """Hold the own kernel, which takes any 3x3 convolution of enough pixels and whole vectors of channels."""
+    channels, filters, batch = (16 * rng.randint(1, 6), 16 * rng.randint(1, 6), rng.randint(1, 9))
+    padding = (rng.randint(0, 2), rng.randint(0, 2))
+    size = [rng.randint(3, 20) for _ in range(2)]
+    generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
+    input = torch.randn(batch, channels, *size, generator=generator) + rng.choice((0, 0, 1, 10))
+    weight = layout(rng, torch.randn(filters, channels, 3, 3, generator=generator).to(dtype))
+    shape = (batch, filters, *(size[axis] + 2 * padding[axis] - 2 for axis in (0, 1)))
+    input, grad_output = (
+        tensor.to(dtype).contiguous(memory_format=torch.channels_last)
+        for tensor in (input, torch.randn(shape, generator=generator))
+    )
+    convolution = Convolution((1, 1), padding, (1, 1), 1)
+    found = cpu_kernels.conv_weight_grad(grad_output, input, weight, cpu_kernels.conv_settings(convolution))
+    tiles = batch * -(-shape[2] // 2) * -(-shape[3] // 2)
+    assert (found is not None) == (tiles >= 64), (shape, weight.shape)
+    if found is None:
+        return
+
+    def eager(*tensors: Tensor) -> dict[str, Tensor]:
+        gradient = reference.conv_backward(*tensors, convolution, (False, True, False))[1]
+        assert gradient is not None
+        return {"grad_conv_weight": gradient}
+
+    tensors = (grad_output, input, weight)
+    exact, size_of_terms = (eager(*(change(t.double()) for t in tensors)) for change in (torch.clone, torch.abs))
+    eagers = [eager(*tensors), eager(*(t.contiguous() for t in tensors))]
+    assert_within_contract({"grad_conv_weight": found}, eagers, exact, dtype, size_of_terms)
+
+
 def main(seed: int, count: int, dtype: torch.dtype) -> None:
     """Hold `count` random calls against the contract, with fresh memory that is not zero: all of it must be written."""
     if sys.platform == "linux":
@@ -113,6 +146,8 @@ def main(seed: int, count: int, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     for _ in range(count):
         check(random_call(rng, dtype))
+    for _ in range(count // 5):
+        check_weight_gradient(rng, dtype)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import resfuse
-from resfuse.backends import cpu, cpu_conv
+from resfuse.backends import cpu, cpu_conv, reference
+from resfuse.backends.cpu_kernels import conv_settings, conv_weight_grad
 from tests.backends.cpu.random_convolutions import check, fused, main, random_call
 from tests.contract import EAGER, FUSED, RUNNING, Call, Oracle, forward
 from tests.shapes import Convolution, conv_bn_act_call
@@ -41,6 +42,7 @@ PATHS = {
     "winograd": ((1, 64, 28, 28), 64, 3, 1, 1, 1, 1),
     "winograd_odd": ((2, 32, 17, 21), 96, 3, 1, 0, 1, 1),
     "winograd_wide_padding": ((2, 16, 13, 18), 32, 3, 1, 2, 1, 1),
+    "winograd_narrow_panels": ((4, 80, 16, 15), 48, 3, 1, 1, 1, 1),
     "dilated": ((1, 40, 20, 20), 33, 3, 1, 2, 2, 1),
     "depthwise": ((2, 72, 14, 15), 72, 3, 2, 1, 1, 72),
     "small_groups": ((2, 64, 12, 12), 128, 3, 1, 1, 1, 16),
@@ -81,11 +83,56 @@ def test_not_finite(name: str, value: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["in_place", "few_pixels", "winograd", "winograd_odd", "dilated", "large_groups"])
 def test_input_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the own kernels, which read the weight turned around; groups in bfloat16 are PyTorch's."""
-    used = []
-    own = cpu_conv._input_grad
-    monkeypatch.setattr(cpu_conv, "_input_grad", lambda *arguments: used.append(arguments) or own(*arguments))
+    used = watch(monkeypatch, "_input_grad")
     Oracle(path_call(name, dtype, residual=False), {"input"}).check("cpu")
     assert bool(used) == (name != "large_groups" or dtype == torch.float32)
+
+
+WEIGHT_GRADIENTS = ["winograd", "winograd_odd", "winograd_wide_padding", "winograd_narrow_panels"]
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("name", [*WEIGHT_GRADIENTS, "few_pixels", "in_place", "dilated", "large_groups", "short_rows"])
+def test_weight_gradients(name: str, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the own kernel, in the layout of the weight, and PyTorch's where it has none."""
+    used = watch(monkeypatch, "_weight_grad")
+    call = path_call(name, dtype, residual=False)
+    if layout == "nchw":
+        call = call.replace(conv_weight=call.tensors["conv_weight"].contiguous())
+    found = Oracle(call, {"conv_weight"}).check("cpu")["grad_conv_weight"]
+    assert any(result is not None for result in used) == (name in WEIGHT_GRADIENTS)
+    if name in WEIGHT_GRADIENTS:
+        assert found.stride() == call.tensors["conv_weight"].stride()
+
+
+@DTYPES
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["input", "grad_output"])
+def test_weight_gradients_that_are_not_finite(where: str, value: float, dtype: torch.dtype) -> None:
+    call = path_call("winograd_odd", dtype, residual=False)
+    input, weight = call.input.clone(), call.tensors["conv_weight"]
+    grad_output = torch.randn_like(fused(call))
+    (input if where == "input" else grad_output)[0, 1, 0, 2] = value
+    arguments = (grad_output, input, weight, call.convolution, (False, True, False))
+    _, found, _ = cpu_conv.conv_backward(*arguments)
+    _, expected, _ = reference.conv_backward(*arguments)
+    assert found.isfinite().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isinf(), expected.isinf())
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, kernel: str) -> list[Tensor | None]:
+    """The results of a kernel from now on."""
+    results: list[Tensor | None] = []
+    own = getattr(cpu_conv, kernel)
+
+    def watched(*arguments: object) -> Tensor | None:
+        results.append(own(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(cpu_conv, kernel, watched)
+    return results
 
 
 @DTYPES
@@ -142,7 +189,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dty
             with torch.no_grad():
                 own = call.replace(**{name: call.tensors[name].clone() for name in RUNNING})
                 trained = forward(FUSED, own.with_options(training=True))
-                results.append((fused(call), trained, *(own.tensors[name] for name in RUNNING)))
+            settings = conv_settings(call.convolution)
+            gradient = conv_weight_grad(trained, call.input, call.tensors["conv_weight"], settings)
+            gradients = () if gradient is None else (gradient,)
+            results.append((fused(call), trained, *(own.tensors[name] for name in RUNNING), *gradients))
     finally:
         torch.set_num_threads(before)
     for others in results[1:]:
