@@ -42,7 +42,7 @@ def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     """The gradient of both summands: grad_output where output > 0 (or is NaN, as in torch.relu), else 0."""
-    return torch.where(output <= 0, 0, grad_output)
+    return torch.ops.aten.threshold_backward(grad_output, output, 0)
 
 
 def bn_act_forward(
@@ -92,13 +92,32 @@ def bn_act_backward(
     weight s g with running statistics, weight s (g - grad_bias / n - xhat grad_weight / n) with batch statistics.
     The per-channel gradients are in the dtype of `mean`.
     """
-    vectors = (weight, bias, mean, invstd)
-    grad_bias, grad_weight, masked = bn_backward_reduce(grad_output, input, output, *vectors, relu)
-    grad_input = None
-    if needs_input_grad:
-        count = input.numel() // input.shape[1] if training else None
-        grad_input = bn_backward_apply(masked, input, weight, mean, invstd, grad_bias, grad_weight, count)
-    return grad_input, grad_weight, grad_bias, masked if needs_residual_grad else None
+    masked = _masked(grad_output, input, output, (weight, bias, mean, invstd), relu)
+    if input.numel() == 0:
+        grad_input, grad_weight, grad_bias = torch.zeros_like(input), torch.zeros_like(mean), torch.zeros_like(mean)
+    else:
+        grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            masked,
+            input,
+            _wide(weight),
+            mean,
+            invstd.pow(-2),
+            mean,
+            invstd,
+            training,
+            0.0,
+            [needs_input_grad, True, True],
+        )
+    return grad_input if needs_input_grad else None, grad_weight, grad_bias, masked if needs_residual_grad else None
+
+
+def _masked(
+    grad_output: Tensor, input: Tensor, output: Tensor | None, vectors: tuple[Tensor | None, ...], relu: bool
+) -> Tensor:
+    if relu and output is None:
+        weight, bias, mean, invstd = vectors
+        output = bn_apply(input, mean, invstd, weight, bias, None, False)  # type: ignore[arg-type]
+    return add_relu_backward(grad_output, output) if relu and output is not None else grad_output
 
 
 def conv_bn_act_forward(
@@ -210,11 +229,11 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     """act((input - mean) (invstd weight) + bias [+ residual]) with statistics given."""
-    scale = invstd if weight is None else invstd * weight
-    output = (_widen(input) - _per_channel(mean)).mul_(_per_channel(scale))
-    if bias is not None:
-        output += _per_channel(bias)
-    return _activate(as_result(output.to(input.dtype), input), residual, relu)
+    # PyTorch's own kernel, in one pass: it takes the variance for eps = 0.
+    output = torch.batch_norm(
+        input, _wide(weight), _wide(bias), mean, invstd.pow(-2), False, 0.0, 0.0, torch.backends.cudnn.enabled
+    )
+    return _activate(as_result(output, input), residual, relu)
 
 
 def bn_backward_reduce(
@@ -228,9 +247,7 @@ def bn_backward_reduce(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum g, sum g xhat, g) with g = grad_output masked by the ReLU as in `bn_act_backward`."""
-    if relu and output is None:
-        output = bn_apply(input, mean, invstd, weight, bias, None, True)
-    masked = add_relu_backward(grad_output, output) if relu and output is not None else grad_output
+    masked = _masked(grad_output, input, output, (weight, bias, mean, invstd), relu)
     g = _widen(masked)
     xhat = (_widen(input) - _per_channel(mean)) * _per_channel(invstd)
     return g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3)), masked
@@ -310,3 +327,7 @@ def _per_channel(vector: Tensor) -> Tensor:
 def _widen(tensor: Tensor) -> Tensor:
     """Half precision is computed in float32, everything else in its own precision."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _wide(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else _widen(vector)
