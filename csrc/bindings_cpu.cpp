@@ -1,5 +1,5 @@
-// torch <-> plain structs for the CPU kernels, on the stable ABI.  Schemas are in resfuse/backends/cpu.py, which also
-// allocates every tensor that is written here but the outputs of convolutions.
+// torch <-> plain structs for the CPU kernels, on the stable ABI.  Schemas are in resfuse/backends/cpu_kernels.py.
+// Results are allocated here, but for those of max pooling, whose size the caller knows.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -75,30 +75,50 @@ void* written(const Tensor& tensor) {
   return tensor.data_ptr();
 }
 
-void* written(const OptionalTensor& tensor, const Tensor& like, const char* name) {
-  if (!tensor) return nullptr;
-  check_like(*tensor, like, name);
-  return written(*tensor);
+Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-void add_relu_forward(Tensor input, Tensor residual, Tensor output) {
+int32_t number_of(DType dtype) {
+  return dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+
+// A result in the shape and order of a tensor without gaps.
+Tensor empty_as(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return empty(tensor.dim(), size.data(), stride.data(), number_of(dtype_of(tensor, "input")));
+}
+
+Tensor empty_vector(int64_t size) {
+  const int64_t stride = 1;
+  return empty(1, &size, &stride, aoti_torch_dtype_float32());
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+Tensor add_relu_forward(Tensor input, Tensor residual) {
   check_like(residual, input, "residual");
-  check_like(output, input, "output");
+  const Tensor output = empty_as(input);
   resfuse::cpu::add_relu_forward(
       {input.data_ptr(), residual.data_ptr(), written(output), input.numel(), dtype_of(input, "input")});
+  return output;
 }
 
-void add_relu_backward(Tensor grad_output, Tensor output, Tensor grad_input) {
+Tensor add_relu_backward(Tensor grad_output, Tensor output) {
   check_like(grad_output, output, "grad_output");
-  check_like(grad_input, output, "grad_input");
+  const Tensor grad_input = empty_as(output);
   resfuse::cpu::add_relu_backward(
       {grad_output.data_ptr(), output.data_ptr(), written(grad_input), output.numel(), dtype_of(output, "output")});
+  return grad_input;
 }
 
-void bn_statistics(Tensor input, Tensor mean, Tensor m2) {
+std::tuple<Tensor, Tensor> bn_statistics(Tensor input) {
   const Activation shape = activation(input, "input");
-  resfuse::cpu::bn_statistics(
-      {shape, input.data_ptr(), vector(mean, shape.channels, "mean"), vector(m2, shape.channels, "m2")});
+  const Tensor mean = empty_vector(shape.channels), m2 = empty_vector(shape.channels);
+  resfuse::cpu::bn_statistics({shape, input.data_ptr(), floats(mean), floats(m2)});
+  return {mean, m2};
 }
 
 resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual, const Tensor& mean,
@@ -114,25 +134,32 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
           vector(weight, channels, "weight"),
           vector(bias, channels, "bias"),
           relu,
-          written(output, input, "output")};
+          written(output)};
 }
 
-void bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
-              OptionalTensor bias, bool relu, Tensor output) {
+Tensor bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
+                OptionalTensor bias, bool relu) {
+  const Tensor output = empty_as(input);
   resfuse::cpu::bn_apply(apply_args(input, residual, mean, invstd, weight, bias, relu, output));
+  return output;
 }
 
-void bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean, Tensor running_var,
-                     OptionalTensor weight, OptionalTensor bias, double eps, bool relu, Tensor output) {
+Tensor bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean, Tensor running_var,
+                       OptionalTensor weight, OptionalTensor bias, double eps, bool relu) {
+  const Tensor output = empty_as(input);
   const auto apply = apply_args(input, residual, running_mean, running_var, weight, bias, relu, output);
   resfuse::cpu::bn_eval_forward({apply, apply.invstd, eps});
+  return output;
 }
 
-void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor statistics,
-                      double momentum, double eps, bool relu, Tensor output, Tensor mean, Tensor invstd) {
+std::tuple<Tensor, Tensor, Tensor> bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight,
+                                                    OptionalTensor bias, OptionalTensor running_mean,
+                                                    OptionalTensor running_var, OptionalTensor statistics,
+                                                    double momentum, double eps, bool relu) {
+  STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions, got ", input.dim());
+  const int64_t channels = input.size(1);
+  const Tensor output = empty_as(input), mean = empty_vector(channels), invstd = empty_vector(channels);
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
-  const int64_t channels = apply.shape.channels;
   const double* known = nullptr;
   if (statistics) {
     STD_TORCH_CHECK(statistics->scalar_type() == ScalarType::Double && statistics->is_contiguous() &&
@@ -140,9 +167,10 @@ void bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weig
                     "statistics: expected the mean and M2 of each channel in float64");
     known = static_cast<const double*>(statistics->data_ptr());
   }
-  resfuse::cpu::bn_train_forward({apply, known, vector(mean, channels, "mean"), vector(invstd, channels, "invstd"),
+  resfuse::cpu::bn_train_forward({apply, known, floats(mean), floats(invstd),
                                   vector(running_mean, channels, "running_mean"),
                                   vector(running_var, channels, "running_var"), momentum, eps});
+  return {output, mean, invstd};
 }
 
 resfuse::BnMask mask_args(const Tensor& grad_output, const Tensor& input, const OptionalTensor& output,
@@ -158,25 +186,38 @@ resfuse::BnMask mask_args(const Tensor& grad_output, const Tensor& input, const 
           relu};
 }
 
-void bn_backward_reduce(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
-                        OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
-                        OptionalTensor masked) {
+Tensor bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
+                         OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
+                         double count) {
   const Activation shape = activation(input, "input");
   const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_reduce(
+  const Tensor grad_input = empty_as(input);
+  resfuse::cpu::bn_backward_apply(
       {shape, input.data_ptr(), mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
-       vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), written(masked, input, "masked")});
+       vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count, written(grad_input)});
+  return grad_input;
 }
 
-void bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output, OptionalTensor weight,
-                       OptionalTensor bias, Tensor mean, Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat,
-                       double count, Tensor grad_input) {
+// (grad_input, sum g xhat, sum g, g); the first and the last only where they are needed.
+std::tuple<OptionalTensor, Tensor, Tensor, OptionalTensor> bn_backward(Tensor grad_output, Tensor input,
+                                                                       OptionalTensor output, OptionalTensor weight,
+                                                                       OptionalTensor bias, Tensor mean, Tensor invstd,
+                                                                       bool relu, bool training, bool needs_input_grad,
+                                                                       bool needs_masked) {
   const Activation shape = activation(input, "input");
-  const int64_t channels = shape.channels;
-  resfuse::cpu::bn_backward_apply({shape, input.data_ptr(),
-                                   mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
-                                   vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count,
-                                   written(grad_input, input, "grad_input")});
+  const Tensor sum_g = empty_vector(shape.channels), sum_g_xhat = empty_vector(shape.channels);
+  OptionalTensor grad_input, masked;
+  if (needs_masked) masked = empty_as(input);
+  resfuse::cpu::bn_backward_reduce({shape, input.data_ptr(),
+                                    mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
+                                    floats(sum_g), floats(sum_g_xhat), needs_masked ? written(*masked) : nullptr});
+  const double count = training ? static_cast<double>(shape.batch * shape.pixels) : 0;
+  if (needs_input_grad && needs_masked)
+    grad_input = bn_backward_apply(*masked, input, {}, weight, {}, mean, invstd, false, sum_g, sum_g_xhat, count);
+  else if (needs_input_grad)
+    grad_input =
+        bn_backward_apply(grad_output, input, output, weight, bias, mean, invstd, relu, sum_g, sum_g_xhat, count);
+  return {grad_input, sum_g_xhat, sum_g, masked};
 }
 
 bool is_dense_nhwc(const Tensor& tensor) {
@@ -227,18 +268,11 @@ bool is_channels_last(const Tensor& tensor) {
   return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
-Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor empty_nhwc(const resfuse::Convolution& conv) {
   const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
   const int64_t size[] = {conv.batch, channels, height, width};
   const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
-  const bool wide = conv.dtype == DType::float32;
-  const Tensor tensor = empty(4, size, stride, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+  const Tensor tensor = empty(4, size, stride, number_of(conv.dtype));
   written(tensor);
   return tensor;
 }
@@ -475,7 +509,7 @@ OptionalTensor conv_weight_grad(Tensor grad_output, Tensor input, Tensor weight,
     if (tensor->scalar_type() != input.scalar_type()) return {};
   if (!is_dense_nhwc(input)) return {};
   grad_output = to_nhwc(grad_output);
-  const Tensor grad_weight = torch::stable::empty_like(weight);
+  const Tensor grad_weight = torch::stable::empty_like(weight);  // whatever its strides
   const auto stride = grad_weight.strides();
   const resfuse::ConvWeightGrad args{conv,
                                      input.data_ptr(),
@@ -501,7 +535,7 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cpu, CPU, m) {
   m.impl("bn_apply", TORCH_BOX(&bn_apply));
   m.impl("bn_eval_forward", TORCH_BOX(&bn_eval_forward));
   m.impl("bn_train_forward", TORCH_BOX(&bn_train_forward));
-  m.impl("bn_backward_reduce", TORCH_BOX(&bn_backward_reduce));
+  m.impl("bn_backward", TORCH_BOX(&bn_backward));
   m.impl("bn_backward_apply", TORCH_BOX(&bn_backward_apply));
   m.impl("max_pool_forward", TORCH_BOX(&max_pool_forward));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));

@@ -17,7 +17,7 @@ from resfuse.backends.cpu_conv import (
     conv_forward,
     conv_statistics_forward,
 )
-from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, pool_output_size, residual_for
+from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, place_padded, pool_output_size
 from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
 __all__ = ["checked_inference", "conv_backward", "conv_forward"]
@@ -61,16 +61,12 @@ def bfloat16_products() -> str:
 
 def add_relu_forward(input: Tensor, residual: Tensor) -> Tensor:
     input = gapless(input)
-    output = torch.empty_like(input)
-    cpu_kernels.add_relu_forward(input, ordered_like(residual, input), output)
-    return output
+    return cpu_kernels.add_relu_forward(input, ordered_like(residual, input))
 
 
 def add_relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
     output = gapless(output)
-    grad_input = torch.empty_like(output)
-    cpu_kernels.add_relu_backward(ordered_like(grad_output, output), output, grad_input)
-    return grad_input
+    return cpu_kernels.add_relu_backward(ordered_like(grad_output, output), output)
 
 
 def bn_act_forward(
@@ -79,27 +75,27 @@ def bn_act_forward(
     input = dense(input)
     if bn.training:
         return _bn_act_train(input, bn, residual, relu, None)
-    output = torch.empty_like(input)
-    if residual is not None:
-        residual = residual_for(output, residual)
-    cpu_kernels.bn_eval_forward(input, residual, *map(_float, bn[:4]), bn.eps, relu, output)
-    return output, None, None
+    vectors = map(_float, bn[:4])
+    return cpu_kernels.bn_eval_forward(input, _like(input, residual), *vectors, bn.eps, relu), None, None
 
 
 def _bn_act_train(
     input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool, statistics: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, invstd) of a dense input; `statistics` are its mean and M2 per channel, where they are known."""
-    output = torch.empty_like(input)
-    if residual is not None:
-        residual = residual_for(output, residual)
     means, variances, weight, bias = map(_float, bn[:4])
-    mean, invstd = _two_vectors(input)
-    cpu_kernels.bn_train_forward(
-        input, residual, weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu, output, mean, invstd
+    results: tuple[Tensor, Tensor, Tensor] = cpu_kernels.bn_train_forward(
+        input, _like(input, residual), weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu
     )
     copy_back(bn, means, variances)
-    return output, mean, invstd
+    return results
+
+
+def _like(input: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The residual with the channels and the element order of the input."""
+    if residual is not None and residual.shape[1] < input.shape[1]:
+        return place_padded(residual, torch.empty_like(input))
+    return ordered_like(residual, input)
 
 
 def bn_act_backward(
@@ -116,19 +112,10 @@ def bn_act_backward(
     needs_residual_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     input = dense(input)
-    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    vectors = (_float(weight), _float(bias), mean, invstd)
-    masked = torch.empty_like(input) if needs_residual_grad else None
-    sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    cpu_kernels.bn_backward_reduce(grad_output, input, output, *vectors, relu, sum_g, sum_g_xhat, masked)
-    grad_input = None
-    if needs_input_grad:
-        if masked is not None:
-            grad_output, output, relu = masked, None, False
-        grad_input = torch.empty_like(input)
-        count = input.numel() // input.shape[1] if training else 0
-        cpu_kernels.bn_backward_apply(grad_output, input, output, *vectors, relu, sum_g, sum_g_xhat, count, grad_input)
-    return grad_input, sum_g_xhat, sum_g, masked
+    return cpu_kernels.bn_backward(
+        ordered_like(grad_output, input), input, ordered_like(output, input), _float(weight), _float(bias),
+        mean, invstd, relu, training, needs_input_grad, needs_residual_grad,
+    )  # fmt: skip
 
 
 def conv_bn_act_forward(
@@ -152,9 +139,7 @@ def conv_bn_act_forward(
 
 
 def bn_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    mean, m2 = _two_vectors(input)
-    cpu_kernels.bn_statistics(dense(input), mean, m2)
-    return mean, m2
+    return cpu_kernels.bn_statistics(dense(input))
 
 
 def bn_apply(
@@ -167,11 +152,7 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     input = dense(input)
-    output = torch.empty_like(input)
-    cpu_kernels.bn_apply(
-        input, residual_for(output, residual), mean, invstd, _float(weight), _float(bias), relu, output
-    )
-    return output
+    return cpu_kernels.bn_apply(input, _like(input, residual), mean, invstd, _float(weight), _float(bias), relu)
 
 
 def bn_backward_reduce(
@@ -184,12 +165,8 @@ def bn_backward_reduce(
     invstd: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    input = dense(input)
-    grad_output, output = ordered_like(grad_output, input), ordered_like(output, input)
-    masked = torch.empty_like(input) if relu else None
-    sum_g, sum_g_xhat = torch.empty_like(mean), torch.empty_like(mean)
-    cpu_kernels.bn_backward_reduce(
-        grad_output, input, output, _float(weight), _float(bias), mean, invstd, relu, sum_g, sum_g_xhat, masked
+    _, sum_g_xhat, sum_g, masked = bn_act_backward(
+        grad_output, input, output, weight, bias, mean, invstd, relu, False, False, relu
     )
     return sum_g, sum_g_xhat, grad_output if masked is None else masked
 
@@ -205,11 +182,10 @@ def bn_backward_apply(
     count: int | None,
 ) -> Tensor:
     input = dense(input)
-    grad_output, grad_input = ordered_like(grad_output, input), torch.empty_like(input)
-    cpu_kernels.bn_backward_apply(
-        grad_output, input, None, _float(weight), None, mean, invstd, False, sum_g, sum_g_xhat, count or 0, grad_input
-    )
-    return grad_input
+    return cpu_kernels.bn_backward_apply(
+        ordered_like(grad_output, input), input, None, _float(weight), None, mean, invstd, False, sum_g, sum_g_xhat,
+        count or 0,
+    )  # fmt: skip
 
 
 def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
@@ -225,12 +201,6 @@ def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size,
     grad_input = torch.empty(shape, dtype=grad_output.dtype, memory_format=torch.channels_last)
     cpu_kernels.max_pool_backward(channels_last(grad_output), positions, pooling.window(), grad_input)
     return grad_input
-
-
-def _two_vectors(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 values per channel, to be computed."""
-    first = torch.empty(input.shape[1], dtype=torch.float32, device=input.device)
-    return first, torch.empty_like(first)
 
 
 @overload

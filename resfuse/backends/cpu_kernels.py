@@ -1,6 +1,6 @@
 """The kernels of csrc/cpu as operators: their schemas, whose implementations csrc/bindings_cpu.cpp registers.
 
-Every result is an argument, so that the caller decides where it lies, but for those of convolutions.
+Their results are new tensors, but for those of max pooling, whose size the caller knows.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from resfuse.types import Convolution, Setting
 
 _LIBRARY = torch.library.Library("resfuse_cpu", "DEF")
 for _schema in (
-    "add_relu_forward(Tensor input, Tensor residual, Tensor(a!) output) -> ()",
-    "add_relu_backward(Tensor grad_output, Tensor output, Tensor(a!) grad_input) -> ()",
-    "bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2) -> ()",
-    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
-    "Tensor(a!) output) -> ()",
+    "add_relu_forward(Tensor input, Tensor residual) -> Tensor",
+    "add_relu_backward(Tensor grad_output, Tensor output) -> Tensor",
+    "bn_statistics(Tensor input) -> (Tensor, Tensor)",
+    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu) "
+    "-> Tensor",
     "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
-    "Tensor? bias, float eps, bool relu, Tensor(a!) output) -> ()",
+    "Tensor? bias, float eps, bool relu) -> Tensor",
+    # (output, mean, invstd)
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, Tensor(c!) output, "
-    "Tensor(d!) mean, Tensor(e!) invstd) -> ()",
-    "bn_backward_reduce(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor invstd, bool relu, Tensor(a!) sum_g, Tensor(b!) sum_g_xhat, Tensor(c!)? masked) -> ()",
+    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    # (grad_input, sum g xhat, sum g, g)
+    "bn_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, bool relu, bool training, bool needs_input_grad, bool needs_masked) "
+    "-> (Tensor?, Tensor, Tensor, Tensor?)",
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()",
+    "Tensor invstd, bool relu, Tensor sum_g, Tensor sum_g_xhat, float count) -> Tensor",
     # settings: kernel, stride, padding, dilation (vertical, horizontal)
     "max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()",
     "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
@@ -51,8 +53,8 @@ add_relu_backward = _kernels.add_relu_backward.default
 add_relu_forward = _kernels.add_relu_forward.default
 bfloat16_products = _kernels.bfloat16_products.default
 bn_apply = _kernels.bn_apply.default
+bn_backward = _kernels.bn_backward.default
 bn_backward_apply = _kernels.bn_backward_apply.default
-bn_backward_reduce = _kernels.bn_backward_reduce.default
 bn_eval_forward = _kernels.bn_eval_forward.default
 bn_statistics = _kernels.bn_statistics.default
 bn_train_forward = _kernels.bn_train_forward.default
