@@ -235,7 +235,9 @@ struct BnTrainForward {
   float *mean, *invstd;
   float* workspace;
   int32_t launches;
-  int64_t known_part;  // the workspace has the statistics already, of so many pixels (NHWC) to a part; 0: it has not
+  // The statistics that the workspace has already: of so many parts, or 0, of so many pixels each, in NHWC order.
+  int32_t known_parts;
+  int64_t known_part;
 };
 
 // The same output with given statistics: `spread` is the variance, or invstd.
@@ -339,7 +341,7 @@ namespace sm90 {
 struct ConvForward {
   Convolution conv;
   int32_t tile_n;          // 64, 128 or 256 output channels by 128 pixels
-  int32_t blocks;          // in inference at most
+  int32_t blocks;          // at most, in inference
   int32_t tiles_per_part;  // of 128 pixels each; 0 in inference
   const void *input, *weight;
   const void* residual;  // or null; may be `output`

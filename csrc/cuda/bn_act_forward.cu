@@ -191,12 +191,10 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   if (phase == Phase::first) return;
   if (phase == Phase::both) wait_for_parts(t.parts);
 
-  const bool known = args.known_part > 0;
+  const bool known = args.known_parts > 0;
   ChannelTiles parts = t;
-  if (known) {
-    parts.items_per_part = args.known_part;
-    parts.parts = static_cast<int>((t.items + args.known_part - 1) / args.known_part);
-  }
+  parts.parts = known ? args.known_parts : t.parts;
+  parts.items_per_part = known ? args.known_part : t.items_per_part;
   const Moments moments = whole_moments(args.workspace, parts, share, memory.scratch);
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
@@ -279,7 +277,7 @@ void bn_train_forward(const BnTrainForward& args, void* stream) {
   with_elements(args.shape, aligned(args.input, args.residual, args.output), [&](auto element, auto size) {
     using T = decltype(element);
     constexpr int N = decltype(size)::value;
-    launch_two_pass<T, N, Affine, Moments>(bn_train_forward_kernel<T, N>, args, 1, stream, args.known_part > 0);
+    launch_two_pass<T, N, Affine, Moments>(bn_train_forward_kernel<T, N>, args, 1, stream, args.known_parts > 0);
   });
 }
 

@@ -6,6 +6,8 @@
 //   warp 2        loads the residual
 //   warps 4 - 11  two consumer warpgroups: multiply, then epilogue, while the loads of the next tile go on
 //
+// Warps 1 and 3 only complete the producers' warpgroup, which gives its registers to the consumers.
+//
 // This header is plain C++ but for CUTLASS: tests/emulator runs `Kernel::run` on the CPU.
 #pragma once
 #include <cutlass/kernel_hardware_info.hpp>  // which the collectives use without including it
@@ -32,6 +34,12 @@ struct Persistent {};
 // `tiles_per_part` neighbouring ones of the same channels, whose statistics become one part.
 struct Schedule {
   int tiles_m, tiles_n, tiles_per_part;  // the last is 0 in inference
+
+  // The grid: in inference no more than are resident.
+  int blocks(int resident) const {
+    if (tiles_per_part == 0) return cute::min(resident, tiles_m * tiles_n);
+    return (tiles_m + tiles_per_part - 1) / tiles_per_part * tiles_n;
+  }
 
   struct Range {
     int first, end, step;

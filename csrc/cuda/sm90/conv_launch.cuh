@@ -9,8 +9,8 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1)
     sm90_conv_kernel(const __grid_constant__ typename Kernel::Params params) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) char sm90_memory[];
-  Kernel::run(params, sm90_memory);
+  RESFUSE_DYNAMIC_SHARED(memory);
+  Kernel::run(params, reinterpret_cast<char*>(memory));
 #endif
 }
 
@@ -18,11 +18,8 @@ template <class Kernel>
 void launch_conv(const ConvForward& args, void* stream) {
   if (!Kernel::can_implement(args.conv)) throw std::runtime_error("convolution: not one for TMA and wgmma");
   const typename Kernel::Params params = Kernel::params(args);
-  const Schedule& s = params.schedule;
-  const int parts = s.tiles_per_part == 0 ? 0 : (s.tiles_m + s.tiles_per_part - 1) / s.tiles_per_part;
-  const int blocks = s.tiles_per_part == 0 ? std::min(args.blocks, s.tiles_m * s.tiles_n) : parts * s.tiles_n;
-  cuda::launch(sm90_conv_kernel<Kernel>, dim3(blocks), dim3(Kernel::kThreads), sizeof(typename Kernel::SharedStorage),
-               stream, false, params);
+  cuda::launch(sm90_conv_kernel<Kernel>, dim3(params.schedule.blocks(args.blocks)), dim3(Kernel::kThreads),
+               sizeof(typename Kernel::SharedStorage), stream, false, params);
 }
 
 template <class Element>

@@ -2,6 +2,7 @@
 #pragma once
 #include <cutlass/arch/barrier.h>
 #include <cutlass/cutlass.h>
+#include <cute/tensor.hpp>
 
 namespace resfuse::sm90 {
 
@@ -15,6 +16,27 @@ struct StatisticsScratch {
 
 CUTLASS_DEVICE void sync_consumers() { cutlass::arch::NamedBarrier::sync(kConsumers, 0); }
 
+// Sums of each value over the 8 lanes that have the same lane % 4. Each of them keeps kCount / 8 of the results, and
+// passes on what it does not keep: a third of the shuffles that all results in all lanes would take. Returns which
+// value the first result is of.
+template <int kCount>
+CUTLASS_DEVICE int sum_over_rows(float (&values)[kCount]) {
+  int first = 0;
+  const auto halve = [&](auto half, int step) {
+    const bool upper = threadIdx.x & step;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < half; ++i) {
+      const float passed_on = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
+      values[i] = kept + __shfl_xor_sync(0xffffffffu, passed_on, step);
+    }
+    first += upper ? half : 0;
+  };
+  halve(cute::Int<kCount / 2>{}, 4);
+  halve(cute::Int<kCount / 4>{}, 8);
+  halve(cute::Int<kCount / 8>{}, 16);
+  return first;
+}
+
 // z = accumulator + shift, rounded as it will be stored; `rows` of the tile exist. Thread c < kTileN of the consumers
 // gets the mean and M2 of channel c; undefined in the others.
 //
@@ -23,30 +45,25 @@ CUTLASS_DEVICE void sync_consumers() { cutlass::arch::NamedBarrier::sync(kConsum
 template <class Element, int kTileN, class Accumulators>
 CUTLASS_DEVICE void tile_statistics(const Accumulators& acc, const float* shift, int rows,
                                     StatisticsScratch<kTileN>& scratch, float& mean, float& m2) {
-  constexpr int kPairs = kTileN / 8;
+  constexpr int kCount = kTileN / 4;  // channels of a thread
   const int thread = threadIdx.x - kProducers, lane = thread % 32, warp = thread / 32;
   const int first_row = warp * 16 + lane / 4;
+  const auto channel_of = [&](int k) { return k / 2 * 8 + lane % 4 * 2 + k % 2; };
   const auto sum_of = [&](const auto& term) {
+    float sums[kCount];
     CUTLASS_PRAGMA_UNROLL
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int channel = pair * 8 + lane % 4 * 2;
-      float sum[2] = {0, 0};
+    for (int k = 0; k < kCount; ++k) {
+      const int channel = channel_of(k);
+      sums[k] = 0;
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < 2; ++half)
-        if (first_row + half * 8 < rows) {
-          CUTLASS_PRAGMA_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const float z = static_cast<float>(Element(acc(pair * 4 + half * 2 + i) + shift[channel + i]));
-            sum[i] += term(z, channel + i);
-          }
-        }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int step = 4; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-        if (lane < 4) scratch.sums[warp][channel + i] = sum[i];
+      for (int half = 0; half < 2; ++half) {
+        const float z = static_cast<float>(Element(acc(k / 2 * 4 + half * 2 + k % 2) + shift[channel]));
+        sums[k] += first_row + half * 8 < rows ? term(z, channel) : 0.f;
       }
     }
+    const int first = sum_over_rows(sums);
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < kCount / 8; ++k) scratch.sums[warp][channel_of(first + k)] = sums[k];
     sync_consumers();
     float total = 0;
     if (thread < kTileN)
