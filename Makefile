@@ -40,7 +40,8 @@ help:
 demo: $(VENV)/.built
 	$(PY) examples/demo.py
 
-# The CUDA library is compiled, linked and loaded by the tests even where there is no GPU, so they want a toolkit.
+# The libraries for GPUs are compiled, linked and loaded by the tests even where there is none, so they want a toolkit and
+# CUTLASS's headers.
 test: $(VENV)/.toolkit
 	@$(MAKE) --no-print-directory $(VENV)/.built
 	@$(MAKE) --no-print-directory lint
@@ -93,6 +94,9 @@ $(VENV)/.toolkit: $(VENV)/.torch
 	@if $(PY) -I resfuse/_build.py 2>&1 | grep 'no CUDA toolkit was found'; then \
 	  if $(PIP_INSTALL) '$(TOOLKIT)'; then rm -f $(VENV)/.built; \
 	  else echo "make: no CUDA toolkit could be installed, so the CUDA library will be neither built nor tested"; fi; fi
+	@if $(PY) -I resfuse/_build.py 2>&1 | grep "CUTLASS's headers were not found"; then \
+	  if $(PIP_INSTALL) --no-deps nvidia-cutlass; then rm -f $(VENV)/.built; \
+	  else echo "make: CUTLASS could not be installed, so the library for Hopper will be neither built nor tested"; fi; fi
 	@touch $@
 
 # The libraries whose models the slow tests fuse.

@@ -69,11 +69,11 @@ def extension(name: str) -> Extension:
     from torch.utils import cpp_extension
 
     make = cpp_extension.CppExtension if name == "_cpu" else cpp_extension.CUDAExtension
-    bridge = build.cudart_bridge(settings.toolkit, ROOT / "build" / "cudart") if name == "_cuda" else []
+    bridge = build.cudart_bridge(settings.toolkit, ROOT / "build" / "cudart") if name != "_cpu" else []
     return make(
         f"resfuse.{name}",
         [os.path.relpath(path, ROOT) for path in build.sources(name)],
-        include_dirs=[str(build.csrc_dir())],
+        include_dirs=build.include_dirs(name, settings.cutlass),
         library_dirs=bridge,
         extra_compile_args=build.compile_flags(name, settings.debug, settings.toolkit),
         extra_link_args=build.link_flags(),

@@ -41,6 +41,16 @@ float* checked_workspace(const Tensor& workspace, const Tensor& input, const Act
   return static_cast<float*>(workspace.data_ptr());
 }
 
+// Those that a convolution has computed, of so many parts.
+float* known_moments(const Tensor& workspace, const Tensor& input, const Activation& shape, int64_t parts) {
+  STD_TORCH_CHECK(shape.channels_last && workspace.numel() >= 2 * parts * shape.channels,
+                  "known_part takes NHWC memory, and a workspace with the moments of ", parts, " parts");
+  check_same_device(workspace, "workspace", input, "input");
+  STD_TORCH_CHECK(workspace.scalar_type() == ScalarType::Float && workspace.is_contiguous(),
+                  "workspace must be contiguous and float32");
+  return static_cast<float*>(workspace.data_ptr());
+}
+
 int32_t checked_launches(int64_t launches) {
   STD_TORCH_CHECK(launches >= 0 && launches <= 2, "launches must be 1, 2 or 0 (as few as possible)");
   return static_cast<int32_t>(launches);
@@ -58,10 +68,11 @@ void bn_statistics(const Tensor& input, Tensor mean, Tensor m2, Tensor workspace
 void bn_train_forward(const Tensor& input, OptionalTensor residual, OptionalTensor running_mean,
                       OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias, bool relu,
                       double momentum, double eps, Tensor output, Tensor mean, Tensor invstd, Tensor workspace,
-                      int64_t launches) {
+                      int64_t launches, int64_t known_part) {
   const Activation shape = activation(input, "input");
   STD_TORCH_CHECK(shape.batch * shape.pixels > 1, "input must have more than one value per channel");
   check_like(output, "output", input, "input");
+  const int64_t parts = known_part > 0 ? (shape.batch * shape.pixels + known_part - 1) / known_part : 0;
   const Place place(input);
   cuda::bn_train_forward(
       {shape, input.data_ptr(), data_like(residual, "residual", input, "input"),
@@ -69,7 +80,8 @@ void bn_train_forward(const Tensor& input, OptionalTensor residual, OptionalTens
        channel_vector(running_mean, "running_mean", shape, input),
        channel_vector(running_var, "running_var", shape, input), momentum, eps, relu, output.data_ptr(),
        float_vector(mean, "mean", shape, input), float_vector(invstd, "invstd", shape, input),
-       checked_workspace(workspace, input, shape), checked_launches(launches)},
+       parts > 0 ? known_moments(workspace, input, shape, parts) : checked_workspace(workspace, input, shape),
+       checked_launches(launches), static_cast<int32_t>(parts), known_part},
       place.stream);
 }
 

@@ -235,6 +235,9 @@ struct BnTrainForward {
   float *mean, *invstd;
   float* workspace;
   int32_t launches;
+  // The statistics that the workspace has already: of so many parts, or 0, of so many pixels each, in NHWC order.
+  int32_t known_parts;
+  int64_t known_part;
 };
 
 // The same output with given statistics: `spread` is the variance, or invstd.
@@ -327,5 +330,29 @@ int64_t bn_workspace_size(int64_t channels);  // floats, on the current device
 void conv_inference_forward(const ConvInferenceForward& args, void* stream);
 void conv_train_forward(const ConvTrainForward& args, void* stream);
 }  // namespace cuda
+
+// Convolutions on Hopper, in bfloat16 and float16, without groups; channels and filters are multiples of 8 and all
+// memory is aligned to 16 bytes.
+namespace sm90 {
+
+// output = act(BN(conv(input, weight) + conv_bias) + residual) with running statistics; BN may be absent. In training
+// without BN, residual and ReLU: the statistics of neighbouring tiles go to `parts`, and cuda::bn_train_forward goes
+// on.
+struct ConvForward {
+  Convolution conv;
+  int32_t tile_n;          // 64, 128 or 256 output channels by 128 pixels
+  int32_t blocks;          // at most, in inference
+  int32_t tiles_per_part;  // of 128 pixels each; 0 in inference
+  const void *input, *weight;
+  const void* residual;  // or null; may be `output`
+  void* output;
+  ChannelVector conv_bias, running_mean, running_var, bn_weight, bn_bias;
+  double eps;
+  bool relu;
+  float* parts;  // in training [parts][mean, M2][filters], else null
+};
+
+void conv_forward(const ConvForward& args, void* stream);
+}  // namespace sm90
 
 }  // namespace resfuse

@@ -1,4 +1,4 @@
-"""Build parameters of the two extension libraries, in one place.
+"""Build parameters of the three extension libraries, in one place.
 
 setup.py loads this file by path (resfuse cannot be imported before it is built) and `resfuse.jit` imports it, so both
 builds compile the same sources with the same flags. It imports neither resfuse nor torch: facts about torch are
@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("_cpu", "_cuda")
+LIBRARIES = ("_cpu", "_cuda", "_sm90")
 
 # sm_80 code runs on 8.x, sm_90a on Hopper; newer GPUs compile the sm_80 PTX.
 DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
@@ -31,6 +31,17 @@ HOW_TO_GET_A_TOOLKIT = (
     "set CUDA_HOME, put nvcc on PATH, or `pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={cuda}.*'`, "
     "then install resfuse again"
 )
+
+
+# Hopper's wgmma and TMA: `_sm90` has code for this architecture alone.
+SM90_ARCH = "9.0a"
+SM90_FLAGS = [
+    "-gencode=arch=compute_90a,code=sm_90a",  # in place of TORCH_CUDA_ARCH_LIST's
+    "--expt-relaxed-constexpr",
+    "-DNDEBUG",
+    "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1",  # csrc/cuda/sm90/tensor_maps.cpp has the functions
+]
+HOW_TO_GET_CUTLASS = "`pip install --no-deps 'nvidia-cutlass==4.2.*'`, then install resfuse again"
 
 
 class BuildError(RuntimeError):
@@ -57,6 +68,7 @@ class Settings:
     torch_cuda: str | None
     compiler: str | None
     toolkit: Toolkit | None
+    cutlass: Path | None
     arch_list: str
     max_jobs: int
     debug: bool
@@ -70,6 +82,7 @@ class Settings:
         """The settings as plain JSON values, for bug reports."""
         info = dataclasses.asdict(self)
         info["toolkit"] = f"CUDA {self.toolkit.version} at {self.toolkit.home}" if self.toolkit else None
+        info["cutlass"] = str(self.cutlass) if self.cutlass else None
         info["python"] = sys.version.split()[0]
         return info
 
@@ -101,11 +114,19 @@ def csrc_dir() -> Path:
 
 
 def sources(name: str) -> list[Path]:
-    """Absolute paths of the sources of `_cpu` or `_cuda`: bindings_cuda*.cpp and so on, then the kernels, sorted."""
+    """Absolute paths of a library's sources: bindings_cuda*.cpp and so on, then the kernels, sorted."""
     csrc = csrc_dir()
     bindings = [csrc / f"bindings{name}.cpp", *csrc.glob(f"bindings{name}_*.cpp")]
-    kernels = csrc.glob("cpu/*.cpp") if name == "_cpu" else csrc.glob("cuda/*.cu")
+    folder = {"_cpu": "cpu", "_cuda": "cuda", "_sm90": "cuda/sm90"}[name]
+    kernels = [path for path in (csrc / folder).iterdir() if path.suffix in (".cpp", ".cu")]
     return [*sorted(bindings), *sorted(kernels)]
+
+
+def include_dirs(name: str, cutlass: Path | None) -> list[str]:
+    """Directories of the headers that a library includes, beside torch's and CUDA's."""
+    assert name != "_sm90" or cutlass is not None
+    folders = [cutlass / "include", cutlass / "tools" / "util" / "include"] if name == "_sm90" and cutlass else []
+    return [str(folder) for folder in (csrc_dir(), *folders)]
 
 
 def compile_flags(name: str, debug: bool, toolkit: Toolkit | None = None) -> dict[str, list[str]]:
@@ -127,6 +148,8 @@ def compile_flags(name: str, debug: bool, toolkit: Toolkit | None = None) -> dic
     nvcc = ["-O0" if debug else "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *MACROS, "-DUSE_CUDA"]
     if toolkit is not None and int(toolkit.major) >= 13:
         nvcc.append("--compress-mode=size")
+    if name == "_sm90":
+        nvcc += SM90_FLAGS
     return {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": [*nvcc, "-g"] if debug else nvcc}
 
 
@@ -217,6 +240,12 @@ def find_toolkit(env: Mapping[str, str], site_packages: Sequence[str], torch_cud
     return f"{'; '.join(reasons) or 'no CUDA toolkit was found'}; {hint}"
 
 
+def find_cutlass(site_packages: Sequence[str]) -> Path | None:
+    """The folder with CUTLASS's headers that the wheel nvidia-cutlass has installed."""
+    folders = (Path(folder, "cutlass_library", "source") for folder in site_packages)
+    return next((folder for folder in folders if (folder / "include" / "cutlass" / "cutlass.h").is_file()), None)
+
+
 def decide(
     env: Mapping[str, str], *, torch: str | None, torch_cuda: str | None, site_packages: Sequence[str] | None = None
 ) -> Settings:
@@ -229,12 +258,14 @@ def decide(
             TORCH_CUDA_ARCH_LIST, CXX, MAX_JOBS, DEBUG and PATH are read.
         torch: torch.__version__, or None where torch is not installed.
         torch_cuda: torch.version.cuda, None for a CPU-only torch.
-        site_packages: where to look for a toolkit installed by pip; sys.path if None.
+        site_packages: where to look for a toolkit and CUTLASS installed by pip; sys.path if None.
 
     Raises:
         BuildError: FORCE_CUDA=1 and the CUDA library cannot be built.
     """
     compiler, toolkit = find_compiler(env), None
+    folders = sys.path if site_packages is None else site_packages
+    cutlass, arch_list = find_cutlass(folders), env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
     cpu = cuda = None
     if torch is None:
         cpu = cuda = "torch is not installed in the build environment; install torch>=2.10, then resfuse again"
@@ -249,18 +280,24 @@ def decide(
         elif torch_cuda is None:
             cuda = f"torch {torch} is a CPU-only build; install a CUDA build of torch, then resfuse again"
         else:
-            found = find_toolkit(env, sys.path if site_packages is None else site_packages, torch_cuda)
+            found = find_toolkit(env, folders, torch_cuda)
             toolkit, cuda = (None, found) if isinstance(found, str) else (found, None)
     if cuda and flag_set(env, "FORCE_CUDA"):
         raise BuildError(f"FORCE_CUDA=1, but the CUDA library cannot be built: {cuda}")
 
-    reasons = {"_cpu": cpu, "_cuda": cuda}
+    sm90 = cuda
+    if not cuda and SM90_ARCH not in arch_list:
+        sm90 = f"TORCH_CUDA_ARCH_LIST={arch_list} does not name {SM90_ARCH}"
+    elif not cuda and cutlass is None:
+        sm90 = f"CUTLASS's headers were not found; {HOW_TO_GET_CUTLASS}"
+    reasons = {"_cpu": cpu, "_cuda": cuda, "_sm90": sm90}
     return Settings(
         torch=torch,
         torch_cuda=torch_cuda,
         compiler=compiler,
         toolkit=toolkit,
-        arch_list=env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST,
+        cutlass=cutlass,
+        arch_list=arch_list,
         max_jobs=int(env["MAX_JOBS"]) if env.get("MAX_JOBS", "").isdigit() else usable_cores(),
         debug=flag_set(env, "DEBUG"),
         skipped={name: reason for name, reason in reasons.items() if reason},

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from resfuse import _build
+
 _HERE = Path(__file__).resolve().parent
 _outcome: dict[str, str | None] = {}
 
 
 def load(name: str) -> str | None:
-    """Load `_cpu` or `_cuda` once per process, which registers its operators with torch.
+    """Load `_cpu`, `_cuda` or `_sm90` once per process, which registers its operators with torch.
 
     Returns:
         None when the library is loaded, else the reason why it is not, as a sentence for the user.
@@ -48,7 +50,7 @@ def _load(name: str) -> str | None:
             f"not built: {path.name} is not beside resfuse; run `pip install --no-build-isolation -e .` in a checkout, "
             "or call resfuse.jit.load()"
         )
-    if name == "_cuda" and torch.version.cuda is None:
+    if name != "_cpu" and torch.version.cuda is None:
         return f"built, but torch {torch.__version__} is a CPU-only build"
     try:
         torch.ops.load_library(str(path))
@@ -59,7 +61,7 @@ def _load(name: str) -> str | None:
 
 def summary() -> str:
     """One line per library, for the end of a build."""
-    return "\n".join(f"resfuse.{name}: {load(name) or 'loaded'}" for name in ("_cpu", "_cuda"))
+    return "\n".join(f"resfuse.{name}: {load(name) or 'loaded'}" for name in _build.LIBRARIES)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def explain(
         >>> layers = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
         >>> found = explain(layers.bfloat16().eval(), (8, 16, 56, 56), device="h200")
         >>> [(layer.path, layer.op, layer.backend, layer.bound) for layer in found.layers]
-        [('0', 'conv_bn_act', 'triton', 'memory')]
+        [('0', 'conv_bn_act', 'sm90', 'memory')]
         >>> found.total.launches, found.unfused.launches > 2, found.total.flops == 2 * 8 * 32 * 56 * 56 * 16 * 9
         (1, True, True)
     """

@@ -23,7 +23,7 @@ def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool
         verbose: show the compiler's commands and output.
 
     Returns:
-        Per library ("_cpu", "_cuda"): None when it is loaded, else the reason why it cannot be built here.
+        Per library ("_cpu", "_cuda", "_sm90"): None when it is loaded, else the reason why it cannot be built here.
 
     Raises:
         RuntimeError: a compiler is there and the compilation failed.
@@ -57,11 +57,11 @@ def _compile(
             [str(path) for path in _build.sources(name)],
             extra_cflags=flags["cxx"],
             extra_cuda_cflags=flags.get("nvcc"),
-            extra_include_paths=[str(_build.csrc_dir())],
+            extra_include_paths=_build.include_dirs(name, settings.cutlass),
             extra_ldflags=[*_build.link_flags(), *(f"-L{path}" for path in bridge)],
             build_directory=str(folder),
             verbose=verbose,
-            with_cuda=name == "_cuda",
+            with_cuda=name != "_cpu",
             is_python_module=False,
         )
     _extension.mark_loaded(name)

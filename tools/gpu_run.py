@@ -84,6 +84,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         "verify": [Command("verify", words("resfuse verify --backend reference --op add_relu --dtype float32"), 2)]
         if device == "cpu" else [
             Command("verify cuda", words("resfuse verify --backend cuda"), 2),
+            Command("verify sm90", words("resfuse verify --backend sm90 --dtype bfloat16"), 1),
             # Kernels of other dtypes would be compiled for minutes.
             Command("verify triton", words("resfuse verify --backend triton --dtype bfloat16"), 2, 1.0),
         ],

@@ -1,7 +1,8 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled kernels, as a table and a CSV.
 
 `triton` compiles the kernels that the heuristics choose for residual networks at all batch sizes, for every GPU
-generation.  `cuda` reads the installed library `resfuse/_cuda.abi3.so`.  Neither needs a GPU.
+generation.  `cuda` and `sm90` read the installed libraries `resfuse/_cuda.abi3.so` and `_sm90.abi3.so`.  None needs a
+GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tools import cubin
 
 RESULTS = Path("benchmarks/results")
 LIBRARY = Path(_build.__file__).with_name("_cuda.abi3.so")
+LIBRARY_SM90 = LIBRARY.with_name("_sm90.abi3.so")
 NETWORKS = ("resnet18", "resnet50", "cifar_resnet")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 BATCHES = tuple(2**exponent for exponent in range(10))
@@ -58,16 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--jobs", type=int, default=_build.usable_cores(), metavar="N", help="processes (default %(default)s)")
     cuda = commands.add_parser("cuda", help="read the CUDA library")
     cuda.add_argument("--library", type=Path, default=LIBRARY, help="default %(default)s")
-    for command in (triton, cuda):
+    sm90 = commands.add_parser("sm90", help="read the library for Hopper")
+    sm90.add_argument("--library", type=Path, default=LIBRARY_SM90, help="default %(default)s")
+    for command in (triton, cuda, sm90):
         command.add_argument("--output", type=Path, help="CSV (default benchmarks/results/BACKEND/resources.csv)")
     args = parser.parse_args(argv)
-    reason = missing(args.library) if args.command == "cuda" else None
+    reason = missing(args.library) if args.command != "triton" else None
     if args.command == "triton" and INTERPRETED:
         reason = "TRITON_INTERPRET is set: this process cannot compile kernels"
     if reason is not None:
         print(reason, file=sys.stderr)
         return 2
-    rows = cuda_rows(args.library) if args.command == "cuda" else triton_rows(args)
+    if args.command == "triton":
+        rows = triton_rows(args)
+    else:
+        rows = cuda_rows(args.library) if args.command == "cuda" else sm90_rows(args.library)
     errors = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
     for row in errors:
@@ -87,6 +94,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     frame.to_csv(path, index=False, lineterminator="\n")
     if rows:
         needs = {"registers": "max", "spill": "max", "shared": "max", "blocks": "min"}
+        needs = {column: most for column, most in needs.items() if column in frame}
         print(frame.groupby(["arch", "kernel", "variant"]).agg(needs).to_string())
 
 
@@ -301,15 +309,36 @@ def cuda_rows(library: Path = LIBRARY) -> list[Row]:
     return sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["variant"]))
 
 
+def sm90_rows(library: Path = LIBRARY_SM90) -> list[Row]:
+    """A row per kernel of the library for Hopper, sorted."""
+    codes = cubin.codes(library)
+    bounds = cubin.launch_bounds(library)
+    instructions = cubin.instructions(library, sorted({code.target for code in codes}))
+    rows = []
+    for code, name in zip(codes, cubin.demangled(code.name for code in codes), strict=True):
+        (kernel, variant), found = split_name(name), instructions[code.target, code.name]
+        rows.append({
+            "arch": code.arch, "kernel": kernel, "variant": re.sub(r"cutlass::| ", "", variant[1:-1]),
+            "threads": bounds.get((code.arch, code.name), 0), "registers": code.registers, "spill": code.stack,
+            "instructions": sum(found.all.values()),
+            "wgmma_looped": found.count("HGMMA", looped=True),
+            "tma_im2col": found.count("UTMALDG", suffix=".IM2COL", looped=True),
+            "tma_loads": found.count("UTMALDG", looped=True),
+            "tma_stores": found.count("UTMASTG", looped=True),
+            "local": found.count("LDL", "STL"),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: row["variant"])
+
+
 def defined_kernels() -> set[str]:
-    """Names of all kernels in the sources."""
+    """Names of all kernels in the sources of the CUDA library."""
     folder = _build.csrc_dir() / "cuda"
-    return {name for path in folder.rglob("*.cu*") for name in _DEFINITION.findall(path.read_text())}
+    return {name for path in folder.glob("*.cu*") for name in _DEFINITION.findall(path.read_text())}
 
 
 def split_name(demangled: str) -> tuple[str, str]:
     """("a_kernel", "<Bf16, 4>") of "void resfuse::cuda::a_kernel<resfuse::cuda::Bf16, 4>(...)"."""
-    short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::)?|^void ", "", demangled)
+    short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::|sm90::)?|^void ", "", demangled)
     found = re.match(r"(\w+)(<(?:[^<>]|<[^<>]*>)*>)?", re.sub(r"\(\w+\)(?=\d)", "", short))  # (Copies)0: a number
     assert found is not None, demangled
     return found[1], found[2] or ""

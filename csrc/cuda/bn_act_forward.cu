@@ -7,7 +7,8 @@
 // bn_train_forward   one cooperative launch: x -> (count, mean, M2) of each block's part | grid barrier | merged in a
 //                    fixed order, running statistics, then y. Reads x; each block keeps as much of it in shared memory
 //                    as fits and reads the rest again, backwards, while it is still in L2. Reads the residual, writes
-//                    y. Bytes: 2 to 3 activations, and the residual.
+//                    y. Bytes: 2 to 3 activations, and the residual. Where a convolution has left the parts' moments,
+//                    only what follows the barrier is launched.
 // bn_statistics      its first half. Reads x.
 // bn_apply           y with given statistics: raw running ones (nothing is folded ahead of time), or mean and invstd.
 //                    Reads x and the residual, writes y.
@@ -190,10 +191,14 @@ __global__ void __launch_bounds__(kTwoPassThreads, 1)
   if (phase == Phase::first) return;
   if (phase == Phase::both) wait_for_parts(t.parts);
 
-  const Moments moments = whole_moments(args.workspace, t, share, memory.scratch);
+  const bool known = args.known_parts > 0;
+  ChannelTiles parts = t;
+  parts.parts = known ? args.known_parts : t.parts;
+  parts.items_per_part = known ? args.known_part : t.items_per_part;
+  const Moments moments = whole_moments(args.workspace, parts, share, memory.scratch);
   const int channel = share.tile_channel + static_cast<int>(threadIdx.x);
   if (static_cast<int>(threadIdx.x) < t.tile_channels() && channel < t.channels) {
-    const float mean = pivot(channel) + moments.mean;
+    const float mean = known ? moments.mean : pivot(channel) + moments.mean;
     const double variance = moments.sum_of_squares() / moments.count;
     const auto invstd = static_cast<float>(inverse_deviation(variance, args.eps));
     memory.vectors[threadIdx.x] = affine<T>(args, channel, mean, invstd);
@@ -272,7 +277,7 @@ void bn_train_forward(const BnTrainForward& args, void* stream) {
   with_elements(args.shape, aligned(args.input, args.residual, args.output), [&](auto element, auto size) {
     using T = decltype(element);
     constexpr int N = decltype(size)::value;
-    launch_two_pass<T, N, Affine, Moments>(bn_train_forward_kernel<T, N>, args, 1, stream);
+    launch_two_pass<T, N, Affine, Moments>(bn_train_forward_kernel<T, N>, args, 1, stream, args.known_parts > 0);
   });
 }
 

@@ -19,7 +19,7 @@
 #include <tuple>
 #include <utility>
 
-#define RESFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define RESFUSE_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace resfuse::cuda {
 

@@ -31,9 +31,11 @@ struct TwoPassShared {
   }
 };
 
-// Launches kernel(args, tiles, items that are kept, phase); each kept item is `words` words per thread.
+// Launches kernel(args, tiles, items that are kept, phase); each kept item is `words` words per thread. With
+// `parts_known`, the workspace has what the first pass computes.
 template <class T, int N, class Vector, class Value, class Args>
-void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args& args, int words, void* stream) {
+void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args& args, int words, void* stream,
+                     bool parts_known = false) {
   using Shared = TwoPassShared<T, N, Vector, Value>;
   const size_t limit = shared_memory_limit();
   const ChannelTiles t = cut(args.shape, N, kTwoPassThreads, resident_blocks(kernel, kTwoPassThreads, limit));
@@ -42,11 +44,11 @@ void launch_two_pass(void (*kernel)(Args, ChannelTiles, int, Phase), const Args&
     return launch(kernel, dim3(t.grid()), dim3(t.threads()), bytes, stream, cooperative, args, t, kept, phase);
   };
   const size_t fixed = Shared::fixed_bytes(t), item = words * sizeof(typename Shared::Word) * t.threads();
-  if (args.launches != 2 && (t.parts == 1 || can_cooperate())) {
+  if (!parts_known && args.launches != 2 && (t.parts == 1 || can_cooperate())) {
     const int kept = item == 0 ? 0 : std::min(t.most_steps(), static_cast<int>((limit - fixed) / item));
     if (run(Phase::both, kept, fixed + kept * item)) return;
   }
-  run(Phase::first, 0, fixed);
+  if (!parts_known) run(Phase::first, 0, fixed);
   run(Phase::second, 0, fixed);
 }
 

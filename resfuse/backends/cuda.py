@@ -35,7 +35,7 @@ _LIBRARY.define("bn_statistics(Tensor input, Tensor(a!) mean, Tensor(b!) m2, Ten
 _LIBRARY.define(
     "bn_train_forward(Tensor input, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor? weight, Tensor? bias, bool relu, float momentum, float eps, Tensor(c!) output, Tensor(d!) mean, "
-    "Tensor(e!) invstd, Tensor(f!) workspace, int launches) -> ()"
+    "Tensor(e!) invstd, Tensor(f!) workspace, int launches, int known_part) -> ()"
 )
 _LIBRARY.define(
     "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor spread, Tensor? weight, Tensor? bias, bool relu, "
@@ -123,18 +123,30 @@ def bn_act_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(output, mean, invstd); the last two are None without `training`."""
     input = dense(input)
+    if bn.training:
+        return bn_train_forward(input, bn, residual, relu, _workspace(input))
     output = torch.empty_like(input)
-    if residual is not None:
-        residual = residual_for(output, residual)
+    residual = residual_for(output, residual)
     means, variances, weight, bias = (kernel_vector(vector, input) for vector in bn[:4])
-    if not bn.training:
-        assert means is not None and variances is not None
-        _bn_apply(input, residual, means, variances, weight, bias, relu, True, bn.eps, output)
-        return output, None, None
+    assert means is not None and variances is not None
+    _bn_apply(input, residual, means, variances, weight, bias, relu, True, bn.eps, output)
+    return output, None, None
+
+
+def bn_train_forward(
+    input: Tensor, bn: BatchNorm, residual: Tensor | None, relu: bool, workspace: Tensor, known_part: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mean, invstd) of a dense input.
+
+    With `known_part`, the workspace has the mean and M2 of each channel for every `known_part` pixels of NHWC memory.
+    """
+    output = torch.empty_like(input)
+    residual = residual_for(output, residual)
+    means, variances, weight, bias = (kernel_vector(vector, input) for vector in bn[:4])
     mean, invstd = _two_vectors(input)
     _bn_train_forward(
-        input, residual, means, variances, weight, bias, relu, bn.momentum, bn.eps, output, mean, invstd,
-        _workspace(input), _launches,
+        input, residual, means, variances, weight, bias, relu, bn.momentum, bn.eps, output, mean, invstd, workspace,
+        _launches, known_part,
     )  # fmt: skip
     copy_back(bn, means, variances)
     return output, mean, invstd

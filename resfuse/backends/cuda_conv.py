@@ -141,13 +141,8 @@ def conv_bn_act_forward(
     memory_format = conv_memory_format(input, conv_weight)
     plan = _planned(input, conv_weight, convolution, bn.training)
     x, w = _operands(input, conv_weight, plan)
-    if overwrite_residual and residual is not None and not bn.training:
-        output = residual = channels_last(residual)
-    else:
-        output = _output(x, plan)
-        residual = residual_for(output, residual)
-    bias, means, variances, weight, shift = (kernel_vector(vector, input) for vector in (conv_bias, *bn[:4]))
-    vectors = (bias, means, variances, weight, shift)
+    output, residual = output_and_residual(x, plan.output, residual, overwrite_residual and not bn.training)
+    vectors = tuple(kernel_vector(vector, input) for vector in (conv_bias, *bn[:4]))
     if not bn.training:
         _conv_inference_forward(
             x, w, *vectors, residual, relu, bn.eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
@@ -161,7 +156,7 @@ def conv_bn_act_forward(
         x, w, *vectors, residual, relu, bn.momentum, bn.eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
         _workspace(x, plan), z, output, mean, invstd,
     )  # fmt: skip
-    copy_back(bn, means, variances)
+    copy_back(bn, *vectors[1:3])
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
@@ -169,7 +164,7 @@ def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, c
     """conv2d(input, conv_weight) + conv_bias."""
     plan = _planned(input, conv_weight, convolution, training=False)
     x, w = _operands(input, conv_weight, plan)
-    output = _output(x, plan)
+    output, _ = output_and_residual(x, plan.output)
     _conv_inference_forward(
         x, w, kernel_vector(conv_bias, input), None, None, None, None, None, False, 0.0, *plan.geometry, _uses_tf32(x),
         *plan.config, _workspace(x, plan), output,
@@ -191,7 +186,7 @@ class Plan(NamedTuple):
 
 
 def _planned(input: Tensor, conv_weight: Tensor, convolution: Convolution, training: bool) -> Plan:
-    processors = _processors(input.device)
+    processors = processors_of(input.device)
     return planned(input.shape, conv_weight.shape, convolution, training, input.dtype, processors, _forced.get())
 
 
@@ -226,7 +221,7 @@ def planned(
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU; the emulator, which has CPU tensors, keeps four blocks resident."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -237,8 +232,15 @@ def _uses_tf32(x: Tensor) -> bool:
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def _output(x: Tensor, plan: Plan) -> Tensor:
-    return torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def output_and_residual(
+    x: Tensor, shape: tuple[int, int, int, int], residual: Tensor | None = None, overwrite_residual: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """An uninitialised output in NHWC memory, or the residual's own memory, and the residual in the same order."""
+    if overwrite_residual and residual is not None:
+        residual = channels_last(residual)
+        return residual, residual
+    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return output, residual_for(output, residual)
 
 
 def _workspace(x: Tensor, plan: Plan) -> Tensor | None:
@@ -252,6 +254,10 @@ def _operands(input: Tensor, conv_weight: Tensor, plan: Plan) -> tuple[Tensor, T
     """
     if plan.channels != input.shape[1]:
         return _padded(input, plan.channels, input.dtype), _padded(conv_weight, plan.channels, input.dtype)
+    return nhwc_operands(input, conv_weight)
+
+
+def nhwc_operands(input: Tensor, conv_weight: Tensor) -> tuple[Tensor, Tensor]:
     if conv_weight.dtype != input.dtype:  # inference under autocast
         conv_weight = conv_weight.to(input.dtype)
     return channels_last(input), channels_last(conv_weight)

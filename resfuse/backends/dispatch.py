@@ -25,7 +25,7 @@ from resfuse.types import AbsentDevice, Convolution, Problem
 
 logger = logging.getLogger("resfuse")
 
-PREFERENCE = ("cuda", "triton", "cpu", "reference")
+PREFERENCE = ("cuda", "triton", "sm90", "cpu", "reference")
 
 PREDICTED = "predicted, not measured"
 
@@ -74,6 +74,7 @@ class Ranking(NamedTuple):
 
 
 # An entry moves nobody who asks for a backend by name, and counts only where the preferred backend can run the problem.
+# Of several that pass over a backend, the last says why.
 RANKING = (
     Ranking(
         ("conv_bn_act_forward", "conv_forward"),
@@ -84,6 +85,17 @@ RANKING = (
         # is not part of a problem: it can change between two calls.
         dtypes=(torch.bfloat16, torch.float16, torch.float32),
         why="it multiplies by wgmma or tcgen05, which are faster than the mma.sync of cuda",
+    ),
+    *(
+        Ranking(
+            ("conv_bn_act_forward", "conv_forward"),
+            passed_over=name,
+            preferred="sm90",
+            majors=(9,),
+            dtypes=(torch.bfloat16, torch.float16),
+            why="TMA loads the operands and residuals of its next tile while wgmma multiplies",
+        )
+        for name in ("cuda", "triton")
     ),
 )
 
@@ -253,7 +265,7 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict
                 str(entry)
                 for entry in RANKING
                 if entry.applies(name, problem) and not _reasons_against(entry.preferred, problem, automatic=True)
-            )
+            )[-1:]
         if not reasons:
             if rejected:
                 logger.debug("%s runs on %r: %s", problem, name, rejected)

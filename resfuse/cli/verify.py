@@ -67,6 +67,8 @@ def first_contact_faults(backends: Sequence[str], dtypes: Sequence[torch.dtype])
     """Make the checks of a first contact again, and print them; 1 where one leaves out a kernel or cannot be made."""
     faults = False
     for name, dtype in itertools.product((name for name in backends if name in first_contact.KERNEL_FILES), dtypes):
+        if dtype not in dispatch.backend(name).DTYPES:
+            continue
         try:
             verdicts = first_contact.verdicts(name, dtype, torch.cuda.current_device(), "force")
             faults |= any(verdicts.values())

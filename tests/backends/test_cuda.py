@@ -160,7 +160,7 @@ def test_statistics_that_are_columns_of_a_table(statistics: torch.dtype, dtype: 
 OPERATORS = ("bn_statistics", "bn_train_forward", "bn_apply", "bn_backward", "bn_backward_apply", "add_relu_forward",
              "add_relu_backward")  # fmt: skip
 OPTIONS = {"relu": True, "momentum": 0.1, "eps": 1e-5, "launches": 0, "spread_is_variance": True, "count": 40.0,
-           "batch_statistics": True}  # fmt: skip
+           "batch_statistics": True, "known_part": 0}  # fmt: skip
 ACTIVATIONS = ("input", "residual", "output", "grad_output", "grad_input", "grad_residual")
 WRITTEN = {"bn_statistics": {"mean", "m2"}, "bn_train_forward": {"mean", "invstd"},
            "bn_backward": {"sum_g", "sum_g_xhat"}}  # fmt: skip
@@ -192,6 +192,7 @@ def mistakes(operator: str, names: Collection[str]) -> Iterator[tuple[str, Calla
     if operator == "bn_train_forward":
         one = "input must have more than one value per channel"
         yield "input", lambda x: x[:1, :, :1, :1].contiguous(), one
+        yield "known_part", lambda _: 3, "known_part takes NHWC memory"
     if first in names and operator != "add_relu_backward":
         yield "input", Tensor.double, "input must be float32, bfloat16 or float16"
     for name in names:

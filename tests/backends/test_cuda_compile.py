@@ -1,7 +1,7 @@
-"""The CUDA kernels as nvcc compiled them into the installed library: registers, shared memory, occupancy, instructions.
+"""The CUDA kernels as nvcc compiled them for the installed libraries: registers, shared memory, occupancy, SASS.
 
 Nothing is compiled but a few lines that print sizes, and nothing runs: this needs neither a GPU nor another build.
-`python -m tools.kernel_resources cuda` shows the same figures as a table.
+`python -m tools.kernel_resources cuda` and `sm90` show the same figures as tables.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import pytest
 
 from resfuse import _build, _extension
+from resfuse.backends import sm90
 from tools import cubin, kernel_resources
 from tools.kernel_resources import CONVOLUTIONS, DEVICES, Row
 
@@ -32,17 +33,20 @@ LEAST_LOADS_AT_ONCE = {
 pytestmark = pytest.mark.slow  # disassembling takes a minute
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    reason = _extension.load("_cuda") or kernel_resources.missing()
-    info = _extension.build_info()
-    if reason is None and info.get("debug"):
+def skip_unless_built(library: str) -> None:
+    reason = _extension.load(library) or kernel_resources.missing()
+    if reason is None and _extension.build_info().get("debug"):
         reason = "the library was built with DEBUG=1"
     if reason is not None:
-        if _build.flag_set(os.environ, "FORCE_CUDA"):
+        if library == "_cuda" and _build.flag_set(os.environ, "FORCE_CUDA"):
             pytest.fail(reason)
         pytest.skip(reason)
-    found = kernel_resources.cuda_rows()
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    skip_unless_built("_cuda")
+    info, found = _extension.build_info(), kernel_resources.cuda_rows()
     if info.get("arch_list") == _build.DEFAULT_ARCH_LIST:
         assert {row["arch"] for row in found} == {80, 90}
     elif not found:
@@ -124,6 +128,20 @@ def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     sources = {path.stem for path in _build.sources("_cuda") if path.suffix == ".cu"}
     assert {name for name in sources if f"{name}.sm_80.ptx" in listed} >= {"add_relu", "conv_bf16"}, listed
+
+
+def test_kernels_for_hopper() -> None:
+    """Each dtype and tile within its registers; main loops of wgmma and TMA im2col, and TMA for all else that moves."""
+    skip_unless_built("_sm90")
+    found = kernel_resources.sm90_rows()
+    assert {row["variant"].rpartition(",")[0] for row in found} == {
+        f"ConvKernel<{dtype},{tile}" for dtype in ("bfloat16_t", "half_t") for tile in sm90.TILES
+    }
+    for row in found:
+        assert (row["arch"], row["threads"], row["spill"], row["local"]) == (90, 384, 0, 0), row
+        assert row["registers"] <= 65536 // 384, row
+        assert row["wgmma_looped"] >= 4 and row["tma_im2col"] >= 1, row
+        assert row["tma_loads"] >= row["tma_im2col"] + 2 and row["tma_stores"] >= 1, row
 
 
 def test_a_missing_library_is_a_reason(tmp_path: os.PathLike[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import cuda_conv, dispatch
+from resfuse.backends import cuda_conv, dispatch, sm90
 from resfuse.nn import BNAct2d, ConvBNAct2d
+from resfuse.types import BatchNorm
 from resfuse.types import Convolution as Geometry
 from tests import contract, shapes
 from tests.contract import Call
@@ -88,6 +89,34 @@ def test_products_of_small_integers_are_exact(
             x.to(device), w.to(device), None, Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
         )
     assert torch.equal(found.cpu().double(), expected)
+
+
+@pytest.mark.parametrize("tile", sm90.TILES)
+@pytest.mark.parametrize("dtype", sm90.DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_products_on_hopper_are_exact(
+    kernel: int, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tiles per block, ragged in pixels, channels and filters; in training the statistics of all of them."""
+    reason = sm90.unavailable_reason()
+    if reason is not None or torch.cuda.get_device_capability() != sm90.CAPABILITY:
+        pytest.skip(reason or "not a Hopper GPU")
+    torch.manual_seed(kernel)
+    monkeypatch.setattr(sm90, "TILES", (tile,))
+    sm90.planned.cache_clear()
+    convolution = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
+    x = torch.randint(-2, 3, (256, 72, 15, 17), device="cuda").to(dtype)
+    w = torch.randint(-1, 2, (264, 72, kernel, kernel), device="cuda").to(dtype)
+    z = F.conv2d(x.double(), w.double(), padding=kernel // 2)
+    assert z.abs().max() <= 256, "integers that bfloat16 has"
+    assert torch.equal(sm90.conv_forward(x, w, None, convolution).double(), z)
+    bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
+    _, found, mean, invstd = sm90.conv_bn_act_forward(x, w, None, convolution, bn, None, True)
+    assert found is not None and torch.equal(found.double(), z)
+    variance, expected = torch.var_mean(z, (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(invstd, (variance + 1e-5).rsqrt().float(), rtol=1e-5, atol=0)
+    sm90.planned.cache_clear()
 
 
 # --- compute-sanitizer -----------------------------------------------------------------------------------------------

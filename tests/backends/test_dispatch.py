@@ -237,7 +237,7 @@ def test_choices_are_made_once_per_problem() -> None:
 def test_automatic_choice_on_a_gpu(
     dtype: torch.dtype, capability: tuple[int, int], convolution: str, other: str
 ) -> None:
-    """By the backends' own reasons, whatever this machine has."""
+    """By the backends' own reasons, whatever this machine has; the problem is too small for `sm90`."""
     device = AbsentDevice(capability)
     for kernel in cuda.KERNELS:
         name, rejected = dispatch.explain_choice(problem(kernel, dtype, device))

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,24 @@ def test_right_kernels_of_every_name_pass(dtype: torch.dtype, monkeypatch: pytes
             assert first_contact.fault(reference, kernel, dtype, torch.device("cpu")) is None, kernel
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+def test_convolutions_that_a_backend_does_not_support_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Automatic choice gives it none of them, so they say nothing about its kernel."""
+
+    def conv_forward(*operands: Any) -> torch.Tensor:
+        assert operands[3].groups == 1
+        return reference.conv_forward(*operands)
+
+    def unsupported_reasons(problem: Problem) -> list[str]:
+        return ["no groups"] if problem.convolution and problem.convolution.groups > 1 else []
+
+    module = types.SimpleNamespace(conv_forward=conv_forward, unsupported_reasons=unsupported_reasons)
+    grouped, plain = ((2, 8, 5, 5), (8, 1, 3, 3), 1, 8), ((2, 8, 5, 5), (8, 8, 3, 3), 1, 1)
+    monkeypatch.setattr(first_contact, "CONVOLUTIONS", (grouped, plain))
+    tried: list[str] = []
+    assert first_contact.fault(module, "conv_forward", torch.bfloat16, torch.device("cpu"), tried.append) is None
+    assert len(tried) == 2, "with and without what is optional"
 
 
 def test_a_verdict_is_for_these_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

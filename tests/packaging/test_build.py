@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -57,13 +58,29 @@ def decide(env: dict[str, str], **changes: object) -> _build.Settings:
 # --- decisions -------------------------------------------------------------------------------------------------------
 
 
-def test_a_toolkit_of_torchs_cuda_version_builds_both(compiler_only: dict[str, str], tmp_path: Path) -> None:
+def test_a_toolkit_of_torchs_cuda_version_builds_for_gpus(compiler_only: dict[str, str], tmp_path: Path) -> None:
     home = fake_toolkit(tmp_path / "cuda")
     settings = decide({**compiler_only, "CUDA_HOME": str(home)})
     assert settings.libraries == ["_cpu", "_cuda"]
     assert settings.toolkit == _build.Toolkit(home, "13.0")
     assert f"CUDA 13.0 at {home} for {_build.DEFAULT_ARCH_LIST}" in str(settings)
     json.dumps(settings.as_info())
+
+
+def test_cutlass_from_pip_builds_for_hopper_too(compiler_only: dict[str, str], tmp_path: Path) -> None:
+    env, site = {**compiler_only, "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda"))}, tmp_path / "site"
+    assert "pip install --no-deps 'nvidia-cutlass" in decide(env).skipped["_sm90"]
+    header = site / "cutlass_library" / "source" / "include" / "cutlass" / "cutlass.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    settings = decide(env, site_packages=[str(site)])
+    assert settings.libraries == ["_cpu", "_cuda", "_sm90"]
+    assert str(header.parents[1]) in _build.include_dirs("_sm90", settings.cutlass)
+    assert _build.include_dirs("_cuda", settings.cutlass) == [str(_build.csrc_dir())]
+    json.dumps(settings.as_info())
+    ampere = decide({**env, "TORCH_CUDA_ARCH_LIST": "8.0;8.6"}, site_packages=[str(site)])
+    assert ampere.skipped == {"_sm90": "TORCH_CUDA_ARCH_LIST=8.0;8.6 does not name 9.0a"}
+    assert _build.SM90_FLAGS[0] in _build.compile_flags("_sm90", debug=False)["nvcc"]
 
 
 def test_nvcc_on_path_and_a_toolkit_from_pip_are_found(compiler_only: dict[str, str], tmp_path: Path) -> None:
@@ -98,7 +115,7 @@ def test_every_skipped_library_has_a_reason(
     compiler_only: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     env: dict[str, str], facts: dict[str, Any], skipped: dict[str, str],
 ) -> None:  # fmt: skip
-    """In one line each; FORCE_CUDA makes an error of that of the CUDA library."""
+    """In one line each; that of the CUDA library is also that for Hopper's, and an error with FORCE_CUDA."""
     home = fake_toolkit(tmp_path / "cuda")
     if env.get("CUDA_HOME") == "incomplete":
         shutil.rmtree(home / "include" / "crt")
@@ -107,6 +124,7 @@ def test_every_skipped_library_has_a_reason(
         monkeypatch.setattr(_build, "candidate_homes", lambda env, site_packages: [])
     env = {**compiler_only, "CUDA_HOME": str(home), **env}
     settings = decide(env, **facts)
+    skipped = {**skipped, "_sm90": skipped.get("_cuda", "CUTLASS's headers were not found")}
     assert settings.skipped.keys() == skipped.keys()
     for name, reason in skipped.items():
         assert name not in settings.libraries
@@ -162,7 +180,7 @@ def test_build_environment_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     before = cpp_extension.CUDA_HOME, dict(os.environ)
     toolkit = _build.Toolkit(tmp_path, "13.0")
-    settings = _build.Settings("2.11.0", "13.0", "c++", toolkit, "9.0a", max_jobs=3, debug=False, skipped={})
+    settings = _build.Settings("2.11.0", "13.0", "c++", toolkit, None, "9.0a", max_jobs=3, debug=False, skipped={})
     with _build.build_environment(settings):
         found = [os.environ[name] for name in ("TORCH_CUDA_ARCH_LIST", "CXX", "MAX_JOBS")]
         assert (found, cpp_extension.CUDA_HOME) == (["9.0a", "c++", "3"], str(tmp_path))
@@ -183,19 +201,20 @@ def test_jit_compiles_what_setup_compiles(tmp_path: Path, monkeypatch: pytest.Mo
     toolkit = fake_toolkit(tmp_path / "cuda", unversioned_cudart=False)
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_build, "find_cutlass", lambda site_packages: tmp_path)
     monkeypatch.setattr(_extension, "_outcome", dict.fromkeys(_build.LIBRARIES, "not built"))
     calls = {}
     monkeypatch.setattr(cpp_extension, "load", lambda name, sources, **rest: calls.update({name: (sources, rest)}))
 
-    assert jit.load(build_directory=tmp_path / "build") == {"_cpu": None, "_cuda": None}
-    assert [_extension.load(name) for name in _build.LIBRARIES] == [None, None]
+    assert jit.load(build_directory=tmp_path / "build") == dict.fromkeys(_build.LIBRARIES)
+    assert [_extension.load(name) for name in _build.LIBRARIES] == [None, None, None]
     for name in _build.LIBRARIES:
         sources, rest = calls[f"resfuse{name}"]
         flags = _build.compile_flags(name, debug=False, toolkit=_build.Toolkit(toolkit, "13.0"))
         assert sources == [str(path) for path in _build.sources(name)]
         assert rest["extra_cflags"] == flags["cxx"]
         assert rest["extra_cuda_cflags"] == flags.get("nvcc")
-        assert rest["extra_include_paths"] == [str(_build.csrc_dir())]
+        assert rest["extra_include_paths"] == _build.include_dirs(name, tmp_path)
         assert rest["extra_ldflags"][: len(_build.link_flags())] == _build.link_flags()
         assert rest["is_python_module"] is False
     bridge = [flag for flag in calls["resfuse_cuda"][1]["extra_ldflags"] if flag.startswith("-L")]
@@ -206,7 +225,7 @@ def test_jit_says_why_it_can_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("FORCE_CUDA", raising=False)
-    monkeypatch.setattr(_extension, "_outcome", {"_cpu": "not built: ...", "_cuda": None})
+    monkeypatch.setattr(_extension, "_outcome", {"_cpu": "not built: ...", "_cuda": None, "_sm90": None})
     outcome = jit.load()
     assert "no C++ compiler" in (outcome["_cpu"] or "")
     assert outcome["_cuda"] is None, "what is loaded already is not built again"
@@ -255,12 +274,12 @@ def test_libraries_need_no_python_and_only_stable_torch_symbols(name: str) -> No
     assert not [symbol for symbol in torch_symbols if symbol.startswith("_Z")]
 
 
-def test_cuda_library_registers_its_operators_without_a_gpu() -> None:
-    built("_cuda")
-    import resfuse.backends.cuda  # noqa: F401 (it defines them)
-
-    schemas = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("resfuse_cuda::")]
-    assert len(schemas) >= 8, "those of batch norm and of convolutions too"
+@pytest.mark.parametrize(("name", "operators"), [("cuda", 8), ("sm90", 1)])  # of batch norm and of convolutions
+def test_libraries_for_gpus_register_their_operators_without_one(name: str, operators: int) -> None:
+    built(f"_{name}")
+    importlib.import_module(f"resfuse.backends.{name}")  # defines them
+    schemas = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(f"resfuse_{name}::")]
+    assert len(schemas) >= operators
     assert [name for name in schemas if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")] == []
 
 

@@ -1,0 +1,270 @@
+// A persistent, warp-specialised convolution for sm_90a from CUTLASS's collectives: its main loop (TMA im2col, wgmma)
+// and its TMA epilogue, in a kernel layer of our own, because CUTLASS's convolutions for sm_90 are not persistent. As a
+// GEMM: M = N OH OW, N = K, K = R S C.
+//
+//   warp 0        loads the operands of all of the block's tiles, as far ahead as there are stages
+//   warp 2        loads the residual
+//   warps 4 - 11  two consumer warpgroups: multiply, then epilogue, while the loads of the next tile go on
+//
+// Warps 1 and 3 only complete the producers' warpgroup, which gives its registers to the consumers.
+//
+// This header is plain C++ but for CUTLASS: tests/emulator runs `Kernel::run` on the CPU.
+#pragma once
+#include <cutlass/kernel_hardware_info.hpp>  // which the collectives use without including it
+
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/cutlass.h>
+#include <cute/tensor.hpp>
+#include <cutlass/conv/collective/collective_builder.hpp>
+#include <cutlass/conv/convnd_problem_shape.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/pipeline/sm90_pipeline.hpp>
+
+#include "../../resfuse.h"
+#include "../batch_statistics.cuh"
+#include "bn_act_epilogue.cuh"
+#include "tile_statistics.cuh"
+
+namespace resfuse::sm90 {
+
+// CUTLASS's convolutions refuse its own tags of persistent kernels; the main loop itself does not depend on them.
+struct Persistent {};
+
+// The tiles of a block: in inference every gridDim.x-th, those of neighbouring channels first. In training
+// `tiles_per_part` neighbouring ones of the same channels, whose statistics become one part.
+struct Schedule {
+  int tiles_m, tiles_n, tiles_per_part;  // the last is 0 in inference
+
+  // The grid: in inference no more than are resident.
+  int blocks(int resident) const {
+    if (tiles_per_part == 0) return cute::min(resident, tiles_m * tiles_n);
+    return (tiles_m + tiles_per_part - 1) / tiles_per_part * tiles_n;
+  }
+
+  struct Range {
+    int first, end, step;
+  };
+  CUTLASS_DEVICE Range range() const {
+    const int block = blockIdx.x, tiles = tiles_m * tiles_n;
+    if (tiles_per_part == 0) return {block, tiles, static_cast<int>(gridDim.x)};
+    const int part = block / tiles_n, run = tiles_per_part * tiles_n;
+    return {part * run + block % tiles_n, cute::min(tiles, (part + 1) * run), tiles_n};
+  }
+};
+
+// Of one output channel.
+struct ChannelTerms {
+  float conv_bias, mean, variance, weight, bias;
+};
+
+template <class Element_, int kTileN_, int kStages>
+struct ConvKernel {
+  using Element = Element_;
+  static constexpr int kTileN = kTileN_, kThreads = kProducers + kConsumers;
+  using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Shape<cute::_64>>;  // K is (channels, S, R)
+  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+  using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
+
+  static constexpr auto kMajor = cute::GMMA::Major::K;
+  using TiledMma =
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMajor, kMajor>(),
+                                    cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>{}));
+  template <class Copy, int kRows>
+  using Operand = cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<
+      Copy, decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{},
+                                         cute::Shape<cute::Int<kRows>, cute::_64, cute::Int<kStages>>{}))>;
+  using Mainloop = cutlass::conv::collective::CollectiveConv<
+      cutlass::conv::MainloopSm90TmaGmmaWarpSpecializedImplicitGemm<cutlass::conv::Operator::kFprop, kStages, 2,
+                                                                    Cluster, Persistent>,
+      Tile, Element, Element, TiledMma, Operand<cute::SM90_TMA_LOAD_IM2COL, kTileM>,
+      Operand<cute::SM90_TMA_LOAD, kTileN>>;
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_64>,
+      Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, cutlass::layout::RowMajor, 8,
+      Element, cutlass::layout::RowMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative,
+      BnActEpilogue<kTileN>>::CollectiveOp;
+  using MainPipe = typename Mainloop::MainloopPipeline;
+  using LoadPipe = typename Epilogue::LoadPipeline;
+  using StorePipe = typename Epilogue::StorePipeline;
+
+  struct SharedStorage {
+    struct Tensors : cute::aligned_struct<1024, cute::_1> {
+      typename Mainloop::TensorStorage mainloop;
+      typename Epilogue::TensorStorage epilogue;
+    } tensors;
+    StatisticsScratch<kTileN> statistics;
+    alignas(16) typename Mainloop::PipelineStorage main_pipe;
+    alignas(16) typename Epilogue::PipelineStorage load_pipe;
+  };
+  static_assert(sizeof(SharedStorage) <= 226 * 1024);  // what launch.cuh requests of the 227 KiB of sm_90
+
+  using ShapeMNKL = decltype(cutlass::conv::detail::get_linearized_problem_shape_MNKL(Problem{}));
+  struct Params {
+    ShapeMNKL shape;
+    typename Mainloop::Params mainloop;
+    typename Epilogue::Params epilogue;
+    Schedule schedule;
+    ChannelVector conv_bias, mean, variance, weight, bias;
+    float eps;
+    float* parts;  // training: [parts][mean, M2][filters]
+  };
+
+  static Problem problem(const Convolution& c) {
+    const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+    const int padding[] = {narrow(c.padding_h), narrow(c.padding_w)};
+    return {cutlass::conv::Mode::kCrossCorrelation,
+            {narrow(c.batch), narrow(c.height), narrow(c.width), narrow(c.channels)},
+            {narrow(c.filters), narrow(c.kernel_h), narrow(c.kernel_w), narrow(c.channels)},
+            {padding[0], padding[1]},
+            {padding[0], padding[1]},
+            {narrow(c.stride_h), narrow(c.stride_w)},
+            {narrow(c.dilation_h), narrow(c.dilation_w)},
+            1};
+  }
+
+  static bool can_implement(const Convolution& conv) { return Mainloop::can_implement(problem(conv), {}); }
+
+  // Encodes the tensor maps.
+  static Params params(const ConvForward& args) {
+    const Problem p = problem(args.conv);
+    const auto shape = cutlass::conv::detail::get_linearized_problem_shape_MNKL(p);
+    const int m = cute::get<0>(shape), n = cute::get<1>(shape);
+    const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
+    const auto* x = static_cast<const Element*>(args.input);
+    const auto* w = static_cast<const Element*>(args.weight);
+    auto* y = static_cast<Element*>(args.output);
+    const bool residual = args.residual != nullptr;
+    const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
+    return {shape,
+            Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
+            Epilogue::to_underlying_arguments(cute::make_shape(m, n, 64, 1),
+                                              {{residual, args.relu}, c, stride, y, stride}, nullptr),
+            {(m + kTileM - 1) / kTileM, (n + kTileN - 1) / kTileN, args.tiles_per_part},
+            args.conv_bias,
+            args.running_mean,
+            args.running_var,
+            args.bn_weight,
+            args.bn_bias,
+            static_cast<float>(args.eps),
+            args.parts};
+  }
+
+  static CUTLASS_DEVICE float value(const ChannelVector& vector, int channel, float absent) {
+    if (vector.data == nullptr) return absent;
+    if (vector.dtype == DType::float32) return static_cast<const float*>(vector.data)[channel];
+    return static_cast<float>(static_cast<const Element*>(vector.data)[channel]);
+  }
+
+  static CUTLASS_DEVICE MainPipe main_pipe(const Params& params, SharedStorage& shared, bool producer, bool loads) {
+    using Category = typename MainPipe::ThreadCategory;
+    typename MainPipe::Params p;
+    p.role = loads ? Category::Producer : producer ? Category::NonParticipant : Category::Consumer;
+    p.is_leader = threadIdx.x % 128 == 0;
+    p.num_consumers = kConsumers;
+    p.transaction_bytes = params.mainloop.tma_transaction_bytes;
+    return MainPipe(shared.main_pipe, p, Cluster{});
+  }
+
+  static CUTLASS_DEVICE LoadPipe load_pipe(const Params& params, SharedStorage& shared, bool producer, bool loads) {
+    using Category = typename LoadPipe::ThreadCategory;
+    typename LoadPipe::Params p;
+    p.role = loads ? Category::Producer : producer ? Category::NonParticipant : Category::Consumer;
+    p.dst_blockid = 0;
+    p.producer_arv_count = 32;
+    p.consumer_arv_count = kConsumers;
+    p.transaction_bytes = params.epilogue.tma_transaction_bytes;
+    return LoadPipe(shared.load_pipe, p);
+  }
+
+  static CUTLASS_DEVICE void run(const Params& params, char* memory) {
+    using namespace cute;
+    auto& shared = *reinterpret_cast<SharedStorage*>(memory);
+    const int warp = cutlass::canonical_warp_idx_sync(), lane = cutlass::canonical_lane_idx();
+    const bool producer = warp < kProducers / 32;
+    if (warp == 0 && elect_one_sync()) {
+      Mainloop::prefetch_tma_descriptors(params.mainloop);
+      Epilogue::prefetch_tma_descriptors(params.epilogue);
+    }
+    MainPipe main_pipe = ConvKernel::main_pipe(params, shared, producer, warp == 0);
+    LoadPipe load_pipe = ConvKernel::load_pipe(params, shared, producer, warp == 2);
+    __syncthreads();  // the barriers are initialised
+
+    TiledMma mma;
+    Mainloop mainloop;
+    Epilogue epilogue(params.epilogue, shared.tensors.epilogue);
+    const auto inputs = mainloop.load_init(params.shape, params.mainloop);
+    const auto shape_m = shape<2>(get<0>(inputs));
+    const auto steps = shape<3>(get<0>(inputs));  // iterators refer to it
+    const int step_count = size(steps);
+    const typename Schedule::Range tiles = params.schedule.range();
+    const int tiles_n = params.schedule.tiles_n;
+    const auto coordinate = [&](int tile) {
+      return make_coord(idx2crd(tile / tiles_n, shape_m), tile % tiles_n, _, Int<0>{});
+    };
+    if (producer) {
+      cutlass::arch::warpgroup_reg_dealloc<40>();
+      if (warp == 0) {
+        auto state = cutlass::make_producer_start_state<MainPipe>();
+        for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+          mainloop.load(params.mainloop, main_pipe, state, inputs, coordinate(tile), make_coord_iterator(steps),
+                        step_count, lane, 0, shared.tensors.mainloop);
+          state.advance(step_count);
+        }
+        mainloop.load_tail(main_pipe, state);
+      } else if (warp == 2 && epilogue.is_producer_load_needed()) {
+        auto state = cutlass::make_producer_start_state<LoadPipe>();
+        for (int tile = tiles.first; tile < tiles.end; tile += tiles.step)
+          state = epilogue.load(load_pipe, state, params.shape, Tile{}, coordinate(tile), mma, lane,
+                                shared.tensors.epilogue);
+        epilogue.load_tail(load_pipe, state);
+      }
+    } else {
+      cutlass::arch::warpgroup_reg_alloc<232>();
+      typename Mainloop::PipelineState state;
+      typename Epilogue::LoadPipelineState load_state;
+      auto store_state = cutlass::make_producer_start_state<StorePipe>();
+      StorePipe store_pipe({true});
+      auto& terms = shared.tensors.epilogue.thread;
+      const int thread = threadIdx.x - kProducers, filters = get<1>(params.shape);
+      cuda::Moments moments;
+      for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+        const int filter = tile % tiles_n * kTileN + thread;
+        const bool has_channel = thread < kTileN && filter < filters;
+        ChannelTerms raw{0.f, 0.f, 0.f, 0.f, 0.f};
+        if (has_channel)  // before the products, behind which the latency hides
+          raw = {value(params.conv_bias, filter, 0.f), value(params.mean, filter, 0.f),
+                 value(params.variance, filter, 1.f), value(params.weight, filter, 1.f),
+                 value(params.bias, filter, 0.f)};
+        Tensor acc = partition_fragment_C(mma, take<0, 2>(Tile{}));
+        mainloop.mma(main_pipe, state, acc, step_count, thread, shared.tensors.mainloop, params.mainloop);
+        mainloop.mma_tail(main_pipe, state, step_count);
+        state.advance(step_count);
+        if (thread < kTileN) {  // whose former values nobody reads any more since the last tile's stores
+          const bool normalised = params.variance.data != nullptr;
+          const float scale = normalised ? raw.weight * cuda::inverse_deviation(raw.variance, params.eps) : raw.weight;
+          terms.scale[thread] = scale;
+          terms.shift[thread] = fmaf(raw.conv_bias - raw.mean, scale, raw.bias);
+        }
+        if (params.parts != nullptr) {
+          const int left = get<0>(params.shape) - tile / tiles_n * kTileM, rows = left < kTileM ? left : kTileM;
+          float mean, m2;
+          tile_statistics<Element>(acc, terms.shift, rows, shared.statistics, mean, m2);
+          moments.merge({static_cast<float>(rows), mean, m2});
+        }
+        auto states = epilogue.store(load_pipe, load_state, store_pipe, store_state, params.shape, Tile{},
+                                     coordinate(tile), acc, mma, thread, shared.tensors.epilogue);
+        load_state = get<0>(states);
+        store_state = get<1>(states);
+      }
+      epilogue.store_tail(load_pipe, load_state, store_pipe, store_state);
+      const int filter = blockIdx.x % tiles_n * kTileN + thread;
+      if (params.parts != nullptr && thread < kTileN && filter < filters) {
+        float* part = params.parts + static_cast<int64_t>(blockIdx.x / tiles_n) * 2 * filters + filter;
+        part[0] = moments.mean;
+        part[filters] = moments.m2 + moments.m2_low;
+      }
+    }
+  }
+};
+
+}  // namespace resfuse::sm90
