@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from resfuse import _build
+from tests.emulator import cutlass
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = HERE / "runtime"
@@ -85,21 +86,41 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def library(variant: Variant = PLAIN, changed: Path | None = None, files: Collection[str] = ()) -> Path:
-    """The library that registers torch.ops.resfuse_cuda.* for CPU tensors; built where it is not there yet.
+@cache
+def sm90_unavailable_reason(variant: Variant = PLAIN) -> str | None:
+    """Why csrc/cuda/sm90 is not part of the library."""
+    if variant is TSAN:
+        return "mbarriers, TMA and wgmma order memory in ways that TSan is not told of"
+    if _build.find_cutlass(sys.path) is None:
+        return f"CUTLASS's headers were not found; {_build.HOW_TO_GET_CUTLASS}"
+    return unavailable_reason()
+
+
+def library(
+    variant: Variant = PLAIN,
+    changed: Path | None = None,
+    files: Collection[str] = (),
+    cutlass_edits: tuple[cutlass.Edit, ...] = (),
+) -> Path:
+    """The library that registers torch.ops.resfuse_cuda.* and resfuse_sm90.* for CPU tensors, built if need be.
 
     Args:
         variant: the instrumentation.
         changed: another csrc, to take these files of kernels from: the tests of planted bugs have one.
-        files: their names.
+        files: their names in csrc/cuda.
+        cutlass_edits: of the headers that these files include.
     """
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
-    jobs = [_kernel(source, variant, CSRC) for source in sources if source.name not in files]
+    has_sm90 = sm90_unavailable_reason(variant) is None
+    folder = CSRC / "cuda"
+    sources = sorted(folder.glob("**/*.cu" if has_sm90 else "*.cu"))
+    jobs = [_kernel(path, variant, CSRC) for path in sources if path.relative_to(folder).as_posix() not in files]
     if changed is not None:  # first: of functions that are in several objects, the linker takes the first
-        jobs = [_kernel(changed / "cuda" / name, variant, changed) for name in files] + jobs
+        jobs = [_kernel(changed / "cuda" / name, variant, changed, cutlass_edits) for name in files] + jobs
     torch_home = Path(torch.__file__).parent
     bindings = (*BINDINGS, *COMMON, f"-isystem{torch_home / 'include'}")
     jobs += [_Job(source, bindings, CSRC) for source in sorted(CSRC.glob("bindings_cuda*.cpp"))]
+    if has_sm90:  # without tensor_maps.cpp, in whose place the emulator has its own
+        jobs += [_Job(CSRC / name, bindings, CSRC) for name in ("bindings_sm90.cpp", "cuda/sm90/conv.cpp")]
     link = [*variant.link, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     return _link("resfuse_cuda", variant, [*jobs, *_runtime(variant)], link)
 
@@ -108,6 +129,11 @@ def probes(variant: Variant = PLAIN) -> Path:
     """The library of probes.cu: the tests of the emulator itself."""
     jobs = [_kernel(HERE / "probes.cu", variant, CSRC), *_runtime(variant)]
     return _link("probes", variant, jobs, list(variant.link))
+
+
+def im2col() -> Path:
+    """The library of im2col.cu."""
+    return _link("im2col", PLAIN, [_kernel(HERE / "im2col.cu", PLAIN, CSRC), *_runtime(PLAIN)], [])
 
 
 def sanitizer_environment(variant: Variant) -> dict[str, str]:
@@ -156,9 +182,27 @@ class _Job:
         return target
 
 
-def _kernel(source: Path, variant: Variant, csrc: Path) -> _Job:
+def _kernel(source: Path, variant: Variant, csrc: Path, cutlass_edits: tuple[cutlass.Edit, ...] = ()) -> _Job:
     first = ["-x", "c++", "-include", str(RUNTIME / "emulator.h")]
-    return _Job(source, (*KERNELS, *COMMON, *variant.kernels, f"-I{RUNTIME}", *_toolkit_flags(), *first), csrc)
+    headers = _toolkit_flags()
+    if "cuda/sm90/" in f"{source} {source.read_text()}":
+        headers += _cutlass_flags(cutlass_edits)
+    return _Job(source, (*KERNELS, *COMMON, *variant.kernels, f"-I{RUNTIME}", *headers, *first), csrc)
+
+
+@cache
+def _cutlass_flags(edits: tuple[cutlass.Edit, ...]) -> list[str]:
+    """Those of the headers of cutlass.py, which are made where they are not there yet."""
+    source = _build.find_cutlass(sys.path)
+    assert source is not None
+    texts = (Path(cutlass.__file__), source / "include" / "cutlass" / "version.h")
+    name = f"cutlass_{_digest(str(source), repr(edits), *(path.read_text() for path in texts))}"
+    headers, utilities = OUT / name, source / "tools" / "util" / "include"
+    OUT.mkdir(parents=True, exist_ok=True)
+    with _locked(headers.with_suffix(".lock")):
+        if not headers.exists():
+            cutlass.overlay(source / "include", headers, edits)
+    return [*cutlass.FLAGS, *(f"-isystem{path}" for path in (headers, utilities, f"{_toolkit_headers()}/cccl"))]
 
 
 def _runtime(variant: Variant) -> list[_Job]:

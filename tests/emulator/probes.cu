@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/launch.cuh"
+#include "tensor_map.h"
 
 namespace {
 
@@ -76,6 +77,30 @@ __global__ void some_blocks_skip_the_grid_barrier(float* out) {
   if (blockIdx.x != 1) cg::this_grid().sync();
   out[threadIdx.x] = 1;
 }
+
+__global__ void mbarrier_without_init(float*) { emu::mbarrier_arrive(0); }
+
+__global__ void one_arrival_too_many(float*) {
+  if (threadIdx.x == 0) emu::mbarrier_init(0, 31);
+  __syncwarp();
+  if (threadIdx.x == 0) emu::mbarrier_expect(0, 16);  // so that the phase does not end
+  emu::mbarrier_arrive(0);
+}
+
+__global__ void wait_two_phases_behind(float*) {
+  if (threadIdx.x > 0) return;
+  emu::mbarrier_init(0, 1);
+  for (int phase = 0; phase < 2; ++phase) emu::mbarrier_arrive(0);
+  emu::mbarrier_wait(0, 0);
+}
+
+__global__ void bytes_that_never_come(float*) {
+  if (threadIdx.x > 0) return;
+  emu::mbarrier_init(0, 1);
+  emu::mbarrier_arrive_expect(0, 16);
+}
+
+__global__ void barrier_of_other_size(float*) { emu::named_barrier(1, threadIdx.x < 32 ? 64 : 96, true); }
 
 // ---- features: out[thread of the grid] is 1 where all is well ----
 
@@ -171,6 +196,57 @@ __global__ void matrix_product(float* out) {
   out[lane] = good;
 }
 
+// The same with wgmma, b[k][n] with 64 columns: K-major operands in the second 32 bytes of each swizzled row, if it has
+// so many.
+template <emu::MmaType type, class T, int kSwizzle>
+__global__ void warpgroup_product(float* out) {
+  constexpr int kK = 32 / sizeof(T), kPitch = 16 << kSwizzle, kBegin = kPitch > 32 ? 32 : 0;
+  RESFUSE_DYNAMIC_SHARED(shared);
+  const auto a_at = [](int m, int k) { return static_cast<float>((3 * m + 5 * k) % 7 - 3); };
+  const auto b_at = [](int n, int k) { return static_cast<float>((2 * k + 7 * n) % 5 - 2); };
+  const auto fill = [&](unsigned start, const auto& value) {
+    for (int i = threadIdx.x; i < 64 * kK; i += 128) {
+      const unsigned address = start + i / kK * kPitch + kBegin + i % kK * sizeof(T);
+      *reinterpret_cast<T*>(shared + emu::swizzled(address, kSwizzle)) = static_cast<T>(value(i / kK, i % kK));
+    }
+  };
+  const unsigned b_start = 64 * kPitch;
+  fill(0, a_at);
+  fill(b_start, b_at);
+  emu::fence_proxy_async();
+  __syncthreads();
+  const uint64_t layout = uint64_t{4 - kSwizzle} << 62 | uint64_t{8 * kPitch / 16} << 32;
+  float d[32], *registers[32];
+  for (int i = 0; i < 32; ++i) *(registers[i] = &d[i]) = 1;
+  emu::wgmma_fence();
+  emu::wgmma({type, 32, layout | kBegin / 16, layout | (b_start + kBegin) / 16, true, false, false}, registers);
+  emu::wgmma_commit();
+  bool good = isnan(d[0]) && isnan(d[31]);
+  emu::wgmma_wait(0);
+  for (int i = 0; i < 32; ++i) {
+    const int m = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8,
+              n = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    float expected = 1;
+    for (int k = 0; k < kK; ++k) expected += a_at(m, k) * b_at(n, k);
+    good &= d[i] == expected;
+  }
+  out[threadIdx.x] = good;
+}
+
+// A product of registers and shared memory that nothing has ordered before it.
+__global__ void warpgroup_product_without(float*, bool registers_fence) {
+  RESFUSE_DYNAMIC_SHARED(shared);
+  shared[threadIdx.x] = 0;
+  __syncthreads();
+  float d[32] = {}, *registers[32];
+  for (int i = 0; i < 32; ++i) registers[i] = &d[i];
+  if (registers_fence) emu::wgmma_fence();
+  const uint64_t layout = uint64_t{1} << 62 | uint64_t{64} << 32;
+  emu::wgmma({emu::MmaType::bf16, 32, layout, layout, false, false, false}, registers);
+  emu::wgmma_commit();
+  emu::wgmma_wait(0);
+}
+
 __global__ void half_of_a_warp_multiplies(float* out) {
   const uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
@@ -204,6 +280,9 @@ EXPORTED const char* probe(const char* name, float* out, unsigned* counter) {
   const auto plain = [=](auto* kernel, unsigned blocks, dim3 block, bool cooperative = false) {
     launch(kernel, dim3(blocks), block, 1024, nullptr, cooperative, out);
   };
+  const auto warpgroup = [](auto* kernel, auto... arguments) {
+    launch(kernel, dim3(1), dim3(128), 16 << 10, nullptr, false, arguments...);
+  };
   const std::map<std::string, std::function<void()>> probes{
       {"divergent_warp", [=] { plain(divergent_warp, 1, warp); }},
       {"deadlock", [=] { plain(deadlock, 1, warp); }},
@@ -221,6 +300,13 @@ EXPORTED const char* probe(const char* name, float* out, unsigned* counter) {
       {"too_many_blocks_to_cooperate", [=] { plain(some_blocks_skip_the_grid_barrier, 5, warp, true); }},
       {"too_many_threads", [=] { plain(deadlock, 1, dim3(1056)); }},
       {"too_much_shared_memory", [=] { launch(deadlock, dim3(1), warp, 228 << 10, nullptr, false, out); }},
+      {"mbarrier_without_init", [=] { plain(mbarrier_without_init, 1, warp); }},
+      {"one_arrival_too_many", [=] { plain(one_arrival_too_many, 1, warp); }},
+      {"wait_two_phases_behind", [=] { plain(wait_two_phases_behind, 1, warp); }},
+      {"bytes_that_never_come", [=] { plain(bytes_that_never_come, 1, warp); }},
+      {"barrier_of_other_size", [=] { plain(barrier_of_other_size, 1, two_warps); }},
+      {"wgmma_without_fence", [=] { warpgroup(warpgroup_product_without, out, false); }},
+      {"wgmma_without_proxy_fence", [=] { warpgroup(warpgroup_product_without, out, true); }},
       {"no_blocks", [=] { plain(deadlock, 0, warp); }},
       {"shared_memory_starts_as_nan", [=] { plain(shared_memory_starts_as_nan, 3, two_warps); }},
       {"shared_memory_is_the_blocks_own", [=] { plain(shared_memory_is_the_blocks_own, 4, two_warps, true); }},
@@ -233,6 +319,9 @@ EXPORTED const char* probe(const char* name, float* out, unsigned* counter) {
       {"mma_f16", [=] { plain(matrix_product<emu::MmaType::f16, __half, false>, 1, warp); }},
       {"mma_f16_transposed", [=] { plain(matrix_product<emu::MmaType::f16, __half, true>, 1, warp); }},
       {"mma_tf32", [=] { plain(matrix_product<emu::MmaType::tf32, float, false>, 1, warp); }},
+      {"wgmma_bf16", [=] { warpgroup(warpgroup_product<emu::MmaType::bf16, __nv_bfloat16, 3>, out); }},
+      {"wgmma_f16", [=] { warpgroup(warpgroup_product<emu::MmaType::f16, __half, 2>, out); }},
+      {"wgmma_tf32", [=] { warpgroup(warpgroup_product<emu::MmaType::tf32, float, 1>, out); }},
       {"half_of_a_warp_multiplies", [=] { plain(half_of_a_warp_multiplies, 1, warp); }},
       {"matrix_rows_with_bank_conflicts", [=] { plain(matrix_rows_with_bank_conflicts, 1, warp); }},
       {"order_of_warps", [=] { launch(order_of_warps, dim3(1), dim3(256), 0, nullptr, false, out, counter); }},

@@ -68,6 +68,13 @@ PROBES = Path(build.HERE, "probes.cu")
         ("too_many_threads", "a block of 1056 threads", None),
         ("too_much_shared_memory", "233472 bytes of shared memory, a block has at most 232448", None),
         ("no_blocks", "a grid of 0 x 1 x 1", None),
+        ("mbarrier_without_init", "no mbarrier.init of shared memory 0", "void mbarrier_without_init"),
+        ("one_arrival_too_many", "more arrivals than its count of 31", None),
+        ("wait_two_phases_behind", "waits for phase 0, but phase 1 is over", "emu::mbarrier_wait(0, 0);"),
+        ("bytes_that_never_come", "the block ends, and 16 bytes are missing", None),
+        ("barrier_of_other_size", "barrier 1: of 96 threads here, of 64 elsewhere", "void barrier_of_other_size"),
+        ("wgmma_without_fence", "no wgmma.fence since accumulators were accessed", None),
+        ("wgmma_without_proxy_fence", "written without a fence.proxy.async since", None),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,6 +98,9 @@ FEATURES = {
     "mma_f16": 32,
     "mma_f16_transposed": 32,
     "mma_tf32": 32,
+    "wgmma_bf16": 128,
+    "wgmma_f16": 128,
+    "wgmma_tf32": 128,
 }
 
 

@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 
 #include "memory_map.h"
 #include "report.h"
@@ -38,6 +39,7 @@ Block::Block(const Launch& launch, uint3 index)
   for (unsigned i = 0; i < alive_; ++i) {
     Thread& thread = threads_[i];
     thread.index = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
+    thread.number = i;
     thread.lane = i % 32;
     thread.warp = &warps_[i / 32];
     thread.warp->threads[thread.lane] = &thread;
@@ -57,6 +59,7 @@ void Block::thread_main() {
   entered();
   acquire(&block->start_);
   block->launch_.body(block->launch_.closure);
+  end_thread(block->alive_ == 1);
   release(&grid_end);
   Warp& warp = *self->warp;
   warp.alive &= ~bit(self->lane);
@@ -93,7 +96,9 @@ Thread* Block::choose() const {
 
 // Leaves the running thread, or the block's own stack, for a thread that is ready; where there is none, for that stack.
 void Block::run_another(bool final) {
+  if (self && !sm90.loads.empty() && drawn(64)) deliver_load();
   Thread *from = self, *to = choose();
+  while (to == nullptr && self && deliver_load()) to = choose();
   if (to == from && to != nullptr) return;
   self = to;
   if (to) threadIdx = to->index;
@@ -112,6 +117,28 @@ void Block::all_ready() {
   if (launch_.seed == 0) return;
   std::shuffle(order_.begin(), order_.end(), random_);
   for (Warp& warp : warps_) warp.first = random_() % 32;
+}
+
+void Block::wait_for(const void* event, const char* name) {
+  self->event = event;
+  self->event_name = name;
+  waiting_.push_back(self);
+  stop_being_ready();
+  run_another();
+  self->event = nullptr;
+}
+
+void Block::wake(const void* event) {
+  const auto is_due = [=](const Thread* thread) { return thread->event == event; };
+  for (Thread* thread : waiting_)
+    if (is_due(thread)) thread->warp->ready |= bit(thread->lane);
+  waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), is_due), waiting_.end());
+}
+
+void Block::give_way() {
+  order_.erase(std::find(order_.begin(), order_.end(), self->warp));
+  order_.push_back(self->warp);
+  run_another();
 }
 
 // ---- barriers ----
@@ -212,14 +239,19 @@ void Block::explain_deadlock() {
   failure_ = "deadlock: of " + std::to_string(threads_.size()) + " threads " + std::to_string(alive_) + " wait, " +
              std::to_string(at_barrier_) + " of them in __syncthreads and " + std::to_string(at_grid_barrier_) +
              " in grid.sync()";
+  std::map<std::vector<void*>, std::string> known;  // most threads stand where others do
   std::string seen;
   for (Thread& thread : threads_) {
     if (!(thread.warp->alive & bit(thread.lane))) continue;
     self = questioned_ = &thread;
     switch_to(main_, thread.fiber);
     questioned_ = nullptr;
-    const std::string lines = source_lines(frames_);
-    if (seen.find(lines) == std::string::npos) failure_ += "\nthread" + where(thread) + lines;
+    const auto [at, is_new] = known.try_emplace(frames_);
+    if (is_new) at->second = source_lines(frames_);
+    const std::string& lines = at->second;
+    if (seen.find(lines) == std::string::npos)
+      failure_ +=
+          "\nthread" + where(thread) + (thread.event ? std::string(" waits for ") + thread.event_name : "") + lines;
     seen += lines;
   }
 }
@@ -250,6 +282,8 @@ void fail(const char* format, ...) {
   block->fail(message);
 }
 
+Block& this_block() { return *block; }
+Thread& this_thread() { return *self; }
 unsigned lane() { return self->lane; }
 unsigned char* dynamic_shared() { return block->shared(); }
 int barrier(bool predicate, const char* file, int line) { return block->barrier(predicate, file, line); }

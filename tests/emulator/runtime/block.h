@@ -7,6 +7,7 @@
 #include "async_copy.h"
 #include "fiber.h"
 #include "runtime.h"
+#include "sm90_state.h"
 
 namespace emu {
 
@@ -15,6 +16,7 @@ struct Warp;
 struct Thread {
   Fiber fiber;
   uint3 index;
+  unsigned number;  // in the block
   unsigned lane;
   Warp* warp;
   Perform* perform;  // what it waits for its warp to do, with its mask and operand
@@ -22,6 +24,9 @@ struct Thread {
   void* operand;
   std::vector<AsyncCopy> copies;  // that have not arrived, in order
   unsigned groups = 0;            // that were committed
+  const void* event = nullptr;    // that it waits for, and its name
+  const char* event_name = "";
+  ThreadState sm90;
 };
 
 struct Warp {
@@ -30,6 +35,7 @@ struct Warp {
   unsigned first = 0;                             // the lane that runs first
   unsigned collectives = 0;
   char order[2];  // objects to release and acquire, of __syncwarp
+  WarpState sm90;
 };
 
 class Block {
@@ -60,6 +66,16 @@ class Block {
   void grid_barrier();
   void collective(unsigned mask, Perform* perform, void* operand, bool orders_memory);
   unsigned char* shared() { return shared_; }
+  unsigned threads() const { return static_cast<unsigned>(threads_.size()); }
+  size_t shared_bytes() const { return launch_.shared_bytes; }
+  // True once in `times` calls; never without a seed.
+  bool drawn(unsigned times) { return launch_.seed != 0 && random_() % times == 0; }
+  unsigned draw(unsigned below) { return launch_.seed == 0 ? 0 : static_cast<unsigned>(random_() % below); }
+  // Until wake(event), which may come for another reason than the one that the thread has.
+  void wait_for(const void* event, const char* name);
+  void wake(const void* event);
+  void give_way();  // to another warp
+  BlockState sm90;
   bool in_shared(const void* address, size_t bytes) const;
 
  private:
@@ -89,9 +105,14 @@ class Block {
   char start_, order_memory_[2];  // objects to release and acquire: when threads start, in __syncthreads
   std::minstd_rand random_;
   std::string failure_;
+  std::vector<Thread*> waiting_;  // in wait_for
   Thread* questioned_ = nullptr;  // a waiting thread that is to say where it waits
   std::vector<void*> frames_;
 };
+
+// Those that run.
+Block& this_block();
+Thread& this_thread();
 
 // Objects to release and acquire: all threads of a grid at its end, and at its barriers.
 extern char grid_end, grid_order[2];

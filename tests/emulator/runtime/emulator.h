@@ -35,5 +35,6 @@ constexpr int warpSize = 32;
 #include "async_copy.h"
 #include "builtins.h"
 #include "runtime.h"
+#include "sm90.h"
 #include "tensor_core.h"
 #include "warp.h"

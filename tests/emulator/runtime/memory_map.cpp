@@ -32,7 +32,7 @@ struct TlsIndex {
 };
 extern "C" void* __tls_get_addr(TlsIndex*);
 
-constexpr size_t kAlignment = 128;  // of RESFUSE_DYNAMIC_SHARED
+constexpr size_t kAlignment = 1024;  // of the largest swizzle
 
 }  // namespace
 

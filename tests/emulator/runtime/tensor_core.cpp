@@ -13,10 +13,6 @@ T& operand(void* const* operands, int lane) {
   return *static_cast<T*>(operands[lane]);
 }
 
-void need_the_whole_warp(unsigned lanes, const char* instruction) {
-  if (lanes != ~0u) fail("%s: only lanes %08x of the warp are there", instruction, lanes);
-}
-
 // Shared memory has 32 banks of 4 bytes, so 8 groups of 16 bytes. The 8 rows of a matrix are read in as many cycles as
 // there are different rows in the fullest group.
 int cycles(void* const* operands, int matrix) {
@@ -48,17 +44,20 @@ float half_to_float(uint32_t half) {
   return bits_to_float(bits | sign);
 }
 
-template <MmaType type>
-float element(uint32_t bits, int half) {
+}  // namespace
+
+float element(MmaType type, uint32_t bits, int half) {
   if (type == MmaType::tf32) return bits_to_float(bits & 0xffffe000u);  // the hardware ignores the low 13 bits
   if (type == MmaType::bf16) return bits_to_float(bits >> 16 * half << 16);
   return half_to_float(bits >> 16 * half & 0xffff);
 }
 
-}  // namespace
+void need_the_whole_warp(unsigned lanes, const char* instruction) {
+  if (lanes != ~0u) fail("%s: only lanes %08x of the warp are there", instruction, lanes);
+}
 
 void share_rows(void* const* operands, unsigned lanes) {
-  need_the_whole_warp(lanes, "ldmatrix");
+  need_the_whole_warp(lanes, "ldmatrix or stmatrix");
   const int matrices = operand<MatrixRows>(operands, 0).matrices;
   const bool transposed = operand<MatrixRows>(operands, 0).transposed;
   for (int matrix = 0; matrix < matrices; ++matrix) {
@@ -84,8 +83,8 @@ void multiply(void* const* operands, unsigned lanes) {
     const int group = lane / 4, within = lane % 4;
     for (int half = 0; half < kPerRegister; ++half) {
       const int k = within * kPerRegister + half;
-      for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][k + i / 2 * kK / 2] = element<type>(own.a[i], half);
-      for (int i = 0; i < 2; ++i) b[k + i * kK / 2][group] = element<type>(own.b[i], half);
+      for (int i = 0; i < 4; ++i) a[group + i % 2 * 8][k + i / 2 * kK / 2] = element(type, own.a[i], half);
+      for (int i = 0; i < 2; ++i) b[k + i * kK / 2][group] = element(type, own.b[i], half);
     }
     for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][within * 2 + i % 2] = own.d[i];
   }

@@ -1,4 +1,4 @@
-// ldmatrix and mma.sync, with the fragments' layouts of the PTX manual.
+// ldmatrix, stmatrix and mma.sync, with the fragments' layouts of the PTX manual.
 #pragma once
 #include <cstring>
 
@@ -6,11 +6,14 @@
 
 namespace emu {
 
+// Fails unless `lanes` are all 32.
+void need_the_whole_warp(unsigned lanes, const char* instruction);
+
 struct MatrixRows {
   const void* row;  // the address that this lane gives
   int matrices;
   bool transposed;
-  const unsigned char* rows[4][2];  // those that it receives from: of each matrix
+  const unsigned char* rows[4][2];  // those that have its elements: of each matrix
 };
 Perform share_rows;
 
@@ -31,7 +34,20 @@ void ldmatrix(uint32_t (&registers)[N], const void* row, bool transposed = false
   }
 }
 
+// stmatrix.
+template <int N>
+void store_matrices(const uint32_t (&registers)[N], void* row) {
+  if (lane() < N * 8) check_shared(row, 16, "stmatrix");
+  MatrixRows own{row, N, false, {}};
+  collective(~0u, share_rows, &own);
+  for (int i = 0; i < N; ++i)
+    std::memcpy(const_cast<unsigned char*>(own.rows[i][0]) + 4 * (lane() % 4), &registers[i], 4);
+}
+
 enum class MmaType { bf16, f16, tf32 };
+// Element `half` of a register, of which tf32 has one.
+float element(MmaType type, uint32_t bits, int half);
+
 struct MmaOperands {
   const uint32_t *a, *b;
   float* d;
