@@ -247,7 +247,7 @@ def devices_of(backend: str) -> list[str]:
         return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if backend == "triton" and triton.INTERPRETED:
         return ["cpu"]
-    return ["cpu" if backend in ("cpu", "cuda_emulator") else "cuda"]
+    return ["cpu" if backend == "cpu" or backend.endswith("_emulator") else "cuda"]
 
 
 def supports(backend: str, op: str, dtype: torch.dtype, device: str) -> bool:

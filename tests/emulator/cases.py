@@ -27,6 +27,7 @@ from resfuse.backends.cuda_conv import TILES, ConvConfig
 from tests.backends.operands import TWO_PASSES, Operands, convolved
 from tests.contract import to_device
 from tests.emulator import backend as emulator
+from tests.emulator import sm90
 from tests.shapes import Convolution, conv_bn_act_call, devices_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
@@ -46,6 +47,27 @@ SMALL = {
     "groups": Convolution((1, 16, 5, 5), 32, (3, 3), padding=(1, 1), groups=2),
 }
 
+# For csrc/cuda/sm90: several tiles for each block; pixels, channels and filters that fill none; and more steps than
+# slots of shared memory.
+SM90 = {
+    "3x3": Convolution((2, 64, 14, 14), 136, (3, 3), padding=(1, 1)),
+    "3x3 stride 2": Convolution((3, 72, 15, 13), 64, (3, 3), (2, 2), (1, 1)),
+    "1x1": Convolution((2, 72, 14, 14), 64, (1, 1)),
+    "1x1 stride 2": Convolution((2, 64, 14, 15), 200, (1, 1), (2, 2)),
+    "dilated": Convolution((1, 64, 20, 17), 64, (3, 3), padding=(2, 2), dilation=(2, 2)),
+    "7x7": Convolution((1, 8, 32, 32), 64, (7, 7), (2, 2), (3, 3)),
+    "asymmetric": Convolution((2, 16, 11, 9), 264, (3, 5), (2, 1), (0, 2), (2, 1)),
+    "to one pixel": Convolution((5, 64, 3, 3), 72, (3, 3)),
+}
+SM90_MODES: dict[str, dict[str, Any]] = {
+    "eval": {"residual_layout": "nhwc", "conv_bias": True},
+    "eval in place": {"residual_layout": "nhwc"},
+    "eval plain": {"residual_layout": None, "activation": "identity"},
+    "train": {"residual_layout": "nhwc", "conv_bias": True, "training": True},
+}
+SM90_BLOCKS = 2
+dispatch.register("sm90_emulator", sm90)
+
 Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
@@ -56,6 +78,10 @@ def cases(backend: str, dtypes: Collection[str]) -> Cases:
     """
     kernels, device = dispatch.backend(backend), devices_of(backend)[0]
     for dtype in (name for name, dtype in DTYPES.items() if str(dtype)[6:] in dtypes):
+        if backend.startswith("sm90"):
+            if DTYPES[dtype] in kernels.DTYPES:
+                yield from _sm90(kernels, device, dtype)
+            continue
         if dtype != "tf32":
             yield from _pointwise(kernels, device, dtype)
         for label, *problem in _convolutions():
@@ -89,6 +115,21 @@ def _convolutions() -> Iterator[tuple[str, Convolution, bool, ConvConfig]]:
         yield f"splits {{}} launches={launches}", FEW_PIXELS, False, ConvConfig(64, 64, 3, launches)
     for (label, conv), (mode, training) in itertools.product(SMALL.items(), (("eval", False), ("train", True))):
         yield f"{mode} {{}} {label}", conv, training, ConvConfig(64, 64)
+
+
+def _sm90(kernels: Any, device: str, dtype: str) -> Cases:
+    for (label, conv), tile, (mode, options) in itertools.product(SM90.items(), kernels.TILES, SM90_MODES.items()):
+
+        def case(
+            conv: Convolution = conv, tile: int = tile, mode: str = mode, options: dict[str, Any] = options
+        ) -> None:
+            call = conv_bn_act_call(conv, DTYPES[dtype], layout="nhwc", **options)
+            ours = call.map(lambda tensor: to_device(tensor.clone(), device))
+            with sm90.use_tile(tile, SM90_BLOCKS):
+                found = convolved(kernels, ours, overwrite_residual=mode == "eval in place")
+            _compare(found, convolved(reference, call.truth()), EPS[dtype])
+
+        yield f"conv {mode} {dtype} 128x{tile} {label}", case
 
 
 def _conv(
@@ -147,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, start = 0, time.perf_counter()
     for seed, (name, case) in itertools.product(args.seed, found):
         try:
-            with emulator.device(seed=seed) if args.backend == "cuda_emulator" else contextlib.nullcontext():
+            with emulator.device(seed=seed) if args.backend.endswith("_emulator") else contextlib.nullcontext():
                 case()
         except (AssertionError, RuntimeError) as error:
             failed += 1
