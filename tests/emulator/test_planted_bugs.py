@@ -1,4 +1,5 @@
-"""Bugs that CUDA kernels have, planted one at a time into a copy of csrc/cuda: the emulator catches every one.
+"""Bugs that CUDA kernels have, planted one at a time into a copy of csrc/cuda, or of the headers of CUTLASS that it
+includes: the emulator catches every one.
 
 Caught by `numbers`, under one of a few schedules; by `asan` or `tsan`, with a line of the file; or by the `emulator`
 with a message of its own.  Those that show in the numbers under any schedule are in tests/mutants.py.
@@ -9,23 +10,26 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from resfuse import _build
 from tests.emulator import build
 from tests.emulator.run import run
 
 pytestmark = pytest.mark.skipif(build.unavailable_reason() is not None, reason=str(build.unavailable_reason()))
-QUICK = ("grid_barrier_of_some_blocks", "terms_read_before_they_are_there")
+QUICK = ("grid_barrier_of_some_blocks", "terms_read_before_they_are_there", "slot_released_early")
 
 SEEDS = ("--seed", "1", "2", "3")
 CONVOLUTION, FORWARD, BACKWARD = ("conv_bf16.cu",), ("bn_act_forward.cu",), ("bn_act_backward.cu",)
+SM90 = ("sm90/conv_bf16.cu",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bug:
-    """A pattern in a file of csrc/cuda, what stands there instead, and the cases that run it."""
+    """A pattern in a file of csrc/cuda or of CUTLASS, what stands there instead, and the cases that run it."""
 
     file: str
     pattern: str
@@ -41,13 +45,42 @@ class Bug:
     def variant(self) -> build.Variant:
         return {"asan": build.ASAN, "tsan": build.TSAN}.get(self.caught_by, build.PLAIN)
 
+    @property
+    def is_sm90(self) -> bool:
+        return self.files == SM90
+
+    @property
+    def original(self) -> Path:
+        cutlass = _build.find_cutlass(sys.path)
+        return (
+            cutlass / "include" / self.file if cutlass and "cutlass/" in self.file else build.CSRC / "cuda" / self.file
+        )
+
     def plant(self, folder: Path) -> Path:
         """The library with the bug, built from a copy of csrc in `folder`."""
         csrc = folder / "csrc"
         shutil.copytree(build.CSRC, csrc)
-        path = csrc / "cuda" / self.file
-        path.write_text(re.sub(self.pattern, self.replacement, path.read_text()))
+        if self.is_sm90:  # one tile, which compiles in a third of the time
+            _edit(csrc / "cuda" / "sm90" / "conv_launch.cuh", r"case (128|256):\n.*\n", "")
+        if self.file.startswith("cutlass/"):
+            edits = ((self.file, self.pattern, self.replacement),)
+            return build.library(self.variant, csrc, self.files, edits)
+        _edit(csrc / "cuda" / self.file, self.pattern, self.replacement)
         return build.library(self.variant, csrc, self.files)
+
+
+def _edit(path: Path, pattern: str, replacement: str) -> None:
+    path.write_text(re.sub(pattern, replacement, path.read_text()))
+
+
+MAINLOOP = "cutlass/conv/collective/sm90_implicit_gemm_gmma_ss_warpspecialized.hpp"
+EPILOGUE = "cutlass/epilogue/collective/sm90_epilogue_tma_warpspecialized.hpp"
+PIPELINE = "cutlass/pipeline/sm90_pipeline.hpp"
+KERNEL = "sm90/conv_kernel.cuh"
+
+
+def sm90_bug(file: str, pattern: str, replacement: str, caught_by: str = "numbers", message: str = "") -> Bug:
+    return Bug(file, pattern, replacement, caught_by, "eval bf16 128x64 3x3", SM90, message)
 
 
 WAIT = r"copy_async_wait<T::kStages - 2>\(\);"
@@ -113,26 +146,67 @@ BUGS = {
         "reduce.cuh", r"__syncthreads\(\);([^\n]*\n\s*if \(member >= half)", r"\1", "tsan",
         "bn_act_backward train bf16 vectors nhwc launches=1", BACKWARD, "data race",
     ),
+    "missing_wgmma_wait": sm90_bug(MAINLOOP, r"warpgroup_wait<0>\(\);", "", "emulator", "ends before it has waited"),
+    "lax_wgmma_wait": sm90_bug(MAINLOOP, r"warpgroup_wait<K_PIPE_MMAS>\(\);", "warpgroup_wait<K_PIPE_MMAS + 1>();"),
+    "slot_released_early": sm90_bug(
+        MAINLOOP, r"(?s)(warpgroup_wait<K_PIPE_MMAS>\(\);)(.*?)(pipeline\.consumer_release\(smem_pipe_release\);)",
+        r"\3\2\1",
+    ),
+    "missing_wgmma_fence": sm90_bug(
+        MAINLOOP, r"(smem_pipe_consumer_state\.index\(\);\n\s*)warpgroup_arrive\(\);", r"\1", "emulator",
+        "no wgmma.fence",
+    ),
+    "missing_proxy_fence": sm90_bug(
+        EPILOGUE, r"cutlass::arch::fence_view_async_shared\(\); // ensure", "//", "emulator",
+        "without a fence.proxy.async",
+    ),
+    "missing_store_wait": sm90_bug(PIPELINE, r"tma_store_wait<UnacquiredStages>\(\);", ""),
+    "missing_last_store_wait": sm90_bug(
+        KERNEL, r"epilogue\.store_tail\([^;]*;", "", "emulator", "before its stores have read shared memory"
+    ),
+    "wrong_parity": sm90_bug(
+        KERNEL, r"typename Mainloop::PipelineState state;",
+        "auto state = cutlass::make_producer_start_state<MainPipe>();", "emulator", "mbarrier: waits for phase -1",
+    ),
+    "too_few_arrivals": sm90_bug(
+        KERNEL, r"p\.num_consumers = kConsumers", r"\g<0> * 2", "emulator", "waits for an mbarrier"
+    ),
+    "too_many_arrivals": sm90_bug(KERNEL, r"p\.num_consumers = kConsumers", r"\g<0> / 2", "emulator", "mbarrier: "),
+    "wrong_transaction_bytes": sm90_bug(
+        KERNEL, r"params\.mainloop\.tma_transaction_bytes", r"\g<0> / 2", "emulator", "bytes more than were expected"
+    ),
+    "too_many_registers": sm90_bug(
+        KERNEL, r"warpgroup_reg_alloc<232>", "warpgroup_reg_alloc<240>", "emulator", "waits for registers"
+    ),
+    "scale_read_too_early": sm90_bug(
+        "sm90/bn_act_epilogue.cuh", r"(begin_sync_needed\(\) const { return) true", r"\1 false"
+    ),
 }  # fmt: skip
 
 
 def test_every_bug_has_its_place() -> None:
     for name, bug in BUGS.items():
-        found = re.findall(bug.pattern, (build.CSRC / "cuda" / bug.file).read_text())
+        if bug.is_sm90 and build.sm90_unavailable_reason():
+            continue
+        found = re.findall(bug.pattern, bug.original.read_text())
         assert len(found) == 1, f"{name}: look for its new place in {bug.file}"
 
 
 @pytest.mark.parametrize("bug", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in BUGS])
 def test_is_caught(bug: str, tmp_path: Path) -> None:
     planted = BUGS[bug]
-    done = run(planted.variant, planted.plant(tmp_path), *SEEDS, "-k", planted.cases)
+    if planted.is_sm90 and build.sm90_unavailable_reason():
+        pytest.skip(str(build.sm90_unavailable_reason()))
+    backend = "sm90_emulator" if planted.is_sm90 else "cuda_emulator"
+    done = run(planted.variant, planted.plant(tmp_path), backend, *SEEDS, "-k", planted.cases)
     assert done.returncode != 0, "nobody noticed"
     if planted.caught_by in ("asan", "tsan"):
         assert planted.message in done.stderr
         assert planted.file in done.stderr
     elif planted.caught_by == "emulator":
         assert planted.message in done.stdout
-        assert f"csrc/cuda/{planted.files[0]}" in done.stdout or f"csrc/cuda/{planted.file}" in done.stdout
+        if not planted.is_sm90:  # where CUTLASS's lines, or the end of a thread, are to blame
+            assert f"csrc/cuda/{planted.files[0]}" in done.stdout or f"csrc/cuda/{planted.file}" in done.stdout
     else:
         failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         assert failures
