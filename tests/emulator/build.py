@@ -91,6 +91,8 @@ def sm90_unavailable_reason(variant: Variant = PLAIN) -> str | None:
     """Why csrc/cuda/sm90 is not part of the library."""
     if variant is TSAN:
         return "mbarriers, TMA and wgmma order memory in ways that TSan is not told of"
+    if variant is ASAN:
+        return "CUTLASS reads four bytes of a bfloat16 argument (array_subbyte.h), and ASan ends the process"
     if _build.find_cutlass(sys.path) is None:
         return f"CUTLASS's headers were not found; {_build.HOW_TO_GET_CUTLASS}"
     return unavailable_reason()

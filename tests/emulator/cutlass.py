@@ -41,7 +41,6 @@ FLAGS = (
     *(f"-D{name}=1" for name in DEFINES),
     *("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0"),
     *("-w", "-Wno-psabi", "-fpermissive"),  # templates that are not used name device functions
-    "-fno-sanitize=object-size",  # which objects to CUTLASS's references to elements of its arrays
     "-fno-canonical-system-headers",  # a header finds others beside the link to it, not beside the original
 )
 

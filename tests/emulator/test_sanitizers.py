@@ -20,7 +20,6 @@ pytestmark = [
         ("cuda_emulator", build.ASAN, "01"),
         ("cuda_emulator", build.TSAN, "1"),
         ("sm90_emulator", build.PLAIN, "02345"),
-        ("sm90_emulator", build.ASAN, "1"),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
