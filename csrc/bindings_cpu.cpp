@@ -499,15 +499,13 @@ Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings) {
 // The gradient of the weight of a convolution, or none where PyTorch has to compute it.
 OptionalTensor conv_weight_grad(Tensor grad_output, Tensor input, Tensor weight, Tensor settings) {
   const auto size = weight.sizes();
-  const Settings numbers(settings);
-  resfuse::ConvForward forward = conv_args(input, weight, {}, size[0], size[1], numbers);
-  const resfuse::Convolution& conv = forward.conv;
+  const resfuse::Convolution conv = conv_args(input, weight, {}, size[0], size[1], Settings(settings)).conv;
   const int64_t expected[] = {conv.batch, conv.filters, conv.out_height, conv.out_width};
   for (int64_t i = 0; i < 4; ++i)
     STD_TORCH_CHECK(grad_output.size(i) == expected[i], "grad_output: its shape is not that of the output");
   for (const Tensor* tensor : {&grad_output, &weight})
     if (tensor->scalar_type() != input.scalar_type()) return {};
-  if (!is_dense_nhwc(input)) return {};
+  if (!resfuse::cpu::takes_weight_grad(conv) || !is_dense_nhwc(input)) return {};
   grad_output = to_nhwc(grad_output);
   const Tensor grad_weight = torch::stable::empty_like(weight);  // whatever its strides
   const auto stride = grad_weight.strides();

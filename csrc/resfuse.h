@@ -201,7 +201,8 @@ void conv_forward(const ConvForward& args);
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
 // after the other, and nothing has happened.
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool);
-// False where it has no kernel, or gradients are not finite: more of them than eager's would be.
+bool takes_weight_grad(const Convolution& conv);  // whether conv_weight_grad can compute it
+// False where gradients are not finite: more of them than eager's would be.
 bool conv_weight_grad(const ConvWeightGrad& args);
 void prefer_huge_pages(void* data, int64_t bytes);  // under a large result
 const char* instruction_set();

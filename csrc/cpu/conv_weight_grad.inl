@@ -227,13 +227,6 @@ bool conv_weight_grad_typed(const ConvWeightGrad& args) {
 }
 
 bool conv_weight_grad(const ConvWeightGrad& args) {
-  const Convolution& conv = args.conv;
-  // The transformations round by more than a short sum does.
-  const bool many = conv.batch * ceil_div(conv.out_height, 2) * ceil_div(conv.out_width, 2) >= 64;
-  const bool taken = many && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
-                     conv.dilation_h == 1 && conv.dilation_w == 1 && conv.groups == 1 && conv.channels % kWidth == 0 &&
-                     conv.filters % kWidth == 0;
-  return taken && with_type(conv.dtype, [&](auto* type) {
-           return conv_weight_grad_typed<std::remove_pointer_t<decltype(type)>>(args);
-         });
+  return with_type(args.conv.dtype,
+                   [&](auto* type) { return conv_weight_grad_typed<std::remove_pointer_t<decltype(type)>>(args); });
 }

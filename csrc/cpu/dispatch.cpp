@@ -81,6 +81,13 @@ void conv_forward(const ConvForward& args) { chosen().kernels->conv_forward(args
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool) {
   return chosen().kernels->conv_pool_forward(args, pool);
 }
+bool takes_weight_grad(const Convolution& conv) {
+  // The transformations round by more than a short sum does.
+  const int64_t tiles = conv.batch * ceil_div(conv.out_height, 2) * ceil_div(conv.out_width, 2);
+  return tiles >= 64 && conv.kernel_h == 3 && conv.kernel_w == 3 && conv.stride_h == 1 && conv.stride_w == 1 &&
+         conv.dilation_h == 1 && conv.dilation_w == 1 && conv.groups == 1 && conv.channels % 16 == 0 &&
+         conv.filters % 16 == 0;  // whole vectors of every instruction set
+}
 bool conv_weight_grad(const ConvWeightGrad& args) { return chosen().kernels->conv_weight_grad(args); }
 
 }  // namespace resfuse::cpu

@@ -114,6 +114,7 @@ def bn_act_backward(
 def _masked(
     grad_output: Tensor, input: Tensor, output: Tensor | None, vectors: tuple[Tensor | None, ...], relu: bool
 ) -> Tensor:
+    """g = grad_output [a > 0], as in `bn_act_backward`."""
     if relu and output is None:
         weight, bias, mean, invstd = vectors
         output = bn_apply(input, mean, invstd, weight, bias, None, False)  # type: ignore[arg-type]
