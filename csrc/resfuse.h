@@ -198,6 +198,10 @@ void max_pool_forward(const MaxPoolForward& args);
 void max_pool_backward(const MaxPoolBackward& args);
 void conv_forward(const ConvForward& args);
 
+// Each of the convolutions reads what the one before it writes, and that alone; the first has an input, the last an
+// output and may have a residual.  Whole images: where `output` is the first one's input, it has been read.
+void conv_chain_forward(const ConvForward* calls, int64_t count);
+
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
 // after the other, and nothing has happened.
 bool conv_pool_forward(const ConvForward& args, const Pooling& pool);

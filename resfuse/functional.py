@@ -7,6 +7,7 @@ eager operators would give (`bn_act`, `add_relu`: that of `input`; `conv_bn_act`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from resfuse.ops.add_relu import AddReLUFunction
 from resfuse.ops.bn_act import BNActFunction
 from resfuse.ops.conv_bn_act import ConvBNActFunction
 from resfuse.ops.sync_bn_act import SyncBNActFunction
-from resfuse.types import BatchNorm, Pooling
+from resfuse.types import BatchNorm, InferenceCall, Pooling
 
 
 def add_relu(input: Tensor, residual: Tensor) -> Tensor:
@@ -284,20 +285,8 @@ def packed_conv_bn_act(
     relu: bool = True,
     overwrite_residual: bool = False,
     pad_residual: bool = False,
-    from_modules: bool = False,
 ) -> Tensor:
-    """`conv_bn_act` for callers that have the packs; `settings` are stride, padding, dilation and groups.
-
-    `from_modules`: all tensors are plain ones or parameters, and nothing but a compiler watches or transforms the call.
-    """
-    if from_modules:
-        inference = _checked_inference(bn)
-        if inference is not None:
-            output: Tensor | None = inference(
-                input, conv_weight, conv_bias, settings, bn, residual, relu, overwrite_residual, pad_residual
-            )
-            if output is not None:
-                return output
+    """`conv_bn_act` for callers that have the packs; `settings` are stride, padding, dilation and groups."""
     arguments.check_input("input", input, 4)
     arguments.check_input("conv_weight", conv_weight, 4)
     convolution, shape = arguments.convolution(input.shape, conv_weight.shape, *settings)
@@ -327,28 +316,29 @@ def packed_conv_bn_act(
     return ops.conv_bn_act.run(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)[0]
 
 
-def pooled_inference(
+def inference(
     input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    settings: tuple[Any, Any, Any, int],
-    bn: BatchNorm,
-    relu: bool,
-    pooling: Pooling,
+    calls: Sequence[InferenceCall],
+    residual: Tensor | None = None,
+    overwrite_residual: bool = False,
+    pad_residual: bool = False,
+    pooling: Pooling | None = None,
 ) -> Tensor | None:
-    """`conv_bn_act` from modules and max pooling behind it; None, and nothing has happened, if that is not one call."""
-    inference = _checked_inference(bn)
-    if inference is None:
+    """`conv_bn_act` once, or one behind another, with residual and pooling behind the last.
+
+    None, and nothing has happened, where that is not one call of the backend.  All tensors are plain ones or
+    parameters, and nothing but a compiler watches or transforms the call.
+    """
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
         return None
-    output: Tensor | None = inference(input, conv_weight, conv_bias, settings, bn, None, relu, pooling=pooling)
+    for _, _, _, bn, _ in calls:
+        if bn.training:
+            return None
+    checked = dispatch.checked_inference()
+    if checked is None:
+        return None
+    output: Tensor | None = checked(input, calls, residual, overwrite_residual, pad_residual, pooling=pooling)
     return output
-
-
-def _checked_inference(bn: BatchNorm) -> Any:
-    """The backend's `checked_inference`, where neither a gradient nor autocast forbids it."""
-    if bn.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
-        return None
-    return dispatch.checked_inference()
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

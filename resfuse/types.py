@@ -57,6 +57,10 @@ class BatchNorm(NamedTuple):
     eps: float
 
 
+InferenceCall = tuple[Tensor, Tensor | None, tuple[Setting, Setting, Setting, int], BatchNorm, bool]
+"""A convolution in inference: weight, bias, settings as for `Convolution.of`, batch norm, and if a ReLU follows."""
+
+
 class AbsentDevice(NamedTuple):
     """A GPU that need not be in this machine, in place of a `torch.device`, to ask what would run on it.
 

@@ -20,25 +20,29 @@ int64_t rounded_up(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage *
 struct Scratch {
   char* memory = nullptr;
   int64_t size = 0;
+
   ~Scratch() { std::free(memory); }
+
+  char* at_least(int64_t bytes) {
+    if (bytes <= size) return memory;
+    std::free(memory);
+    size = rounded_up(bytes);
+    memory = static_cast<char*>(std::aligned_alloc(kHugePage, size));
+    if (memory == nullptr) {
+      const std::string asked = std::to_string(size);
+      size = 0;
+      throw std::runtime_error("conv_bn_act: out of memory: could not allocate " + asked + " bytes of scratch");
+    }
+    prefer_huge_pages(memory, size);
+    return memory;
+  }
 };
-thread_local Scratch scratch;
+thread_local Scratch scratch, chain;
 
 }  // namespace
 
-char* scratch_memory(int64_t bytes) {
-  if (bytes <= scratch.size) return scratch.memory;
-  std::free(scratch.memory);
-  scratch.size = rounded_up(bytes);
-  scratch.memory = static_cast<char*>(std::aligned_alloc(kHugePage, scratch.size));
-  if (scratch.memory == nullptr) {
-    const std::string size = std::to_string(scratch.size);
-    scratch.size = 0;
-    throw std::runtime_error("conv_bn_act: out of memory: could not allocate " + size + " bytes of scratch");
-  }
-  prefer_huge_pages(scratch.memory, scratch.size);
-  return scratch.memory;
-}
+char* scratch_memory(int64_t bytes) { return scratch.at_least(bytes); }
+char* chain_memory(int64_t bytes) { return chain.at_least(bytes); }
 
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

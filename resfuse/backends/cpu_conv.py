@@ -5,7 +5,7 @@ Nothing is folded and nothing is kept: every call reads the raw weight and the r
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from resfuse.backends import cpu_kernels, reference
 from resfuse.backends.cpu_kernels import conv_settings
 from resfuse.layout import is_channels_last
-from resfuse.types import BatchNorm, Convolution, Pooling
+from resfuse.types import BatchNorm, Convolution, InferenceCall, Pooling
 
 # Looked up once: every call counts.
 inference_operator = cpu_kernels.conv_inference_forward
@@ -34,48 +34,37 @@ def conv_bn_act_inference(
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(BN(conv(input)) + residual) with running statistics; `overwrite_residual` gives up the residual's memory."""
-    output = inference_operator(
-        input, _readable(conv_weight, input), conv_bias, *bn[:4], residual,
-        conv_settings(convolution, bn.eps, relu, overwrite_residual, True),
-    )  # fmt: skip
+    settings = conv_settings(convolution, bn.eps, relu, overwrite_residual, True)
+    output = inference_operator(input, [_readable(conv_weight, input), conv_bias, *bn[:4], settings], residual)
     return _computed(output)
 
 
 def checked_inference(
-    input: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    settings: tuple[Any, Any, Any, int],
-    bn: BatchNorm,
-    residual: Tensor | None,
-    *flags: bool,
-    pooling: Pooling | None = None,
+    input: Tensor, calls: Sequence[InferenceCall], residual: Tensor | None, *flags: bool, pooling: Pooling | None = None
 ) -> Tensor | None:
     """`conv_bn_act_inference` of arguments that nobody has checked; None for those that only PyTorch takes, or nobody.
 
-    `settings` are as for `Convolution.of`; `flags` are relu, overwrite_residual and pad_residual.  Where there is no
-    residual, `pooling` is that of the output in the same call.
+    Each of several calls reads the output of the one before.  `flags` of the last one are overwrite_residual and
+    pad_residual; where it has no residual, `pooling` is that of the output in the same call.
     """
-    mean, var, weight, bias, _, _, eps = bn
-    if mean is None or conv_weight.dtype is not input.dtype:
-        return None
+    tensors: list[Tensor | None] = []
     try:
-        numbers = conv_settings(settings, eps, *flags)
+        for conv_weight, conv_bias, settings, bn, relu in calls:
+            mean, var, weight, bias, _, _, eps = bn
+            if mean is None or conv_weight.dtype is not input.dtype:
+                return None
+            tensors += conv_weight, conv_bias, mean, var, weight, bias, conv_settings(settings, eps, relu, *flags)
     except TypeError:  # lists have no hash
         return None
     if pooling is None:
-        return inference_operator(input, conv_weight, conv_bias, mean, var, weight, bias, residual, numbers)
-    if pooling.ceil_mode:
-        return None
-    return _pool_forward(input, conv_weight, conv_bias, mean, var, weight, bias, numbers, pooling.window())
+        return inference_operator(input, tensors, residual)
+    return None if pooling.ceil_mode else _pool_forward(input, *tensors, pooling.window())
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """z = conv(input) + conv_bias."""
-    output = inference_operator(
-        input, _readable(conv_weight, input), conv_bias, None, None, None, None, None,
-        conv_settings(convolution),
-    )  # fmt: skip
+    tensors = [_readable(conv_weight, input), conv_bias, None, None, None, None, conv_settings(convolution)]
+    output = inference_operator(input, tensors, None)
     return _computed(output)
 
 

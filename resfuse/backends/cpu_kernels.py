@@ -35,8 +35,9 @@ for _schema in (
     "max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()",
     # settings: see `conv_settings`; pooling: as above.
     # The first two check their arguments themselves, and return None where they do not take them.
-    "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor settings) -> Tensor?",
+    # tensors: conv_weight, conv_bias, running_mean, running_var, weight, bias and settings of each convolution, which
+    # reads the output of the one before.
+    "conv_inference_forward(Tensor input, Tensor?[] tensors, Tensor? residual) -> Tensor?",
     "conv_pool_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
     "Tensor? weight, Tensor? bias, Tensor settings, int[] pooling) -> Tensor?",
     "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings) -> Tensor",

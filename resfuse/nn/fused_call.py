@@ -13,7 +13,7 @@ The checks take two to three microseconds, less than calling the modules does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -93,6 +93,7 @@ def own_conv_bn_act(
     pad_residual: bool = False,
     channels_last: bool = False,
     pooling: Pooling | None = None,
+    before: Sequence[Any] = (),
 ) -> Tensor | None:
     """Call the operator with the state of the modules; None, and nothing has happened, if it cannot replace them.
 
@@ -113,32 +114,33 @@ def own_conv_bn_act(
         pad_residual: a residual of fewer channels is added to the first ones.
         channels_last: convert the input to this memory format, which the output then has, too.
         pooling: max pooling of the output, without a residual; the result is None, too, where that is not one call.
+        before: calls, with these modules as attributes, of which the first takes the input, each other one the output
+            of the one before it, and this one that of the last; None, too, where all of them are not one call.
     """
     if global_hooks() or not _fusible_tensors(input, residual):
         return None
-    found, norm = _convolution(conv), _norm(bn)
-    if found is None or norm is None:
+    own = _own(conv, bn, input)
+    if own is None:
         return None
-    conv_weight, conv_bias, settings = found
-    state, kind, module, group = norm
-    if group is not None:
-        return None
-    if kind.frozen and not (
-        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
-        input.dtype is conv_weight.dtype is state.weight.dtype  # type: ignore[union-attr]
-        and not torch.is_autocast_enabled(input.device.type)
-    ):
-        return None
+    (conv_weight, conv_bias, settings), (state, _, module, _) = own
+    calls = [(conv_weight, conv_bias, settings, state, act is not None)]
+    for link in reversed(before):
+        own = _own(link.conv, link.bn, input)
+        if own is None:
+            return None
+        calls.insert(0, (*own[0], own[1][0], link.act is not None))
+        channels_last = channels_last or link.channels_last
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
-    if pooling is not None:
-        return functional.pooled_inference(input, conv_weight, conv_bias, settings, state, act is not None, pooling)
+    output = functional.inference(input, calls, residual, overwrite_residual, pad_residual, pooling)
+    if output is not None or pooling is not None or before:
+        return output
     if module is not None and state.training:
         count_batch(module)  # before the call, as in BatchNorm2d: recomputation (checkpoint) may end inside it
     try:
         return functional.packed_conv_bn_act(
             input, conv_weight, conv_bias, settings, state, residual,
-            act is not None, overwrite_residual, pad_residual, True,
+            act is not None, overwrite_residual, pad_residual,
         )  # fmt: skip
     except ValueError:
         # Raised before anything is computed.  The modules accept a residual that broadcasts; all else is an error.
@@ -148,6 +150,20 @@ def own_conv_bn_act(
         if residual is None or pad_residual or residual.shape == expected:
             raise
         return None
+
+
+def _own(conv: Any, bn: Any, input: Tensor) -> tuple[_Convolution, _Norm] | None:
+    """The state of a convolution and a batch norm that one operator can replace, or None."""
+    found, norm = _convolution(conv), _norm(bn)
+    if found is None or norm is None or norm[3] is not None:
+        return None
+    if norm[1].frozen and not (
+        # It is pointwise arithmetic with type promotion: only so does it keep the convolution's dtype.
+        input.dtype is found[0].dtype is norm[0].weight.dtype  # type: ignore[union-attr]
+        and not torch.is_autocast_enabled(input.device.type)
+    ):
+        return None
+    return found, norm
 
 
 def bn_act(
@@ -204,6 +220,8 @@ def keeps_dtype(input: Tensor, residual: Tensor) -> bool:
     return residual.dtype is dtype and (dtype is not torch.float32 or not torch.is_autocast_enabled(input.device.type))
 
 
+# (weight, bias, (stride, padding, dilation, groups))
+_Convolution = tuple[Any, Any, tuple[Any, Any, Any, int]]
 # (state, kind, module whose batches are counted or None, process group that it synchronises over in this call or None)
 _Norm = tuple[BatchNorm, BatchNormKind, Any, Any]
 
@@ -318,8 +336,8 @@ def plain_convolution(conv: Any) -> bool:
     return type(conv) is nn.Conv2d and unobserved(conv) and "_conv_forward" not in conv.__dict__
 
 
-def _convolution(conv: Any) -> tuple[Any, Any, tuple[Any, Any, Any, int]] | None:
-    """(weight, bias, (stride, padding, dilation, groups)) of a convolution; None if it must be called."""
+def _convolution(conv: Any) -> _Convolution | None:
+    """The state of a convolution; None if it must be called."""
     if type(conv) is ConvCall:
         plain = type(conv.weight) in _PLAIN_TENSORS or torch.compiler.is_compiling()
         return (conv.weight, conv.bias, conv[2:]) if plain and not isinstance(conv.padding, str) else None

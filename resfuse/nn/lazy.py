@@ -70,7 +70,9 @@ class Lazy:
     consume: bool = False
     """The residual is not read afterwards."""
     act: nn.Module | None = None
-    """An activation that is to be computed with it; it waits for max pooling (`activate`)."""
+    """An activation that is to be computed with it; it waits for max pooling or a convolution (`activate`)."""
+    before: tuple[Lazy, ...] = ()
+    """Convolutions with activations, of which the first takes the input and this one what the last computes."""
 
     def __init__(self, conv: Any, bn: Any, input: Any, channels_last: bool = False) -> None:
         self.conv, self.bn, self.input, self.channels_last = conv, bn, input, channels_last
@@ -87,7 +89,7 @@ class Lazy:
         return self.value is None and self.bn is not None and self.residual is None and self.act is None
 
     def activate(self, act: nn.Module) -> Lazy:
-        """With an activation.  In inference a convolution's is not computed before it is known if pooling follows."""
+        """With an activation.  In inference a convolution's is not computed before it is known what follows."""
         if (
             self.conv is None
             or self.bn is None
@@ -105,28 +107,54 @@ class Lazy:
         pooling = pooling_of(pool, self)
         if pooling is None:
             return None
+        self.detach()
+        input, channels_last = peek(self.input), self.channels_last
         value = fused_call.own_conv_bn_act(
-            self.conv, self.bn, peek(self.input), None, self.act, channels_last=self.channels_last, pooling=pooling
+            self.conv, self.bn, input, None, self.act, channels_last=channels_last, pooling=pooling
         )
         return None if value is None else Lazy.of(value, OWN)
+
+    def followed_by(self, conv: Any, channels_last: bool) -> Lazy:
+        """A convolution of what this one, which has an activation, computes; one call may compute them all."""
+        lazy = Lazy(conv, None, self.input, channels_last)
+        lazy.before = (*self.before, self)
+        return lazy
+
+    def detach(self) -> None:
+        """Compute the convolutions before this one."""
+        if self.before:
+            self.input, self.before = settle(self.before[-1]), ()
+
+    def _computed_at_once(self, act: nn.Module | None) -> Tensor | None:
+        """With the convolutions before it, in one call; None, and nothing has happened, where it is none."""
+        if self.bn is None or any(link.value is not None for link in self.before):  # computed since, for `guard`
+            return None
+        return fused_call.own_conv_bn_act(
+            self.conv, self.bn, peek(self.input), peek(self.residual), act,
+            self._consumes(), self.pad > 0, self.channels_last, before=self.before,
+        )  # fmt: skip
+
+    def _consumes(self) -> bool:
+        """True if the output may be written over the residual."""
+        return self.consume and (type(self.residual) is not Lazy or self.residual.held == OWN)
 
     def evaluate(self, act: nn.Module | None = None) -> Lazy:
         """Compute it, with an activation (None: its own)."""
         act = self.act if act is None else act
-        conv, bn, source, residual, held = self.conv, self.bn, self.input, self.residual, OWN
-        input = source.value if type(source) is Lazy else source
-        if type(residual) is Lazy:
-            residual, held = residual.value, residual.held
-        self.input = self.residual = None
+        value = self._computed_at_once(act) if self.before else None
+        if value is None:
+            self.detach()
+        conv, bn, source, residual = self.conv, self.bn, self.input, peek(self.residual)
+        input, consume = peek(source), self._consumes()
+        self.input, self.residual, self.before = None, None, ()
         if type(input) is Symbol:
             self.value, self.held = input.tracer.record(self, input, residual, act), OWN
             return self
-        value = None
-        if conv is not None and bn is not None:
-            consume = self.consume and held == OWN
-            pad, channels_last = self.pad > 0, self.channels_last
-            value = fused_call.own_conv_bn_act(conv, bn, input, residual, act, consume, pad, channels_last)
-            self.held = OWN
+        if value is None and conv is not None and bn is not None:
+            value = fused_call.own_conv_bn_act(
+                conv, bn, input, residual, act, consume, self.pad > 0, self.channels_last
+            )
+        self.held = OWN
         if value is None:
             if type(source) is Lazy:
                 source.held = SHARED  # modules are called with it
@@ -195,9 +223,11 @@ def guard(x: Any, *pending: Any) -> Any:
     if _is_tensor(value):
         for lazy in pending:
             if type(lazy) is Lazy and lazy.value is None:
-                read = (peek(lazy.input), peek(lazy.residual))
-                if any(_share_memory(value, tensor) for tensor in read if tensor is not None):
+                input, residual = peek(lazy.input), peek(lazy.residual)
+                if residual is not None and _share_memory(value, residual):
                     lazy.evaluate()
+                elif input is not None and _share_memory(value, input):
+                    lazy.detach() if lazy.before else lazy.evaluate()
     return x
 
 
@@ -222,6 +252,8 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     role = _ROLES.get(type(f))
     if type(x) is Lazy:
         if x.value is None and x.act is not None:
+            if role is _CONVOLUTION and len(x.before) < _MOST_BEFORE and not fused_call.must_decompose(peek(x.input)):
+                return x.followed_by(f, channels_last)
             result = x.pooled(f) if role is _POOL else None
             if result is not None:
                 return result
@@ -502,6 +534,8 @@ def _plain(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda *args, **options: function(*args) if len(args) == 2 and not options else None
 
 
+_MOST_BEFORE = 3
+"""Longer chains than a block's hold back too much for too little."""
 _CONVOLUTION, _NORM, _RELU, _IDENTITY, _POOL = range(5)
 # Exactly these classes.
 _ROLES = {

@@ -166,6 +166,7 @@ def test_verify_a_model(
     network = networks.Network(torch.nn.Sequential(models.conv_bn_relu(3), torch.nn.Dropout(0.5)), (3, 8, 8))
     monkeypatch.setattr(networks, "build", lambda *_, **__: network)
     monkeypatch.setattr(resfuse.functional, "packed_conv_bn_act", wrong)
+    monkeypatch.setattr(resfuse.functional, "inference", lambda *_: None)
     assert main([*ONE_OP, "--model", "small"]) == (mistake is not None)
     text = words(capsys)
     assert "small, fused by resfuse.fuse_, on cpu, bfloat16" in text

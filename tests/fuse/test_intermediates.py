@@ -84,16 +84,15 @@ def test_what_a_module_keeps_is_not_overwritten() -> None:
 
 def test_residuals_are_overwritten_in_inference_only() -> None:
     fused, _, _ = both(lambda: torchvision.models.resnet50(num_classes=5))
-    function, overwritten = functional.packed_conv_bn_act, []
+    function, overwritten = functional.inference, []
 
-    def conv_bn_act(*args: Any, **options: Any) -> Tensor:
-        output = function(*args, **options)
-        residual = args[5]
-        overwritten.append(residual is not None and residual.data_ptr() == output.data_ptr())
+    def inference(input: Tensor, calls: Any, residual: Tensor | None, *args: Any) -> Tensor | None:
+        output = function(input, calls, residual, *args)
+        overwritten.append(None not in (residual, output) and residual.data_ptr() == output.data_ptr())
         return output
 
     input = models.random_input(IMAGE)
-    with mock.patch.object(functional, "packed_conv_bn_act", conv_bn_act), torch.no_grad():
+    with mock.patch.object(functional, "inference", inference), torch.no_grad():
         fused.eval()(input)
         cpu = "cpu" in resfuse.available_backends()
         assert sum(overwritten) == (16 if cpu else 0)

@@ -49,7 +49,7 @@ def check_pooling(dtype: torch.dtype, count: int) -> int:
         pooling = Pooling((high, wide), steps, edges, rng.choice([(1, 1), (1, 1), (2, 3)]), False)
         if rng.random() < 0.2:
             input[0, 0, 4, 5] = torch.nan
-        arguments = input, weight, None, (stride, padding, 1, 1), bn, None, rng.random() < 0.7
+        arguments = input, [(weight, None, (stride, padding, 1, 1), bn, rng.random() < 0.7)], None
         with torch.no_grad():
             one, alone = cpu_conv.checked_inference(*arguments, pooling=pooling), cpu_conv.checked_inference(*arguments)
             if one is None:
@@ -77,8 +77,8 @@ def test_a_faster_path_is_not_given_up() -> None:
     bn, pooling = BatchNorm(*vectors, False, 0.1, 1e-5), Pooling((3, 3), (2, 2), (1, 1), (1, 1), False)
 
     def one_call(stride: int) -> bool:
-        arguments = input, weight, None, (stride, 1, 1, 1), bn, None, True
-        return cpu_conv.checked_inference(*arguments, pooling=pooling) is not None
+        calls = [(weight, None, (stride, 1, 1, 1), bn, True)]
+        return cpu_conv.checked_inference(input, calls, None, pooling=pooling) is not None
 
     with torch.no_grad():
         assert not one_call(stride=1)
@@ -145,13 +145,14 @@ def test_network(make: Callable[[], nn.Module], change: Callable[[nn.Module], No
         if change is not None:
             change(model)
     input = torch.randn(2, 3, 37, 41)
-    exact, results = functional.pooled_inference, []
+    exact, results = functional.inference, []
 
     def watched(*arguments: Any) -> Tensor | None:
-        results.append(exact(*arguments))
-        return results[-1]
+        output = exact(*arguments)
+        results.append(None if arguments[-1] is None else output)  # the last one is the pooling
+        return output
 
-    with torch.no_grad(), mock.patch.object(functional, "pooled_inference", watched):
+    with torch.no_grad(), mock.patch.object(functional, "inference", watched):
         found, expected = fused(input), eager(input)
     assert any(result is not None for result in results) == pooled
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -178,9 +179,12 @@ def test_what_the_operator_does_not_take() -> None:
     """It returns None, writes nothing, and leaves the words to the checks in Python."""
     input, weight = torch.randn(1, 8, 6, 6), torch.randn(4, 8, 3, 3)
     vectors = [torch.zeros(4), torch.ones(4), torch.ones(4), torch.zeros(4)]
-    good: tuple[object, ...] = (input, weight, None, (1, 1, 1, 1), BatchNorm(*vectors, False, 0.1, 1e-5), None, True)
-    take = cpu_conv.checked_inference
-    assert take(*good) is not None  # type: ignore[arg-type]
+    good: tuple[Any, ...] = (input, weight, None, (1, 1, 1, 1), BatchNorm(*vectors, False, 0.1, 1e-5), None)
+
+    def take(input: Any, weight: Any, bias: Any, settings: Any, bn: Any, residual: Any, *flags: bool) -> Tensor | None:
+        return cpu_conv.checked_inference(input, [(weight, bias, settings, bn, True)], residual, *flags)
+
+    assert take(*good) is not None
     residual = torch.randn(1, 4, 6, 6)
     before = residual.clone()
     other_bn = [BatchNorm(*(value if i == at else v for i, v in enumerate(vectors)), False, 0.1, 1e-5)
@@ -208,14 +212,14 @@ def test_what_the_operator_does_not_take() -> None:
         arguments = [change.get(i, value) for i, value in enumerate(good)]
         if 5 not in change:
             arguments[5] = residual
-        assert take(*arguments, True, False) is None, change  # type: ignore[arg-type]
+        assert take(*arguments, True, False) is None, change
     assert torch.equal(residual, before)
     # What may share memory with the input is not written to; fewer channels only where they were asked for.
     base = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     wide = torch.randn(8, 8, 3, 3)
     doubled = BatchNorm(*(torch.cat([v, v]) for v in vectors), False, 0.1, 1e-5)
     kept = base.clone()
-    take(base, wide, None, (1, 1, 1, 1), doubled, base, True, True, False)
+    take(base, wide, None, (1, 1, 1, 1), doubled, base, True, False)
     assert torch.equal(base, kept)
     narrow = torch.randn(1, 3, 6, 6)
-    assert take(*good[:5], narrow, True, False, True) is not None  # type: ignore[arg-type]
+    assert take(*good[:5], narrow, False, True) is not None

@@ -22,11 +22,13 @@ from resfuse import _extension
 _extension.mark_loaded("_cpu")
 from tests.backends.cpu.random_convolutions import check, main
 from tests.backends.cpu.test_conv import PATHS, path_call
+from tests.backends.cpu.test_conv_chain import check_chains
 from tests.backends.cpu.test_conv_pool import check_pooling
 from tests.contract import FUSED, forward
 torch.set_num_threads(2)
 for dtype in (torch.float32, torch.bfloat16):
     main(7, 150, dtype)
+    check_chains(dtype, 40)
     check_pooling(dtype, 60)
     for name in PATHS:
         call = path_call(name, dtype)

@@ -1,0 +1,49 @@
+// Shared by the bindings of csrc/cpu: dtypes, layouts and fresh memory.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "resfuse.h"
+
+namespace resfuse::cpu::bindings {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  ": expected float32 or bfloat16 on the CPU");
+  return type == ScalarType::Float ? DType::float32 : DType::bfloat16;
+}
+
+// The memory of a result, fresh from the allocator.
+inline void* written(const Tensor& tensor) {
+  prefer_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor.data_ptr();
+}
+
+inline Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, size, stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline int32_t number_of(DType dtype) {
+  return dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+
+inline bool is_dense_nhwc(const Tensor& tensor) {
+  const auto size = tensor.sizes(), stride = tensor.strides();
+  return (size[3] == 1 || stride[3] == size[1]) && (size[2] == 1 || stride[2] == size[3] * size[1]) &&
+         (size[1] == 1 || stride[1] == 1) && (size[0] == 1 || stride[0] == size[2] * size[3] * size[1]);
+}
+
+}  // namespace resfuse::cpu::bindings
