@@ -99,26 +99,25 @@ def read_state(bn: nn.Module, kind: BatchNormKind) -> BatchNorm:
     attributes = bn.__dict__
     if "weight" in attributes or "bias" in attributes or "running_mean" in attributes or "running_var" in attributes:
         raise KeyError("an attribute hides a parameter or buffer")
-    buffers = bn._buffers
+    buffers = attributes["_buffers"]
     mean, var = buffers["running_mean"], buffers["running_var"]
     if kind.frozen:
         if mean is None or var is None or buffers["weight"] is None or buffers["bias"] is None:
             raise KeyError("a buffer was removed")
         eps = bn.eps if kind.eps is None else kind.eps
         return BatchNorm(mean, var, buffers["weight"], buffers["bias"], False, 0.0, eps)  # type: ignore[arg-type]
-    if not bn.eps > 0:  # type: ignore[operator]
+    eps, parameters = attributes["eps"], attributes["_parameters"]
+    if not eps > 0:
         raise KeyError("F.batch_norm raises, too")
-    weight, bias = bn._parameters["weight"], bn._parameters["bias"]
-    momentum = bn.momentum
-    if not bn.training:
-        batch_statistics = mean is None and var is None
-        return BatchNorm(mean, var, weight, bias, batch_statistics, momentum or 0.0, bn.eps)  # type: ignore[arg-type]
+    weight, bias, momentum = parameters["weight"], parameters["bias"], attributes["momentum"]
+    if not attributes["training"]:
+        return BatchNorm(mean, var, weight, bias, mean is None and var is None, momentum or 0.0, eps)
     if not bn.track_running_stats:
-        return BatchNorm(None, None, weight, bias, True, momentum or 0.0, bn.eps)  # type: ignore[arg-type]
+        return BatchNorm(None, None, weight, bias, True, momentum or 0.0, eps)
     if momentum is None:  # the cumulative average
         count = buffers["num_batches_tracked"]
         momentum = 0.0 if count is None else 1.0 / (float(count) + 1.0)
-    return BatchNorm(mean, var, weight, bias, True, momentum, bn.eps)  # type: ignore[arg-type]
+    return BatchNorm(mean, var, weight, bias, True, momentum, eps)
 
 
 def count_batch(bn: nn.Module, batches: int = 1) -> None:

@@ -45,6 +45,9 @@ _global_forward_pre_hooks = _torch_module._global_forward_pre_hooks
 _global_backward_hooks = _torch_module._global_backward_hooks
 _global_backward_pre_hooks = _torch_module._global_backward_pre_hooks
 
+_transforms_are_active, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
 # What the modules would call.
 _conv2d, _batch_norm, _relu = F.conv2d, F.batch_norm, F.relu
 _conv_forward, _norm_forward, _relu_forward = nn.Conv2d.forward, nn.BatchNorm2d.forward, nn.ReLU.forward
@@ -306,12 +309,13 @@ def activation_of(act: nn.Module | None) -> str | None:
 
 def unobserved(module: nn.Module) -> bool:
     """True if no hook or replaced `forward` on the module itself would notice that it is bypassed."""
+    attributes = module.__dict__  # reads of modules of many classes are slow
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
     )
 
 
@@ -341,19 +345,22 @@ def _convolution(conv: Any) -> _Convolution | None:
     if type(conv) is ConvCall:
         plain = type(conv.weight) in _PLAIN_TENSORS or torch.compiler.is_compiling()
         return (conv.weight, conv.bias, conv[2:]) if plain and not isinstance(conv.padding, str) else None
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or not unobserved(conv):
+    if type(conv) is not nn.Conv2d or not unobserved(conv):
         return None
     attributes = conv.__dict__
+    if attributes["padding_mode"] != "zeros":
+        return None
     if "_conv_forward" in attributes or "weight" in attributes or "bias" in attributes:
         return None
-    padding: Any = _symmetric_padding(conv) if isinstance(conv.padding, str) else conv.padding
-    parameters = conv._parameters
+    padding, parameters = attributes["padding"], attributes["_parameters"]
+    if type(padding) is str:
+        padding = _symmetric_padding(conv)
     weight = parameters.get("weight")
     if padding is None or "bias" not in parameters:
         return None
     if type(weight) not in _PLAIN_TENSORS and (weight is None or not torch.compiler.is_compiling()):
         return None
-    return weight, parameters["bias"], (conv.stride, padding, conv.dilation, conv.groups)
+    return weight, parameters["bias"], (attributes["stride"], padding, attributes["dilation"], attributes["groups"])
 
 
 def reason_against(conv: Any, bn: Any) -> str | None:
@@ -392,18 +399,18 @@ def _fusible_tensors(input: Tensor, residual: Tensor | None) -> bool:
 
 def must_decompose(input: Tensor) -> bool:
     """True if a transform, a tracer, a mode or a tensor subclass must see PyTorch's own operators."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         return True
     if torch.compiler.is_compiling():
         return _traced_as_pytorch or torch.onnx.is_in_onnx_export()
     return (
         type(input) not in _PLAIN_TENSORS
         or input.is_meta
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _dispatch_modes() > 0
         or (  # a mode other than that of `torch.device` and `set_default_device`
-            torch._C._len_torch_function_stack() > 0
+            _function_modes() > 0
             and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         )
     )
