@@ -144,8 +144,8 @@ class _Machine:
         )
 
     def _kernels(self, run: Run) -> list[Kernel]:
-        on_reference = run.func.namespace == "resfuse" and self._choice(run)[0] == "reference"
-        runs = expanded(run) if on_reference else [run]
+        backend = self._choice(run)[0] if run.func.namespace == "resfuse" else PYTORCH
+        runs = expanded(run) if backend == "reference" else _in_two(run) if backend == "cudnn" else [run]
         return [kernel for run in runs for kernel in kernels(*run, self._device)]
 
     def _choice(self, run: Run, path: str = "") -> tuple[str, str]:
@@ -203,6 +203,23 @@ def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
     stride, padding, dilation = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
     convolution = Convolution(stride, padding, dilation, given["groups"])
     return Problem(kernel, place, input.dtype, input.shape, given["conv_weight"].shape, convolution)
+
+
+def _in_two(run: Run) -> list[Run]:
+    """A convolution with batch norm as the backend `cudnn` runs it."""
+    ops, given = torch.ops.resfuse, named_arguments(run.func, run.args, run.kwargs)
+    training = "momentum" in given
+    output, z, *statistics = run.output if training else (run.output, run.output)
+    norm = (ops.bn_act_train if training else ops.bn_act_eval).default
+
+    def taken(func: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(values[argument.name] for argument in func._schema.arguments)
+
+    conv = ops.conv_forward.default
+    return [
+        Run(conv, taken(conv, given), {}, z),
+        Run(norm, taken(norm, {**given, "input": z}), {}, (output, *statistics)),
+    ]
 
 
 def _op(run: Run) -> str:

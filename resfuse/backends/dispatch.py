@@ -27,6 +27,9 @@ logger = logging.getLogger("resfuse")
 
 PREFERENCE = ("cuda", "triton", "sm90", "cpu", "reference")
 
+UNRANKED = ("cudnn",)
+"""Chosen by name."""
+
 PREDICTED = "predicted, not measured"
 
 
@@ -110,7 +113,7 @@ def register(name: str, module: Any) -> None:
         name: the name for `use_backend`; a name that is taken stays with its owner.
         module: a `Backend` with the functions that it declares in KERNELS.
     """
-    if name in PREFERENCE or _registered.get(name, module) is not module:
+    if name in (*PREFERENCE, *UNRANKED) or _registered.get(name, module) is not module:
         raise ValueError(f"a backend named {name!r} exists already")
     _registered[name] = module
 
@@ -121,7 +124,7 @@ def validated(name: str | None) -> str | None:
     Raises:
         ValueError: there is none.
     """
-    names = (*PREFERENCE, *_registered)
+    names = (*PREFERENCE, *UNRANKED, *_registered)
     if name is not None and name not in names:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
     return name
