@@ -1,8 +1,8 @@
 """PyTorch's own convolution, which is cuDNN's on a GPU, and a kernel for batch norm, residual and activation behind it.
 
-Two launches, in inference too.  It has no rank: it runs where it is asked for, or was measured to be the fastest.  ATen's
-fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no backends: they take a folded weight, which is
-rounded once more and can go stale.
+Two launches, in inference too.  It has no rank: it runs where it is asked for, or was measured to be the fastest.
+ATen's fused `cudnn_convolution_relu` and `cudnn_convolution_add_relu` are no backends: they take a folded weight, which
+is rounded once more and can go stale.
 """
 
 from __future__ import annotations
