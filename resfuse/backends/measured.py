@@ -127,11 +127,12 @@ def lookup(problem: Problem) -> tuple[int, Entry] | None:
 
 
 def configs(problem: ConvProblem, device: str) -> list[ConvConfig]:
-    """The configurations measured for this problem and for near ones of its family, the nearest first.
+    """The configurations measured for a problem, and for near ones of its family, the nearest first.
 
-    Any of them is right in any version, and likely better than what a model predicts.
+    A residual makes no difference, and the problem has none.  Any configuration is right in any version, and likely
+    better than what a model predicts.
     """
-    problem = canonical(problem)._replace(residual=False)
+    problem = canonical(problem)
     near = [
         (other._replace(residual=False) != problem, _distance(other, problem), entry.config)
         for table in _tables(device)

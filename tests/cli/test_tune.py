@@ -21,6 +21,7 @@ from resfuse.backends.triton.config import A100, DTYPES, H100, KINDS, ConvConfig
 from resfuse.backends.triton.plan import chosen_config
 from resfuse.cli import main, tune
 from resfuse.cli.tune import Trial
+from resfuse.types import AbsentDevice, Convolution, Problem
 
 LAYER = ConvProblem("forward", torch.bfloat16, 32, 28, 28, 128, 128, 3, 3, padding=(1, 1))
 SMALL = ConvProblem("forward", torch.float32, 2, 6, 6, 8, 16, 3, 3, (2, 2), (1, 1))
@@ -113,6 +114,10 @@ def test_every_backend_is_timed_and_the_fastest_is_used() -> None:
     trials, path = Trials(), measured.user_folder() / measured.file_name(H100.name)
     fastest = sorted(ranked(LAYER, H100)[:8], key=lambda candidate: trials.attempt("triton", candidate))
     trials.bad = {"sm90", *fastest[:2]}
+    shapes = torch.Size((32, 128, 28, 28)), torch.Size((128, 128, 3, 3))
+    device, convolution = AbsentDevice(H100.capability, name=H100.name), Convolution(*LAYER[9:12], 1)
+    asked = Problem("conv_bn_act_forward", device, torch.bfloat16, *shapes, convolution)
+    assert dispatch.choose(asked, None).measured is None
     (outcome,) = trials.tune([LAYER, LAYER._replace(precision="tf32")], path)
     best = trials.attempt("triton", fastest[2])
     times = {"cuda": 30.0, "cudnn": 25.0, "reference": 40.0, "triton": round(best, 3)}
@@ -121,10 +126,6 @@ def test_every_backend_is_timed_and_the_fastest_is_used() -> None:
     assert outcome.heuristic is None or outcome.heuristic >= best
     assert measured.read(path, H100.name).entries == {LAYER: outcome.entry}
     assert chosen_config(LAYER, H100) == fastest[2]
-    device = dispatch.AbsentDevice(H100.capability, name=H100.name)
-    shapes = torch.Size((32, 128, 28, 28)), torch.Size((128, 128, 3, 3))
-    convolution = tune.Convolution(*LAYER[9:12], 1)
-    asked = dispatch.Problem("conv_bn_act_forward", device, torch.bfloat16, *shapes, convolution)
     chosen = dispatch.choose(asked, None)
     assert chosen.name == min(times, key=times.__getitem__) and f"measured on {H100.name}: " in str(chosen.measured)
 
