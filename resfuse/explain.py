@@ -144,8 +144,8 @@ class _Machine:
         )
 
     def _kernels(self, run: Run) -> list[Kernel]:
-        on_reference = run.func.namespace == "resfuse" and self._choice(run)[0] == "reference"
-        runs = expanded(run) if on_reference else [run]
+        backend = self._choice(run)[0] if run.func.namespace == "resfuse" else PYTORCH
+        runs = expanded(run) if backend == "reference" else _in_two(run) if backend == "cudnn" else [run]
         return [kernel for run in runs for kernel in kernels(*run, self._device)]
 
     def _choice(self, run: Run, path: str = "") -> tuple[str, str]:
@@ -155,11 +155,11 @@ class _Machine:
             if around and _op(run).endswith(_FUSIBLE):
                 return PYTORCH, f"not fused: {self._left[max(around, key=len)]}"
             return PYTORCH, "PyTorch's own operator"
-        name, rejected = dispatch.explain_choice(_problem(run, self._place), self._request)
+        choice = dispatch.choose(problem_of(run, self._place), self._request)
         if self._request is not None:
-            return name, "asked for by name"
-        reasons = (f"not {other}: {', '.join(why)}" for other, why in rejected.items())
-        return name, "; ".join(reasons) or "first in the order of preference"
+            return choice.name, "asked for by name"
+        reasons = (f"not {other}: {', '.join(why)}" for other, why in choice.rejected.items())
+        return choice.name, choice.measured or "; ".join(reasons) or "first in the order of preference"
 
     def _seconds(self, run: Run) -> float:
         """The median time of the operator, alone, on random tensors of such shapes and strides."""
@@ -191,8 +191,8 @@ class _Machine:
         return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
 
-def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
-    """The question that the registered operator asks of the dispatcher."""
+def problem_of(run: Run, place: torch.device | AbsentDevice) -> Problem:
+    """The question that a registered operator asks of the dispatcher."""
     given = named_arguments(run.func, run.args, run.kwargs)
     kernel: str = run.func._overloadpacket.__name__
     if kernel.endswith(("_train", "_eval")):
@@ -202,7 +202,27 @@ def _problem(run: Run, place: torch.device | AbsentDevice) -> Problem:
         return Problem(kernel, place, input.dtype, input.shape)
     stride, padding, dilation = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
     convolution = Convolution(stride, padding, dilation, given["groups"])
-    return Problem(kernel, place, input.dtype, input.shape, given["conv_weight"].shape, convolution)
+    training, residual = run.func._overloadpacket.__name__.endswith("_train"), given.get("residual") is not None
+    tf32 = place.type == "cuda" and input.dtype == torch.float32 and dispatch.uses_tf32()
+    shapes = input.shape, given["conv_weight"].shape
+    return Problem(kernel, place, input.dtype, *shapes, convolution, training, residual, tf32)
+
+
+def _in_two(run: Run) -> list[Run]:
+    """A convolution with batch norm as the backend `cudnn` runs it."""
+    ops, given = torch.ops.resfuse, named_arguments(run.func, run.args, run.kwargs)
+    training = "momentum" in given
+    output, z, *statistics = run.output if training else (run.output, run.output)
+    norm = (ops.bn_act_train if training else ops.bn_act_eval).default
+
+    def taken(func: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(values[argument.name] for argument in func._schema.arguments)
+
+    conv = ops.conv_forward.default
+    return [
+        Run(conv, taken(conv, given), {}, z),
+        Run(norm, taken(norm, {**given, "input": z}), {}, (output, *statistics)),
+    ]
 
 
 def _op(run: Run) -> str:
@@ -276,7 +296,8 @@ def _find(device: Any, model: nn.Module) -> tuple[Device, torch.device | AbsentD
     if device.capability is None:
         raise ValueError(f"device: {device.name} has no compute capability, which decides what can run on it")
     gpus = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
-    return device, next((gpu for gpu in gpus if _name(gpu) == device.name), AbsentDevice(device.capability))
+    absent = AbsentDevice(device.capability, name=device.name)
+    return device, next((gpu for gpu in gpus if _name(gpu) == device.name), absent)
 
 
 def _name(place: torch.device | AbsentDevice) -> str | None:

@@ -70,6 +70,8 @@ class AbsentDevice(NamedTuple):
     capability: Pair
     """CUDA compute capability."""
     type: str = "cuda"
+    name: str | None = None
+    """As `torch.cuda.get_device_name` has it, by which tables of measurements are found."""
 
     def __str__(self) -> str:
         return f"{self.type} of compute capability {'.'.join(map(str, self.capability))}"
@@ -87,6 +89,18 @@ class Problem(NamedTuple):
     weight_shape: torch.Size | None = None
     """(K, C / groups, R, S) where there is a convolution."""
     convolution: Convolution | None = None
+    training: bool = False
+    """This and the next two are of a forward convolution with batch norm, for which they decide what is fastest."""
+    residual: bool = False
+    tf32: bool = False
+    """PyTorch's switch, where it has an effect."""
+
+    @property
+    def device_name(self) -> str | None:
+        """The GPU's name, in this machine or not, where it is known."""
+        if isinstance(self.device, AbsentDevice):
+            return self.device.name
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
     @property
     def capability(self) -> Pair:

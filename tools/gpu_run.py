@@ -103,7 +103,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         "tune": [
             Command(kind, words(f"resfuse tune --model cifar_resnet --kind {kind} --batch 2 --dry-run" if quick else
                                 f"resfuse tune --model resnet50 --kind {kind} --batch {batch} --candidates 6"
-                                " --output {work}/tables/" + f"{kind}.json"), 4, 1.5)
+                                " --output {work}/tables"), 4, 1.5, resumes=True)
             for kind, batch in (("forward", 128), ("train", 256))
         ],
         "sanitize": [

@@ -185,7 +185,7 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
 
     device, precision = DEVICES[arch], "tf32" if dtype == "tf32" else "ieee"
     layers = (p for network in args.network for p in tune.layer_problems(network, args.batch, DTYPES[dtype]))
-    for p in dict.fromkeys(layer._replace(precision=precision) for layer in layers):
+    for p in dict.fromkeys(layer._replace(precision=precision, residual=False) for layer in layers):
         tiled = plan.tile_problem(p)
         for spec in convolution_specs(p, device):
             tile = spec.constants["CONV"][13:16]

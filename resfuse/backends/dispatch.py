@@ -1,7 +1,8 @@
 """The choice of the backend for a problem: made here alone, once per problem, and with reasons.
 
-Automatic choice takes the first backend in `PREFERENCE` that supports the problem, unless `RANKING` names a faster one,
-and logs why it passed over the others; on a GPU, one whose kernel has been right there (first_contact.py).  An explicit
+Automatic choice takes the backend that was fastest on this GPU where a table has the problem (measured.py), else the
+first in `PREFERENCE` that supports it, unless `RANKING` names a faster one, and logs why it passed over the others; on
+a GPU, one whose kernel has been right there (first_contact.py).  An explicit
 request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises; only a kernel that the
 requested backend does not declare goes to `reference`: the gradients of convolutions, which are cuDNN's on a GPU.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +22,20 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from resfuse.backends import first_contact
+from resfuse.backends import first_contact, measured
 from resfuse.types import AbsentDevice, Convolution, Problem
 
 logger = logging.getLogger("resfuse")
 
 PREFERENCE = ("cuda", "triton", "sm90", "cpu", "reference")
 
+UNRANKED = ("cudnn",)
+"""Chosen by name, or where a table has it as the fastest."""
+
 PREDICTED = "predicted, not measured"
+
+MARGIN = 1.02
+"""A backend must be faster than the predicted one by this factor to take its place: less may be noise."""
 
 
 class Backend(Protocol):
@@ -56,12 +64,9 @@ class Ranking(NamedTuple):
     """CUDA devices with such a compute capability: 9 is Hopper."""
     dtypes: tuple[torch.dtype, ...]
     why: str
-    source: str = PREDICTED
-    """`PREDICTED`, or "measured on" and the device's name: the benchmark's CSV of that device has the figures."""
 
     def __str__(self) -> str:
-        verb = "should be" if self.source == PREDICTED else "is"
-        return f"{self.preferred} {verb} faster: {self.why} ({self.source})"
+        return f"{self.preferred} should be faster: {self.why} ({PREDICTED})"
 
     def applies(self, name: str, problem: Problem) -> bool:
         return (
@@ -73,16 +78,15 @@ class Ranking(NamedTuple):
         )
 
 
-# An entry moves nobody who asks for a backend by name, and counts only where the preferred backend can run the problem.
-# Of several that pass over a backend, the last says why.
+# An entry moves nobody who asks for a backend by name, and counts only where the preferred backend can run the problem
+# and no table has measured it.
 RANKING = (
     Ranking(
         ("conv_bn_act_forward", "conv_forward"),
         passed_over="cuda",
         preferred="triton",
         majors=(9, 10, 11),  # not 12, which has mma.sync alone
-        # For float32 it is true in TF32; without that neither uses tensor cores, and nothing is predicted.  The switch
-        # is not part of a problem: it can change between two calls.
+        # For float32 it is true in TF32; without that neither uses tensor cores, and nothing is predicted.
         dtypes=(torch.bfloat16, torch.float16, torch.float32),
         why="it multiplies by wgmma or tcgen05, which are faster than the mma.sync of cuda",
     ),
@@ -110,7 +114,7 @@ def register(name: str, module: Any) -> None:
         name: the name for `use_backend`; a name that is taken stays with its owner.
         module: a `Backend` with the functions that it declares in KERNELS.
     """
-    if name in PREFERENCE or _registered.get(name, module) is not module:
+    if name in (*PREFERENCE, *UNRANKED) or _registered.get(name, module) is not module:
         raise ValueError(f"a backend named {name!r} exists already")
     _registered[name] = module
 
@@ -121,7 +125,7 @@ def validated(name: str | None) -> str | None:
     Raises:
         ValueError: there is none.
     """
-    names = (*PREFERENCE, *_registered)
+    names = (*PREFERENCE, *UNRANKED, *_registered)
     if name is not None and name not in names:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, names))} or None, got {name!r}")
     return name
@@ -184,8 +188,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def explain_choice(problem: Problem, request: str | None = None) -> tuple[str, dict[str, list[str]]]:
     """Name of the chosen backend, and for every backend that was preferred to it the reasons against it."""
-    name, _, rejected = choose(problem, request)
-    return name, {other: list(reasons) for other, reasons in rejected.items()}
+    choice = choose(problem, request)
+    return choice.name, {other: list(reasons) for other, reasons in choice.rejected.items()}
 
 
 def through_dispatcher() -> bool:
@@ -220,19 +224,28 @@ def backend_for(
     weight_shape: torch.Size | None = None,
     convolution: Convolution | None = None,
     request: str | None = IN_FORCE,
+    training: bool = False,
+    residual: bool = False,
 ) -> Any:
     """The backend that runs `kernel` on a tensor like `input`.
 
     `request` is a backend's name or None for automatic choice: the one in force at the forward that a backward belongs
-    to, or, by default, the one in force now.
+    to, or, by default, the one in force now.  The last two tell forward convolutions with batch norm apart.
     """
+    dtype = input.dtype
+    tf32 = weight_shape is not None and dtype is torch.float32 and input.is_cuda and uses_tf32()
     # A plain tuple hashes and compares like the Problem that `choose` makes of it, and is made faster.
-    problem = (kernel, input.device, input.dtype, input.shape, weight_shape, convolution)
+    problem = (kernel, input.device, dtype, input.shape, weight_shape, convolution, training, residual, tf32)
     try:
         return choose(problem, _request.get() if request is IN_FORCE else request)[1]
     except first_contact.UnsettledError as error:  # for as long as a graph is captured: not a choice to remember
         logger.warning("reference runs %s: %s", kernel, error)
         return backend("reference")
+
+
+def uses_tf32() -> bool:
+    """PyTorch's switch for float32 convolutions on a GPU; reading it takes a microsecond."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def checked_inference() -> Any:
@@ -247,9 +260,23 @@ def _checked_inference(request: str | None) -> Any:
     return backend("cpu").checked_inference
 
 
+class Choice(NamedTuple):
+    """The backend for a problem."""
+
+    name: str
+    module: Any
+    rejected: dict[str, tuple[str, ...]]
+    """The reasons against those that were preferred to it, or that were measured beside it."""
+    measured: str | None = None
+    """The times that decided, None where the order of preference did."""
+
+
+# A choice stays right: the arguments and this machine decide which kernels may run, and a library that is loaded later
+# calls `forget_choices`.  Tables only say which is fastest: a process keeps to those that it read first, so that the
+# bits of a model do not change while it runs, until `resfuse tune`, which writes them, calls `forget_choices` too.
 @functools.lru_cache(maxsize=4096)
-def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict[str, tuple[str, ...]]]:
-    """(name, module) of the backend for a problem, and the reasons against those that were preferred to it.
+def choose(fields: tuple[Any, ...], request: str | None) -> Choice:
+    """The choice for a problem.
 
     `fields` are those of a `Problem`; `request` is a backend's name, or None for automatic choice.
     """
@@ -259,29 +286,56 @@ def choose(fields: tuple[Any, ...], request: str | None) -> tuple[str, Any, dict
         names = ("reference",)
     rejected: dict[str, tuple[str, ...]] = {}
     for name in names:
-        reasons = _reasons_against(name, problem, automatic=request is None)
+        reasons = reasons_against(name, problem, automatic=request is None)
         if not reasons and request is None:
             reasons = tuple(  # another backend, which can run the problem, is preferred to this one
                 str(entry)
                 for entry in RANKING
-                if entry.applies(name, problem) and not _reasons_against(entry.preferred, problem, automatic=True)
-            )[-1:]
+                if entry.applies(name, problem) and not reasons_against(entry.preferred, problem, automatic=True)
+            )
         if not reasons:
-            if rejected:
-                logger.debug("%s runs on %r: %s", problem, name, rejected)
-            return name, backend(name), rejected
+            choice = Choice(name, backend(name), rejected)
+            choice = choice if request is not None else _by_table(problem, choice)
+            if choice.rejected:
+                logger.debug("%s runs on %r: %s", problem, choice.name, choice.rejected)
+            return choice
         rejected[name] = reasons
     listed = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in rejected.items())
     raise RuntimeError(f"no backend can run {problem}:\n{listed}")
 
 
+def _by_table(problem: Problem, predicted: Choice) -> Choice:
+    """The choice by a table's times, where one has the problem; else the predicted one."""
+    found = measured.lookup(problem)
+    if found is None:
+        return predicted
+    batch, (times, left_out, _) = found
+    order = sorted(times, key=times.__getitem__)
+    rejected: dict[str, tuple[str, ...]] = {name: (f"when measured: {why}",) for name, why in left_out.items()}
+    for fastest in order:
+        reasons = reasons_against(fastest, problem, automatic=True)
+        if not reasons:
+            break
+        rejected[fastest] = reasons
+    else:
+        return predicted
+    within = times.get(predicted.name, math.inf) <= MARGIN * times[fastest]
+    name = predicted.name if within else fastest
+    where = problem.device_name if batch == problem.shape[0] else f"{problem.device_name} at batch {batch}"
+    listed = ", ".join(f"{other} {times[other]:.1f} us" for other in order)
+    text = f"measured on {where}: {listed}"
+    return Choice(name, backend(name), {other: (text,) for other in order if other != name} | rejected, text)
+
+
 def forget_choices() -> None:
-    """Choose anew at the next call: a library has been loaded since."""
+    """Choose anew at the next call: a library has been loaded, or a table written, since."""
+    measured.forget()
     choose.cache_clear()
     _checked_inference.cache_clear()
 
 
-def _reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
+def reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
+    """Why a backend cannot run a problem or, with `automatic`, is not to run it unasked."""
     module = backend(name)
     if problem.kernel not in module.KERNELS:
         return (f"{name} does not implement {problem.kernel}",)

@@ -17,7 +17,7 @@ COMMANDS = {
     "info": "Show versions, devices, backends and build settings, for bug reports.",
     "verify": "Check the numerical contract of every backend on this machine.",
     "explain": "Explain which backend runs each layer of a network, its roofline cost, and where time is lost.",
-    "tune": "Measure the configurations of the Triton kernels on this machine's GPU.",
+    "tune": "Measure every backend's convolutions on this machine's GPU, which then runs the fastest.",
 }
 
 

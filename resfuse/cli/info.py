@@ -16,7 +16,7 @@ import torch
 
 import resfuse
 from resfuse import _build, _extension
-from resfuse.backends import dispatch, first_contact
+from resfuse.backends import dispatch, first_contact, measured
 from resfuse.roofline import processor_name
 
 PACKAGES = ("torchvision", "timm", "triton", "numpy")
@@ -45,6 +45,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "backends": {name: reason or "available" for name, reason in dispatch.unavailable_reasons().items()},
         "exceptions": [_exception(entry) for entry in dispatch.RANKING],
+        "tables": measured.listed(),
         "first contact": first_contact.stored(),
         "libraries": {name: _extension.load(name) or "loaded" for name in _build.LIBRARIES},
         "build": _extension.build_info(),
@@ -66,6 +67,8 @@ def _text(facts: dict[str, Any], width: int = 80) -> str:
         or {"none": "torch.cuda sees no device"},
         "backends, by preference": facts["backends"],
         "exceptions to that order": {str(number): text for number, text in enumerate(facts["exceptions"], 1)},
+        "tables of measured times": {str(number): text for number, text in enumerate(facts["tables"], 1)}
+        or {"none": "the order above, with its exceptions, is predicted"},
         "first contact with GPUs": facts["first contact"] or {"none": "no kernels have been checked on a GPU"},
         "compiled libraries": facts["libraries"],
         "build settings": build or {"none": "this copy was never built"},

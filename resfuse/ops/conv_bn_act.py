@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resfuse.backends import reference
-from resfuse.backends.dispatch import backend_for, must_differentiate, through_dispatcher
+from resfuse.backends.dispatch import IN_FORCE, backend_for, must_differentiate, through_dispatcher
 from resfuse.layout import conv_memory_format, conv_output_shape, like_strides
 from resfuse.ops import bn_act, recompute
 from resfuse.ops.library import define
@@ -31,7 +31,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None with running statistics."""
     if not through_dispatcher():
-        backend = backend_for("conv_bn_act_forward", input, conv_weight.shape, convolution)
+        backend = backend_for(
+            "conv_bn_act_forward", input, conv_weight.shape, convolution, IN_FORCE, bn.training, residual is not None
+        )
         return backend.conv_bn_act_forward(
             input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual
         )
@@ -76,7 +78,9 @@ def _pack(stride: list[int], padding: list[int], dilation: list[int], groups: in
 def _forward(training: bool, momentum: float, args: tuple[Any, ...]) -> Any:
     input, conv_weight, mean, var, weight, bias, conv_bias, residual, relu, *settings, eps = args
     convolution, bn = _pack(*settings), BatchNorm(mean, var, weight, bias, training, momentum, eps)
-    backend = backend_for("conv_bn_act_forward", input, conv_weight.shape, convolution)
+    backend = backend_for(
+        "conv_bn_act_forward", input, conv_weight.shape, convolution, IN_FORCE, training, residual is not None
+    )
     return backend.conv_bn_act_forward(input, conv_weight, conv_bias, convolution, bn, residual, relu)
 
 

@@ -273,6 +273,3 @@ def test_the_ranking_is_consistent() -> None:
         order = [dispatch.PREFERENCE.index(name) for name in (entry.passed_over, entry.preferred)]
         assert order == sorted(order), "an exception moves a later backend up: no two can wait for each other"
         assert set(entry.kernels) <= set(reference.KERNELS)
-        assert entry.source == dispatch.PREDICTED or entry.source.startswith("measured on ")
-    measured = dispatch.RANKING[0]._replace(source="measured on NVIDIA H200")
-    assert str(measured).startswith("triton is faster: ") and str(measured).endswith("(measured on NVIDIA H200)")

@@ -219,7 +219,7 @@ def test_without_a_device_it_is_the_models_own(module: Any, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: ("NVIDIA T4", "NVIDIA H200")[gpu.index])
     assert module._find("h200", nn.ReLU()) == (DEVICES["h200"], torch.device("cuda:1"))
-    assert module._find("a100", nn.ReLU()) == (DEVICES["a100"], module.AbsentDevice((8, 0)))
+    assert module._find("a100", nn.ReLU()) == (DEVICES["a100"], module.AbsentDevice((8, 0), name=DEVICES["a100"].name))
 
 
 # Measuring
@@ -294,7 +294,7 @@ def test_the_table(explanations: tuple[Explanation, Explanation]) -> None:
     expected = 1 - 2 * explanations[0].total.seconds / (3 * explanations[0].unfused.seconds)
     assert f", {100 * expected:.0f} % of the measured time" in measured and "% of the measured" not in plain
     assert "triton: conv_bn_act: not cuda: triton should be faster" in plain
-    assert "sm90: conv_bn_act x52: not cuda: sm90 should be faster" in plain
+    assert "sm90: conv_bn_act x52: not cuda: triton should be faster" in plain
     assert "conv_bn_act 3x3/2 " in plain and "conv_bn_act 1x1 +res " in plain
 
 

@@ -308,7 +308,7 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path, monkeypatch
 
 # --- distributions ---------------------------------------------------------------------------------------------------
 
-TABLE = "backends/triton/tables/gpu-of-the-tests.json"
+TABLE = "backends/tables/gpu-of-the-tests.json"
 NATIVE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 

@@ -99,6 +99,7 @@ class ConvProblem(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     precision: Precision = "ieee"  # for float32 only; the other dtypes are multiplied in one way
+    residual: bool = False  # which the epilogue adds: it tells measurements apart, not configurations
 
     @property
     def oh(self) -> int:

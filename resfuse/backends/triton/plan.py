@@ -1,6 +1,6 @@
 """Launch plans: tensors cut into tiles, tiles shared out among programs, as a function of the problem and the device.
 
-The configuration of a convolution is what `forced` asks for, else what a table of measurements has (tables.py), else
+The configuration of a convolution is what `forced` asks for, else what a table of measurements has (measured.py), else
 what the heuristics rank first (config.py).
 """
 
@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resfuse.backends import measured
 from resfuse.backends.integers import cdiv, power_of_two_above, power_of_two_below
-from resfuse.backends.triton import tables
 from resfuse.backends.triton.config import (
     MAX_REGISTERS,
     ConvConfig,
@@ -23,6 +23,7 @@ from resfuse.backends.triton.config import (
     DeviceProperties,
     Kind,
     Precision,
+    every_config,
     heuristic_config,
 )
 from resfuse.types import Convolution
@@ -103,7 +104,7 @@ def _conv_plan(
     k, _, r, s = w_shape
     problem = ConvProblem(kind, dtype, n, h, w, c, k, r, s, *convolution, precision)
     tiled = tile_problem(problem)
-    config = forced or chosen_config(tiled, device)
+    config = forced or chosen_config(problem, device)
     if device.interpreted:
         config = _interpreters_config(tiled, config, keep_tile=forced is not None)
     most_splits = 1 if kind == "train" else power_of_two_below(config.steps(tiled))  # batch statistics need whole sums
@@ -154,8 +155,11 @@ def tile_problem(problem: ConvProblem) -> ConvProblem:
 
 
 def chosen_config(problem: ConvProblem, device: DeviceProperties) -> ConvConfig:
-    """The measured configuration for a `tile_problem`, or that of the heuristics."""
-    return tables.lookup(problem, device) or heuristic_config(problem, device)
+    """The measured configuration, of those that are possible for the problem, or that of the heuristics."""
+    tiled = tile_problem(problem)
+    near = measured.configs(problem, device.name)
+    possible = every_config(tiled, device) if near else []
+    return next((config for config in near if config in possible), None) or heuristic_config(tiled, device)
 
 
 _forced: dict[Kind, ConvConfig | None] = {}
@@ -174,7 +178,7 @@ def forced(kind: Kind, config: ConvConfig | None) -> Iterator[None]:
 
 def forget() -> None:
     """Read the tables and choose again at the next launch."""
-    tables.forget()
+    measured.forget()
     _conv_plan.cache_clear()
 
 
