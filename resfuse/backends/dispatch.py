@@ -2,9 +2,9 @@
 
 Automatic choice takes the backend that was fastest on this GPU where a table has the problem (measured.py), else the
 first in `PREFERENCE` that supports it, unless `RANKING` names a faster one, and logs why it passed over the others; on
-a GPU, one whose kernel has been right there (first_contact.py).  An explicit
-request (`use_backend`, or the environment variable RESFUSE_BACKEND) that cannot be met raises; only a kernel that the
-requested backend does not declare goes to `reference`: the gradients of convolutions, which are cuDNN's on a GPU.
+a GPU, one whose kernel has been right there (first_contact.py).  An explicit request (`use_backend`, or the environment
+variable RESFUSE_BACKEND) that cannot be met raises; only a kernel that the requested backend does not declare goes to
+`reference`: the gradients of convolutions, which are cuDNN's on a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ UNRANKED = ("cudnn",)
 PREDICTED = "predicted, not measured"
 
 MARGIN = 1.02
-"""A backend must be faster than the predicted one by this factor to take its place: less may be noise."""
+"""A backend must be faster than the predicted one by this factor to take its place: less may be noise.
+
+`reference`, which is eager PyTorch, takes it whenever it was faster."""
 
 
 class Backend(Protocol):
@@ -319,7 +321,8 @@ def _by_table(problem: Problem, predicted: Choice) -> Choice:
         rejected[fastest] = reasons
     else:
         return predicted
-    within = times.get(predicted.name, math.inf) <= MARGIN * times[fastest]
+    time = times.get(predicted.name, math.inf)
+    within = time <= MARGIN * times[fastest] and time <= times.get("reference", math.inf)
     name = predicted.name if within else fastest
     where = problem.device_name if batch == problem.shape[0] else f"{problem.device_name} at batch {batch}"
     listed = ", ".join(f"{other} {times[other]:.1f} us" for other in order)

@@ -76,6 +76,8 @@ def test_the_fastest_backend_is_chosen_with_all_times_as_the_reason() -> None:
 def test_nothing_slower_than_pytorch_is_chosen(fastest: str) -> None:
     install({**TIMES, fastest: 40.0})
     assert choice()[:2] == (fastest, dispatch.backend(fastest))
+    install({**TIMES, "sm90": 40.1, "reference": 40.0})
+    assert choice().name == "reference", "noise or not"
 
 
 def test_the_predicted_backend_stays_where_the_difference_may_be_noise() -> None:
