@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import resfuse
 from resfuse.backends import cuda, cuda_conv, sm90, triton
 from resfuse.layout import conv_output_shape
-from resfuse.types import BatchNorm, Convolution
+from resfuse.types import BatchNorm, Convolution, Pooling
 from tests import shapes
 from tests.backends.operands import Operands
 
@@ -71,6 +71,10 @@ def calls_of(kernels: Any) -> dict[str, Callable[[], Any]]:
             if isinstance(tensor, Tensor):
                 operands.tensors[name] = tensor.to("meta")
         calls |= operands.calls()
+    if kernels is cuda:
+        pooling = Pooling((3, 3), (2, 2), (1, 1), (1, 1), False)
+        calls["max_pool_forward"] = lambda: cuda.max_pool_forward(x, pooling)
+        calls["max_pool_backward"] = lambda: cuda.max_pool_backward(x, x.byte(), torch.Size((4, 64, 28, 28)), pooling)
     return calls
 
 
