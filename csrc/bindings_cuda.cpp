@@ -1,6 +1,8 @@
 // torch <-> resfuse.h for CUDA tensors, on torch's stable ABI: no Python.h, no ATen, one binary for many torch
 // versions. The schemas are in resfuse/backends/cuda.py.
-#include "bindings_cuda.h"
+#include <vector>
+
+#include "bindings_conv.h"
 
 namespace resfuse {
 namespace {
@@ -129,6 +131,50 @@ void bn_backward_apply(const Tensor& grad_output, const Tensor& input, OptionalT
                           place.stream);
 }
 
+// Height and width of input and output come from the tensors, the rest from `settings`: kernel, stride, padding,
+// dilation (vertical, horizontal).
+Pooling pooling(const Tensor& input, const Tensor& output, const char* name, const Tensor& positions,
+                const std::vector<int64_t>& settings) {
+  check_device(input, "input");
+  check_operand(output, name, input);
+  check_nhwc(input, "input");
+  check_same_device(positions, "positions", input, "input");
+  check_nhwc(positions, "positions");
+  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Byte, "positions must be uint8");
+  STD_TORCH_CHECK(settings.size() == 8, "settings must be 8 numbers");
+  STD_TORCH_CHECK(settings[0] * settings[1] <= 256, "settings must have at most 256 elements in a window");
+  STD_TORCH_CHECK(input.numel() > 0 && output.numel() > 0, "input and output must not be empty");
+  for (int64_t d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(d >= 2 || output.size(d) == input.size(d), name, " must have the images and channels of input");
+    STD_TORCH_CHECK(positions.size(d) == output.size(d), "positions must have the shape of ", name);
+  }
+  for (const Tensor* tensor : {&input, &output})
+    STD_TORCH_CHECK(
+        tensor->size(0) * tensor->size(2) < int64_t{1} << 31 && tensor->size(3) * tensor->size(1) < int64_t{1} << 31,
+        "rows of a batch, and values of a row, must be less than 2^31");
+  const auto axis = [&](int64_t i) {
+    return PoolAxis{input.size(2 + i), output.size(2 + i), settings[i],
+                    settings[2 + i],   settings[4 + i],    settings[6 + i]};
+  };
+  return {input.size(0), input.size(1), axis(0), axis(1), dtype_of(input, "input")};
+}
+
+void max_pool_forward(const Tensor& input, std::vector<int64_t> settings, Tensor output, Tensor positions) {
+  const Pooling pool = pooling(input, output, "output", positions, settings);
+  const Place place(input);
+  cuda::max_pool_forward({pool, input.data_ptr(), output.data_ptr(), static_cast<uint8_t*>(positions.data_ptr())},
+                         place.stream);
+}
+
+void max_pool_backward(const Tensor& grad_output, const Tensor& positions, std::vector<int64_t> settings,
+                       Tensor grad_input) {
+  const Pooling pool = pooling(grad_input, grad_output, "grad_output", positions, settings);
+  const Place place(grad_input);
+  cuda::max_pool_backward(
+      {pool, grad_output.data_ptr(), static_cast<const uint8_t*>(positions.data_ptr()), grad_input.data_ptr()},
+      place.stream);
+}
+
 }  // namespace
 }  // namespace resfuse
 
@@ -141,4 +187,6 @@ STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, RESFUSE_DISPATCH_KEY, m) {
   m.impl("bn_apply", TORCH_BOX(&resfuse::bn_apply));
   m.impl("bn_backward", TORCH_BOX(&resfuse::bn_backward));
   m.impl("bn_backward_apply", TORCH_BOX(&resfuse::bn_backward_apply));
+  m.impl("max_pool_forward", TORCH_BOX(&resfuse::max_pool_forward));
+  m.impl("max_pool_backward", TORCH_BOX(&resfuse::max_pool_backward));
 }

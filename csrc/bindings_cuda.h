@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <cstring>
 #include <optional>
 
 #include "resfuse.h"
@@ -32,6 +34,12 @@ inline void check_device(const Tensor& tensor, const char* name) {
 
 inline void* current_stream(int32_t) { return nullptr; }
 
+// Fresh memory is NaN: what no kernel writes cannot pass for zeros.
+inline Tensor fresh(Tensor tensor) {
+  std::memset(tensor.data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
 #else
 
 #define RESFUSE_DISPATCH_KEY CUDA
@@ -41,6 +49,8 @@ using torch::stable::accelerator::DeviceGuard;
 inline void check_device(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
 }
+
+inline Tensor fresh(Tensor tensor) { return tensor; }
 
 inline void* current_stream(int32_t device) {
   void* stream = nullptr;
@@ -58,6 +68,18 @@ struct Place {
   explicit Place(const Tensor& tensor)
       : guard(tensor.get_device_index()), stream(current_stream(tensor.get_device_index())) {}
 };
+
+// Uninitialised memory on the device of another tensor.
+template <size_t kRank>
+Tensor empty(const Tensor& like, const std::array<int64_t, kRank>& size, const std::array<int64_t, kRank>& stride,
+             ScalarType dtype) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kRank, size.data(), stride.data(), static_cast<int32_t>(dtype),
+                                                  device_type, like.get_device_index(), &handle));
+  return fresh(Tensor(handle));
+}
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();

@@ -25,26 +25,31 @@ Workspace workspace_of(const OptionalTensor& tensor, const Tensor& input) {
   return {tensor->data_ptr(), tensor->numel()};
 }
 
-void conv_inference_forward(const Tensor& input, const Tensor& conv_weight, OptionalTensor conv_bias,
-                            OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
-                            OptionalTensor bias, OptionalTensor residual, bool relu, double eps, int64_t stride_h,
-                            int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-                            int64_t dilation_w, int64_t groups, bool tf32, int64_t block_m, int64_t block_n,
-                            int64_t splits, int64_t launches, OptionalTensor workspace, Tensor output) {
-  const Convolution conv = convolution(
-      input, conv_weight, output, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups}, tf32);
-  const Activation shape{conv.batch, conv.filters, conv.out_height * conv.out_width, true, conv.dtype};
+Tensor conv_inference_forward(const Tensor& input, const Tensor& conv_weight, OptionalTensor conv_bias,
+                              OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight,
+                              OptionalTensor bias, OptionalTensor residual, const Tensor& settings) {
+  const Settings given(settings, 6);
+  const auto other = [&](int64_t i) { return static_cast<int64_t>(given.others[i]); };
+  const Tensor x = to_nhwc(input, "input"), w = to_nhwc(conv_weight, "conv_weight");
+  const Convolution conv = convolution(x, w, given.geometry, other(0) != 0);
+  residual = to_nhwc(residual, "residual");
+  for (OptionalTensor* vector : {&conv_bias, &running_mean, &running_var, &weight, &bias}) *vector = unstrided(*vector);
+  const Activation shape = output_shape(conv);
   const auto vector = [&](const OptionalTensor& tensor, const char* name) {
-    return channel_vector(tensor, name, shape, input);
+    return channel_vector(tensor, name, shape, x);
   };
-  const Workspace scratch = workspace_of(workspace, input);
-  const Place place(input);
+  void* added = operand_like_output(residual, "residual", x, conv);
+  const Tensor output = output_of(x, conv, residual, given.overwrite_residual);
+  OptionalTensor workspace;
+  if (other(5) > 0) workspace = empty<1>(x, {other(5)}, {1}, ScalarType::Float);
+  const Workspace scratch = workspace_of(workspace, x);
+  const Place place(x);
   cuda::conv_inference_forward(
-      {conv, config_of(block_m, block_n, splits, launches), input.data_ptr(), conv_weight.data_ptr(),
-       operand_like_output(residual, "residual", input, output), output.data_ptr(), vector(conv_bias, "conv_bias"),
-       vector(running_mean, "running_mean"), vector(running_var, "running_var"), vector(weight, "weight"),
-       vector(bias, "bias"), eps, relu, scratch.data, scratch.size},
+      {conv, config_of(other(1), other(2), other(3), other(4)), x.data_ptr(), w.data_ptr(), added, output.data_ptr(),
+       vector(conv_bias, "conv_bias"), vector(running_mean, "running_mean"), vector(running_var, "running_var"),
+       vector(weight, "weight"), vector(bias, "bias"), given.eps, given.relu, scratch.data, scratch.size},
       place.stream);
+  return in_result_format(output, input, conv_weight);
 }
 
 void conv_train_forward(const Tensor& input, const Tensor& conv_weight, OptionalTensor conv_bias,
@@ -53,9 +58,9 @@ void conv_train_forward(const Tensor& input, const Tensor& conv_weight, Optional
                         int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
                         int64_t dilation_w, int64_t groups, bool tf32, int64_t block_m, int64_t block_n,
                         int64_t launches, Tensor workspace, Tensor z, Tensor output, Tensor mean, Tensor invstd) {
-  const Convolution conv = convolution(
-      input, conv_weight, output, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups}, tf32);
-  const Activation shape{conv.batch, conv.filters, conv.out_height * conv.out_width, true, conv.dtype};
+  const Convolution conv =
+      convolution(input, conv_weight, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups}, tf32);
+  const Activation shape = output_shape(conv);
   const auto vector = [&](const OptionalTensor& tensor, const char* name) {
     return channel_vector(tensor, name, shape, input);
   };
@@ -63,11 +68,11 @@ void conv_train_forward(const Tensor& input, const Tensor& conv_weight, Optional
   const Place place(input);
   cuda::conv_train_forward(
       {conv, config_of(block_m, block_n, 1, launches), input.data_ptr(), conv_weight.data_ptr(),
-       operand_like_output(residual, "residual", input, output), operand_like_output(z, "z", input, output),
-       output.data_ptr(), vector(conv_bias, "conv_bias"), vector(running_mean, "running_mean"),
-       vector(running_var, "running_var"), vector(weight, "weight"), vector(bias, "bias"),
-       float_vector(mean, "mean", shape, input), float_vector(invstd, "invstd", shape, input), momentum, eps, relu,
-       scratch.data, scratch.size},
+       operand_like_output(residual, "residual", input, conv), operand_like_output(z, "z", input, conv),
+       operand_like_output(output, "output", input, conv), vector(conv_bias, "conv_bias"),
+       vector(running_mean, "running_mean"), vector(running_var, "running_var"), vector(weight, "weight"),
+       vector(bias, "bias"), float_vector(mean, "mean", shape, input), float_vector(invstd, "invstd", shape, input),
+       momentum, eps, relu, scratch.data, scratch.size},
       place.stream);
 }
 

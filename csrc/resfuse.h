@@ -334,6 +334,9 @@ void bn_backward_apply(const BnBackwardApply& args, void* stream);
 int64_t bn_workspace_size(int64_t channels);  // floats, on the current device
 void conv_inference_forward(const ConvInferenceForward& args, void* stream);
 void conv_train_forward(const ConvTrainForward& args, void* stream);
+// Rows of a batch, and values of a row, of input and output, fit 31 bits.
+void max_pool_forward(const MaxPoolForward& args, void* stream);
+void max_pool_backward(const MaxPoolBackward& args, void* stream);
 }  // namespace cuda
 
 // Convolutions on Hopper, in bfloat16 and float16, without groups; channels and filters are multiples of 8 and all

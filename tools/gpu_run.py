@@ -1,4 +1,4 @@
-"""Everything that a machine with a GPU can tell, in pieces that fit a machine lent for 15 minutes (docs/gpu.md).
+"""What a machine with a GPU can tell, in pieces that fit a machine lent for 15 minutes (docs/gpu.md).
 
 Only the standard library is imported here: a summary comes back even where resfuse cannot be imported.  Nothing is
 built or installed; the compiled libraries lie in the tree, and Python and torch are the machine's own.
@@ -34,8 +34,10 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 STATE, SUMMARY, ARCHIVE = "state.json", "summary.txt", "files.tar.gz"
 LONGEST = 40
 """Lines of the summary."""
-NAMES = ("check", "verify", "hardware", "models", "ops", "overhead", "suite", "tune", "sanitize", "memory")
-"""The pieces in the order of their worth; `report` ends every call."""
+FIRST = ("check", "fragments", "eight_warps", "hardware", "first_contact", "models", "reduce_overhead")
+"""The pieces of a first run, which has twelve minutes."""
+NAMES = (*FIRST, "verify", "peers", "ops", "overhead", "suite", "tune", "sanitize", "memory")
+"""All pieces in the order of their worth; `report` ends every call."""
 
 
 class Command(NamedTuple):
@@ -62,12 +64,14 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
     """The commands of each piece; `quick` rehearses them with the smallest arguments that run the same code."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     bench = words("--output {work}/results --resume --limit {limit} --device {device}")
-    peers = words("--provider eager_channels_last inductor inductor_max_autotune cudnn_aten tensorrt resfuse")
+    peers = words("--provider eager_channels_last inductor cudnn_aten resfuse")
     few = words("--provider eager_channels_last resfuse resfuse_cuda resfuse_triton")
     if quick:
         bench, peers, few = (*bench, "--quick"), words("--provider eager_channels_last resfuse"), ()
+    else:
+        peers += words("--rounds 8")
 
-    def model(mode: str, batch: str, providers: tuple[str, ...], minutes: float) -> Command:
+    def model(mode: str, batch: str, providers: Sequence[str], minutes: float) -> Command:
         chosen = words(f"benchmarks.models --mode {mode} --batch {batch}" + (" --dtype float32" if quick else ""))
         return Command(f"resnet50 {mode}, batch {batch}", (*chosen, *providers, *bench), minutes, 1.0, resumes=True)
 
@@ -76,23 +80,39 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         return Command(name, (*modes, *few, *bench), 2.5, 0.7, resumes=True)
 
     hardware = "tests/backends/test_cuda_hardware.py" if device == "cuda" else "tests/ops/test_contract.py"
+    apart = {"fragments": "products", "eight_warps": "eight_warps", "reduce_overhead": "reduce_overhead"}
+
+    def some(piece: str, minutes: float) -> list[Command]:
+        """The hardware tests that are a piece of their own; a rehearsal has none of them."""
+        return [tests(piece, [hardware, "-k", apart[piece]], minutes)] if device == "cuda" else []
+
     return {
         "check": [
             Command("libraries", ("resfuse._extension",), 1),
             Command("info", words("resfuse info"), 1),
         ],
-        "verify": [Command("verify", words("resfuse verify --backend reference --op add_relu --dtype float32"), 2)]
-        if device == "cpu" else [
+        "fragments": some("fragments", 1),
+        "eight_warps": some("eight_warps", 1.5),
+        "hardware": [tests("hardware", [hardware, "-k", f"not ({' or '.join(apart.values())})"], 2.5)],
+        "first_contact": [
+            # One op: what is wanted is the check of all kernels that comes before.
+            Command("first contact", words("resfuse verify --op add_relu " + (
+                "--backend reference --dtype float32" if device == "cpu" else
+                "--backend cuda --backend sm90 --backend triton --dtype bfloat16")), 2),
+        ],
+        "models": [
+            *(model("inference", batch, peers, 2) for batch in (["2"] if quick else ["1", "32", "128"])),
+            model("train", "2" if quick else "256", [word for word in peers if word != "cudnn_aten"], 3),
+        ],
+        "reduce_overhead": some("reduce_overhead", 1.5),
+        "verify": [] if device == "cpu" else [
             Command("verify cuda", words("resfuse verify --backend cuda"), 2),
             Command("verify sm90", words("resfuse verify --backend sm90 --dtype bfloat16"), 1),
             # Kernels of other dtypes would be compiled for minutes.
             Command("verify triton", words("resfuse verify --backend triton --dtype bfloat16"), 2, 1.0),
         ],
-        "hardware": [tests("hardware", [hardware], 3)],
-        "models": [
-            model("inference", "2" if quick else "128", peers, 4),
-            model("train", "2" if quick else "256", words("--provider eager_channels_last inductor resfuse"), 3),
-            *([] if quick else [model("inference", "1", peers, 4)]),
+        "peers": [] if quick else [
+            model("inference", "128", words("--provider eager_channels_last inductor_max_autotune tensorrt"), 4),
         ],
         "ops": [op(name) for name in (["add_relu"] if quick else ["conv_bn_act", "bn_act", "add_relu"])],
         "overhead": [
@@ -159,7 +179,7 @@ class Run:
         digest = sources()
         if self.state.pop("sources", digest) != digest:
             print("The sources have changed since: what was tested is tested again")
-            for name in ("check", "verify", "hardware", "suite", "sanitize"):
+            for name in sorted({*NAMES} - {"models", "peers", "ops", "overhead", "tune", "memory"}):
                 self.state.pop(name, None)
         self._sources = digest
 
@@ -199,6 +219,7 @@ class Run:
         """The exit status of a command, None where its time was over; what it started ends with it."""
         environment = {
             **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "120", "EMU_OFF": "1",
+            "XDG_CACHE_HOME": str(self.work / "cache"),  # verdicts of the first contact go into the archive
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         if watched:  # an allocation of its own per tensor: what lies beyond one then belongs to nobody
@@ -266,8 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--output", type=Path, default=Path("out/gpu"), metavar="OUT", help="what is kept (default %(default)s)")
     add("--work", type=Path, default=Path("build/gpu"), metavar="DIR", help="where pieces write (default %(default)s)")
-    add("--piece", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
-    add("--limit", type=float, default=480.0, metavar="SECONDS", help="for this call (default %(default)g)")
+    piece = f"of {', '.join(NAMES)} (default: {' '.join(FIRST)})"
+    add("--piece", nargs="+", choices=NAMES, default=FIRST, metavar="NAME", help=piece)
+    add("--limit", type=float, default=720.0, metavar="SECONDS", help="for this call (default %(default)g)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="default %(default)s; cpu rehearses")
     add("--quick", action="store_true", help="the smallest arguments that run the same code: a rehearsal")
     add("--again", action="store_true", help="repeat what has ended")

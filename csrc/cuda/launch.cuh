@@ -13,6 +13,7 @@
 
 #include <cxxabi.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -49,11 +50,22 @@ inline void check(cudaError_t status, const char* call, const void* kernel = nul
   throw std::runtime_error(call + of + ": " + cudaGetErrorString(status));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return device;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, current_device()), "cudaDeviceGetAttribute");
   return value;
+}
+
+// Whether a device has refused a cooperative launch. Devices beyond the array share an element, and two launches.
+inline std::atomic<bool>& refuses_cooperation(int device) {
+  static std::atomic<bool> refused[64];
+  return refused[std::min(device, 63)];
 }
 
 // The limit of dynamic shared memory for kernels without static shared memory: a KiB less than the device's opt-in
@@ -65,8 +77,7 @@ inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, bool> allowed;
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
+  const int device = current_device();
   const std::lock_guard<std::mutex> lock(mutex);
   bool& done = allowed[{kernel, device}];
   if (done) return;
@@ -78,7 +89,8 @@ inline void allow_shared_memory(const void* kernel, size_t shared_bytes) {
 
 // Runs kernel(arguments...) on `stream`. cudaLaunchKernelEx reports the errors of the launch itself; those of the
 // running kernel surface at the next synchronisation, as for every asynchronous launch. False where a cooperative grid
-// is refused, and nothing runs: under MPS or in a green context less is resident than `resident_blocks` is told.
+// is refused, and nothing runs: under MPS or in a green context less is resident than `resident_blocks` is told. Such a
+// device is not asked again, for a stream that is captured would not refuse: only its graph could not be launched.
 template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
             Arguments... arguments) {
@@ -97,6 +109,7 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status == cudaErrorCooperativeLaunchTooLarge) {
     cudaGetLastError();  // clear it
+    refuses_cooperation(current_device()) = true;
     return false;
   }
   check(status, "cudaLaunchKernelEx", function);
@@ -109,8 +122,7 @@ template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes) {
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, size_t, int>, int> known;
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
+  const int device = current_device();
   const auto* function = reinterpret_cast<const void*>(kernel);
   const std::lock_guard<std::mutex> lock(mutex);
   int& blocks = known[{function, threads, shared_bytes, device}];
@@ -125,7 +137,9 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_by
 }
 
 // True if the blocks of a grid can wait for each other.
-inline bool can_cooperate() { return device_attribute(cudaDevAttrCooperativeLaunch) != 0; }
+inline bool can_cooperate() {
+  return device_attribute(cudaDevAttrCooperativeLaunch) != 0 && !refuses_cooperation(current_device());
+}
 
 }  // namespace resfuse::cuda
 
@@ -139,7 +153,7 @@ template <class... Parameters, class... Arguments>
 bool launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, bool cooperative,
             Arguments... arguments) {
   (void)stream;
-  if (cooperative && emu::refuses_cooperation()) return false;
+  if (cooperative && !emu::cooperates()) return false;
   emu::launch([=] { kernel(static_cast<Parameters>(arguments)...); }, grid, block, shared_bytes, cooperative);
   return true;
 }
@@ -151,7 +165,7 @@ int resident_blocks(void (*)(Parameters...), int threads, size_t shared_bytes) {
   return emu::resident_blocks(threads, shared_bytes);
 }
 
-inline bool can_cooperate() { return true; }
+inline bool can_cooperate() { return !emu::has_refused(); }
 
 }  // namespace resfuse::cuda
 

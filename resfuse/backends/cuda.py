@@ -12,15 +12,19 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import cuda_conv
 from resfuse.backends.cuda_conv import conv_bn_act_forward, conv_forward
-from resfuse.layout import copy_back, dense, kernel_vector, ordered_like, residual_for
-from resfuse.types import BatchNorm, Problem
+from resfuse.layout import channels_last, copy_back, dense, kernel_vector, ordered_like, pool_output_size, residual_for
+from resfuse.types import BatchNorm, Pooling, Problem
 
 __all__ = ["conv_bn_act_forward", "conv_forward"]
 
 BATCH_NORM_KERNELS = (
     "bn_act_forward", "bn_act_backward", "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",
 )  # fmt: skip
-KERNELS = ("add_relu_forward", "add_relu_backward", *BATCH_NORM_KERNELS, "conv_bn_act_forward", "conv_forward")
+POOLING_KERNELS = ("max_pool_forward", "max_pool_backward")
+KERNELS = (
+    "add_relu_forward", "add_relu_backward", *BATCH_NORM_KERNELS, "conv_bn_act_forward", "conv_forward",
+    *POOLING_KERNELS,
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MINIMUM_CAPABILITY = (8, 0)
 MOST_CHANNELS_OR_PIXELS = 2**30 - 1
@@ -50,6 +54,9 @@ _LIBRARY.define(
     "bn_backward_apply(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, Tensor sum_g, "
     "Tensor sum_g_xhat, float count, Tensor(a!) grad_input) -> ()"
 )
+# settings: kernel, stride, padding, dilation (vertical, horizontal)
+_LIBRARY.define("max_pool_forward(Tensor input, int[] settings, Tensor(a!) output, Tensor(b!) positions) -> ()")
+_LIBRARY.define("max_pool_backward(Tensor grad_output, Tensor positions, int[] settings, Tensor(a!) grad_input) -> ()")
 _OPERATORS = torch.ops.resfuse_cuda
 _add_relu_forward = _OPERATORS.add_relu_forward.default
 _add_relu_backward = _OPERATORS.add_relu_backward.default
@@ -58,6 +65,8 @@ _bn_train_forward = _OPERATORS.bn_train_forward.default
 _bn_apply = _OPERATORS.bn_apply.default
 _bn_backward = _OPERATORS.bn_backward.default
 _bn_backward_apply = _OPERATORS.bn_backward_apply.default
+_max_pool_forward = _OPERATORS.max_pool_forward.default
+_max_pool_backward = _OPERATORS.max_pool_backward.default
 
 _launches = 0
 """The form that batch norm's kernels run in: tests compare 1 and 2."""
@@ -84,6 +93,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
         reasons.extend(cuda_conv.unsupported_reasons(problem))
     elif problem.kernel in BATCH_NORM_KERNELS:
         reasons.extend(_unsupported_activation(problem.shape))
+    elif problem.kernel in POOLING_KERNELS:
+        n, c, h, w = problem.shape
+        if max(n * h, w * c) > MOST_CHANNELS_OR_PIXELS:
+            reasons.append(f"cuda pools up to {MOST_CHANNELS_OR_PIXELS} rows in all, and values of a row")
     return reasons
 
 
@@ -238,6 +251,25 @@ def bn_backward_apply(
     grad_input = torch.empty_like(input)
     vectors = (kernel_vector(vector, input) for vector in (weight, mean, invstd, sum_g, sum_g_xhat))
     _bn_backward_apply(ordered_like(grad_output, input), input, *vectors, float(count or 0), grad_input)
+    return grad_input
+
+
+def max_pool_forward(input: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """(output, positions): the maximum of each window, and which of its elements that is, by rows, as uint8."""
+    input = channels_last(input)
+    shape = (*input.shape[:2], *pool_output_size(input.shape, pooling))
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    positions = torch.empty_like(output, dtype=torch.uint8)
+    _max_pool_forward(input, pooling.window(), output, positions)
+    return output, positions
+
+
+def max_pool_backward(grad_output: Tensor, positions: Tensor, shape: torch.Size, pooling: Pooling) -> Tensor:
+    """The gradient of an input of that shape, in NHWC memory."""
+    grad_input = torch.empty(
+        shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=torch.channels_last
+    )
+    _max_pool_backward(channels_last(grad_output), positions, pooling.window(), grad_input)
     return grad_input
 
 

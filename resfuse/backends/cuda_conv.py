@@ -16,24 +16,29 @@ import torch
 from torch import Tensor
 
 from resfuse.backends.integers import cdiv, round_up
-from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, kernel_vector, residual_for
+from resfuse.layout import (
+    channels_last,
+    conv_memory_format,
+    conv_output_shape,
+    copy_back,
+    kernel_vector,
+    place_padded,
+    residual_for,
+)
 from resfuse.types import BatchNorm, Convolution, Pair, Problem
 
 # Implementations are in csrc/bindings_cuda_conv.cpp.  `launches` 0 is one wherever its blocks are all resident.
 _LIBRARY = torch.library.Library("resfuse_cuda", "FRAGMENT")
-_GEOMETRY = (
-    "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, bool tf32, "
-    "int block_m, int block_n"
-)
+# The first takes tensors in any layout, copies what its kernels cannot read, and returns a new tensor or the residual.
 _LIBRARY.define(
     "conv_inference_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, "
-    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps, "
-    f"{_GEOMETRY}, int splits, int launches, Tensor(a!)? workspace, Tensor(b!) output) -> ()"
+    "Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, Tensor settings) -> Tensor"
 )
 _LIBRARY.define(
     "conv_train_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float momentum, float eps, "
-    f"{_GEOMETRY}, int launches, Tensor(c!) workspace, Tensor(d!) z, Tensor(e!) output, Tensor(f!) mean, "
+    "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, int groups, bool tf32, "
+    "int block_m, int block_n, int launches, Tensor(c!) workspace, Tensor(d!) z, Tensor(e!) output, Tensor(f!) mean, "
     "Tensor(g!) invstd) -> ()"
 )
 # Looked up once: `torch.ops.a.b.default` takes half a microsecond.
@@ -73,6 +78,8 @@ _COPIED_BYTES = 8
 # stem in bfloat16, three quarters of the loads of a kernel that loads most of its time.  An estimate, not measured.
 _PADDED_FROM = 1 << 16
 _INT32 = 2**31 - 1
+
+NO_VECTORS = (None,) * 4
 
 _forced: ContextVar[ConvConfig | None] = ContextVar("resfuse_cuda_conv_config", default=None)
 
@@ -138,23 +145,26 @@ def conv_bn_act_forward(
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None without `training`."""
-    memory_format = conv_memory_format(input, conv_weight)
-    plan = _planned(input, conv_weight, convolution, bn.training)
-    x, w = _operands(input, conv_weight, plan)
-    output, residual = output_and_residual(x, plan.output, residual, overwrite_residual and not bn.training)
-    vectors = tuple(kernel_vector(vector, input) for vector in (conv_bias, *bn[:4]))
     if not bn.training:
-        _conv_inference_forward(
-            x, w, *vectors, residual, relu, bn.eps, *plan.geometry, _uses_tf32(x), *plan.config, _workspace(x, plan),
-            output,
-        )  # fmt: skip
-        return output.contiguous(memory_format=memory_format), None, None, None
+        output = _inference(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)
+        return output, None, None, None
+    memory_format = conv_memory_format(input, conv_weight)
+    plan = planned(
+        input.shape, conv_weight.shape, convolution, True, input.dtype, processors_of(input.device), _forced.get()
+    )
+    x, w = channels_last(input), channels_last(conv_weight.to(input.dtype))
+    if plan.channels != x.shape[1]:
+        x, w = padded(x, plan.channels), padded(w, plan.channels)
+    output = torch.empty(plan.output, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    residual = residual_for(output, residual)
+    vectors = tuple(kernel_vector(vector, input) for vector in (conv_bias, *bn[:4]))
     z = torch.empty_like(output)
     mean, invstd = (torch.empty(w.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    workspace = torch.empty(plan.workspace, dtype=torch.float32, device=x.device)
     block_m, block_n, _, launches = plan.config
     _conv_train_forward(
-        x, w, *vectors, residual, relu, bn.momentum, bn.eps, *plan.geometry, _uses_tf32(x), block_m, block_n, launches,
-        _workspace(x, plan), z, output, mean, invstd,
+        x, w, *vectors, residual, relu, bn.momentum, bn.eps, *plan.geometry, uses_tf32(x), block_m, block_n, launches,
+        workspace, z, output, mean, invstd,
     )  # fmt: skip
     copy_back(bn, *vectors[1:3])
     return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
@@ -162,14 +172,37 @@ def conv_bn_act_forward(
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
-    plan = _planned(input, conv_weight, convolution, training=False)
-    x, w = _operands(input, conv_weight, plan)
-    output, _ = output_and_residual(x, plan.output)
-    _conv_inference_forward(
-        x, w, kernel_vector(conv_bias, input), None, None, None, None, None, False, 0.0, *plan.geometry, _uses_tf32(x),
-        *plan.config, _workspace(x, plan), output,
+    return _inference(input, conv_weight, conv_bias, convolution, None, None, False, False)
+
+
+def _inference(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    convolution: Convolution,
+    bn: BatchNorm | None,
+    residual: Tensor | None,
+    relu: bool,
+    overwrite_residual: bool,
+) -> Tensor:
+    """act(BN(conv(input)) + residual) with running statistics, or (bn None) the convolution alone.
+
+    Host time counts: it is most of what a small batch takes.
+    """
+    dtype, x, w = input.dtype, input, conv_weight
+    if w.dtype is not dtype:  # under autocast
+        w = w.to(dtype)
+    if residual is not None and residual.shape[1] < w.shape[0]:
+        residual, overwrite_residual = padded(residual, w.shape[0]), True
+    channels, settings = _settings(
+        x.device, dtype, x.shape, w.shape, convolution, bn.eps if bn else 0.0, relu, overwrite_residual,
+        uses_tf32(x), _forced.get(),
     )  # fmt: skip
-    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+    if channels != x.shape[1]:
+        x, w = padded(x, channels), padded(w, channels)
+    vectors = bn[:4] if bn else NO_VECTORS
+    output: Tensor = _conv_inference_forward(x, w, conv_bias, *vectors, residual, settings)
+    return output if x is input else output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
 class Plan(NamedTuple):
@@ -179,15 +212,34 @@ class Plan(NamedTuple):
     channels: int
     """Input channels that the kernels read, with padding."""
     geometry: tuple[int, ...]
-    """The operators' arguments from stride_h to groups."""
+    """Stride, padding and dilation, each (vertical, horizontal), and groups."""
     config: ConvConfig
     workspace: int
     """Float32 values, or 0."""
 
 
-def _planned(input: Tensor, conv_weight: Tensor, convolution: Convolution, training: bool) -> Plan:
-    processors = processors_of(input.device)
-    return planned(input.shape, conv_weight.shape, convolution, training, input.dtype, processors, _forced.get())
+@functools.lru_cache(maxsize=4096)
+def _settings(
+    device: torch.device,
+    dtype: torch.dtype,
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    convolution: Convolution,
+    eps: float,
+    relu: bool,
+    overwrite_residual: bool,
+    tf32: bool,
+    forced: ConvConfig | None,
+) -> tuple[int, Tensor]:
+    """Input channels with padding, and the `settings` of the operator for inference."""
+    plan = planned(input_shape, weight_shape, convolution, False, dtype, processors_of(device), forced)
+    numbers = (*plan.geometry, eps, relu, overwrite_residual, tf32, *plan.config, plan.workspace)
+    return plan.channels, numbers_of(numbers)
+
+
+def numbers_of(numbers: tuple[float, ...]) -> Tensor:
+    """The numbers in one tensor on the CPU, which PyTorch passes on to an operator faster than numbers."""
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -226,45 +278,16 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _uses_tf32(x: Tensor) -> bool:
-    if x.dtype != torch.float32:  # reading torch's switch takes microseconds
+def uses_tf32(x: Tensor) -> bool:
+    if x.dtype is not torch.float32:  # reading torch's switch takes microseconds
         return False
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
-def output_and_residual(
-    x: Tensor, shape: tuple[int, int, int, int], residual: Tensor | None = None, overwrite_residual: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """An uninitialised output in NHWC memory, or the residual's own memory, and the residual in the same order."""
-    if overwrite_residual and residual is not None:
-        residual = channels_last(residual)
-        return residual, residual
-    output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return output, residual_for(output, residual)
-
-
-def _workspace(x: Tensor, plan: Plan) -> Tensor | None:
-    return torch.empty(plan.workspace, dtype=torch.float32, device=x.device) if plan.workspace else None
-
-
-def _operands(input: Tensor, conv_weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Input and weight as the kernels read them: in NHWC memory and in the input's dtype.
-
-    Few channels that do not fill the smallest copy, such as an image's three, are padded with zeros where that pays.
-    """
-    if plan.channels != input.shape[1]:
-        return _padded(input, plan.channels, input.dtype), _padded(conv_weight, plan.channels, input.dtype)
-    return nhwc_operands(input, conv_weight)
-
-
-def nhwc_operands(input: Tensor, conv_weight: Tensor) -> tuple[Tensor, Tensor]:
-    if conv_weight.dtype != input.dtype:  # inference under autocast
-        conv_weight = conv_weight.to(input.dtype)
-    return channels_last(input), channels_last(conv_weight)
-
-
-def _padded(tensor: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    n, c, h, w = tensor.shape
-    padded = torch.empty((n, channels, h, w), dtype=dtype, device=tensor.device, memory_format=torch.channels_last)
-    padded.zero_()[:, :c].copy_(tensor)
-    return padded
+def padded(tensor: Tensor, channels: int) -> Tensor:
+    """A copy in NHWC memory with zeros for further channels."""
+    n, _, h, w = tensor.shape
+    memory = torch.empty(
+        (n, channels, h, w), dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last
+    )
+    return place_padded(tensor, memory)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from resfuse import _build
 from resfuse.layout import conv_output_shape
-from resfuse.types import BatchNorm, Convolution, Problem
+from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
 logger = logging.getLogger("resfuse")
 
@@ -257,6 +257,7 @@ CONVOLUTIONS = (
 )
 # The convolutions that the operands of the other kernels would come from: read 16 bytes at a time, and one by one.
 ACTIVATIONS = (((4, 64, 14, 14), (64, 64, 1, 1), 1, 1), ((3, 17, 7, 5), (17, 17, 1, 1), 1, 1))
+POOLING = Pooling((3, 3), (1, 1), (1, 1), (1, 1), False)  # whose output has the shape of its input
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -343,7 +344,8 @@ def problems(kernel: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Any]]]
                 "sum_g_xhat": mean, "training": training, "count": 99 if training else None,
                 "needs_input_grad": True, "needs_residual_grad": True, "convolution": convolution,
                 "conv_weight": (draw(weight_shape) / math.sqrt(math.prod(weight_shape[1:]))).to(dtype),
-                "conv_bias": None if training else conv_bias,
+                "conv_bias": None if training else conv_bias, "pooling": POOLING, "shape": torch.Size(shape),
+                "positions": reference.max_pool_forward(x, POOLING)[1] if kernel == "max_pool_backward" else None,
             }  # fmt: skip
             form = "with" if training else "without"
             yield f"{shape} to {channels} channels, {form} training", [values[name] for name in names]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cuda
-from resfuse.backends.cuda_conv import nhwc_operands, output_and_residual, processors_of
+from resfuse.backends.cuda_conv import NO_VECTORS, numbers_of, padded, processors_of
 from resfuse.backends.integers import cdiv
-from resfuse.layout import conv_memory_format, conv_output_shape, kernel_vector
+from resfuse.layout import channels_last, conv_memory_format, conv_output_shape
 from resfuse.types import BatchNorm, Convolution, Problem
 
 KERNELS = ("conv_bn_act_forward", "conv_forward")
@@ -34,13 +34,12 @@ _EFFICIENCY = {256: 1.0, 128: 0.9, 64: 0.65}
 _FEWEST_TILES = 64
 _INT32 = 2**31 - 1
 
-# The implementation is in csrc/bindings_sm90.cpp.
+# The implementation is in csrc/bindings_sm90.cpp.  It takes tensors in any layout, copies what TMA cannot read, and
+# returns a new tensor or the residual.
 _LIBRARY = torch.library.Library("resfuse_sm90", "DEF")
 _LIBRARY.define(
     "conv_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
-    "Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps, int stride_h, int stride_w, int padding_h, "
-    "int padding_w, int dilation_h, int dilation_w, int groups, int tile_n, int blocks, int tiles_per_part, "
-    "Tensor(a!)? parts, Tensor(b!) output) -> ()"
+    "Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? parts, Tensor settings) -> Tensor"
 )
 _conv_forward = torch.ops.resfuse_sm90.conv_forward.default
 
@@ -94,9 +93,8 @@ def _tiles(pixels: int, filters: int, tile: int) -> int:
 class Plan(NamedTuple):
     """The part of a launch that follows from the shapes alone, worked out once per problem."""
 
-    output: tuple[int, int, int, int]
     geometry: tuple[int, ...]
-    """The operator's arguments from stride_h to groups."""
+    """Stride, padding and dilation, each (vertical, horizontal), and groups."""
     tile: int
     """Output channels."""
     blocks: int
@@ -115,8 +113,8 @@ def planned(
     input_shape: torch.Size, weight_shape: torch.Size, convolution: Convolution, training: bool, processors: int
 ) -> Plan:
     """The launch of a convolution on a GPU with so many multiprocessors, which need not be there."""
-    output = conv_output_shape(input_shape, weight_shape, convolution)
-    pixels, filters = output[0] * output[2] * output[3], output[1]
+    n, filters, height, width = conv_output_shape(input_shape, weight_shape, convolution)
+    pixels = n * height * width
     tile = tile_for(pixels, filters, processors)
     tiles_per_part = parts = 0
     if training:  # a block keeps to its channels
@@ -124,11 +122,7 @@ def planned(
         tiles_per_part = cdiv(tiles, max(1, processors // cdiv(filters, tile)))
         parts = cdiv(tiles, tiles_per_part)
     stride, padding, dilation, groups = convolution
-    return Plan(output, (*stride, *padding, *dilation, groups), tile, processors, tiles_per_part, parts)
-
-
-def _planned(input: Tensor, conv_weight: Tensor, convolution: Convolution, training: bool) -> Plan:
-    return planned(input.shape, conv_weight.shape, convolution, training, processors_of(input.device))
+    return Plan((*stride, *padding, *dilation, groups), tile, processors, tiles_per_part, parts)
 
 
 def conv_bn_act_forward(
@@ -142,55 +136,62 @@ def conv_bn_act_forward(
     overwrite_residual: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(output, z, mean, invstd); the last three are None without `training`."""
+    if not bn.training:
+        output = _run(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)
+        return output, None, None, None
     memory_format = conv_memory_format(input, conv_weight)
-    plan = _planned(input, conv_weight, convolution, bn.training)
-    x, w = _operands(input, conv_weight)
-    if bn.training:
-        z, _ = output_and_residual(x, plan.output)
-        parts = torch.empty(2 * plan.parts * z.shape[1], dtype=torch.float32, device=x.device)
-        _run(x, w, conv_bias, None, None, False, plan, parts, z)
-        known_part = plan.tiles_per_part * TILE_PIXELS
-        output, mean, invstd = cuda.bn_train_forward(z, bn, residual, relu, parts, known_part)
-        return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
-    output, residual = output_and_residual(x, plan.output, residual, overwrite_residual)
-    if residual is not None and not _is_aligned(residual):
-        output, residual = torch.empty_like(output), residual.clone()
-    _run(x, w, conv_bias, bn, residual, relu, plan, None, output)
-    return output.contiguous(memory_format=memory_format), None, None, None
+    plan = planned(input.shape, conv_weight.shape, convolution, True, processors_of(input.device))
+    parts = torch.empty(2 * plan.parts * conv_weight.shape[0], dtype=torch.float32, device=input.device)
+    z = _run(channels_last(input), conv_weight, conv_bias, convolution, None, None, False, False, parts)
+    known_part = plan.tiles_per_part * TILE_PIXELS
+    output, mean, invstd = cuda.bn_train_forward(z, bn, residual, relu, parts, known_part)
+    return output.contiguous(memory_format=memory_format), z.contiguous(memory_format=memory_format), mean, invstd
 
 
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
-    plan = _planned(input, conv_weight, convolution, training=False)
-    x, w = _operands(input, conv_weight)
-    output, _ = output_and_residual(x, plan.output)
-    _run(x, w, conv_bias, None, None, False, plan, None, output)
-    return output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+    return _run(input, conv_weight, conv_bias, convolution, None, None, False, False)
 
 
 def _run(
-    x: Tensor,
-    w: Tensor,
+    input: Tensor,
+    conv_weight: Tensor,
     conv_bias: Tensor | None,
+    convolution: Convolution,
     bn: BatchNorm | None,
     residual: Tensor | None,
     relu: bool,
-    plan: Plan,
-    parts: Tensor | None,
-    output: Tensor,
-) -> None:
-    vectors = (kernel_vector(vector, x) for vector in (conv_bias, *(bn[:4] if bn else (None,) * 4)))
-    _conv_forward(
-        x, w, *vectors, residual, relu, bn.eps if bn else 0.0, *plan.geometry, plan.tile, plan.blocks,
-        plan.tiles_per_part, parts, output,
+    overwrite_residual: bool,
+    parts: Tensor | None = None,
+) -> Tensor:
+    """One launch: act(BN(conv(input)) + residual) with running statistics, or (bn None) the convolution alone.
+
+    In training it leaves the statistics of its tiles in `parts`.
+    """
+    if conv_weight.dtype is not input.dtype:  # under autocast
+        conv_weight = conv_weight.to(input.dtype)
+    if residual is not None and residual.shape[1] < conv_weight.shape[0]:
+        residual, overwrite_residual = padded(residual, conv_weight.shape[0]), True
+    settings = _settings(
+        input.device, input.shape, conv_weight.shape, convolution, bn.eps if bn else 0.0, relu, overwrite_residual,
+        parts is not None,
     )  # fmt: skip
+    vectors = bn[:4] if bn else NO_VECTORS
+    output: Tensor = _conv_forward(input, conv_weight, conv_bias, *vectors, residual, parts, settings)
+    return output
 
 
-def _operands(input: Tensor, conv_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in NHWC memory, in the input's dtype, and where TMA can read them."""
-    x, w = nhwc_operands(input, conv_weight)
-    return x if _is_aligned(x) else x.clone(), w if _is_aligned(w) else w.clone()
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
+@functools.lru_cache(maxsize=4096)
+def _settings(
+    device: torch.device,
+    input_shape: torch.Size,
+    weight_shape: torch.Size,
+    convolution: Convolution,
+    eps: float,
+    relu: bool,
+    overwrite_residual: bool,
+    training: bool,
+) -> Tensor:
+    """The `settings` of the operator."""
+    plan = planned(input_shape, weight_shape, convolution, training, processors_of(device))
+    return numbers_of((*plan.geometry, eps, relu, overwrite_residual, plan.tile, plan.blocks, plan.tiles_per_part))

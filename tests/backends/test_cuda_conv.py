@@ -166,12 +166,12 @@ def test_few_channels_are_padded(
         check(given)
         with monkeypatch.context() as patch:
             patch.setattr(cuda_conv, "_PADDED_FROM", 0)
-            cuda_conv.planned.cache_clear()
+            for cached in ("planned", "_settings"):
+                patch.setattr(cuda_conv, cached, getattr(cuda_conv, cached).__wrapped__)
             check(given)
             plan = cuda_conv.planned(
                 given.input.shape, torch.Size(conv.weight), conv.settings, training, dtype, processors=4
             )
-        cuda_conv.planned.cache_clear()
         assert plan.channels == (2 if dtype == torch.float32 and conv.input[1] == 1 else 4)
 
 
@@ -282,8 +282,9 @@ def test_two_launches_where_a_cooperative_one_is_refused(training: bool) -> None
     with use_config(ConvConfig(64, 64, 1 if training else 2)):
         expected = convolved(cuda_conv, given)
         with emulator.device(cooperative=False), emulator.launches() as counted:
+            convolved(cuda_conv, given)
             found = convolved(cuda_conv, given)
-    assert counted.launches == 2 and same(found, expected)
+    assert counted.launches == 4 and counted.refusals == 1 and same(found, expected)
     with (
         emulator.device(cooperative=False),
         use_config(ConvConfig(64, 64, 1 if training else 2, launches=1)),
@@ -299,6 +300,12 @@ def nhwc(*shape: int) -> torch.Tensor:
     return torch.zeros(shape).to(memory_format=torch.channels_last)
 
 
+SETTINGS = (
+    "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w", "groups", "eps", "relu",
+    "overwrite_residual", "tf32", "block_m", "block_n", "splits", "launches", "workspace_size",
+)  # fmt: skip
+
+
 def arguments(training: bool, **changes: Any) -> list[Any]:
     """Arguments of the operator, right but for the changes, in the order of its schema."""
     found: dict[str, Any] = {
@@ -307,11 +314,16 @@ def arguments(training: bool, **changes: Any) -> list[Any]:
         "relu": True, "momentum": 0.1, "eps": 1e-5, "stride_h": 1, "stride_w": 1, "padding_h": 1, "padding_w": 1,
         "dilation_h": 1, "dilation_w": 1, "groups": 1, "tf32": False, "block_m": 64, "block_n": 64, "splits": 1,
         "launches": 0, "workspace": torch.zeros(64) if training else None, "z": nhwc(2, 16, 4, 4),
-        "output": nhwc(2, 16, 4, 4), "mean": torch.zeros(16), "invstd": torch.zeros(16),
+        "output": nhwc(2, 16, 4, 4), "mean": torch.zeros(16), "invstd": torch.zeros(16), "overwrite_residual": False,
+        "workspace_size": 0,
     }  # fmt: skip
     assert changes.keys() <= found.keys()
-    schema = operator(training).default._schema
-    return [(found | changes)[argument.name] for argument in schema.arguments]
+    found |= changes
+    names = [argument.name for argument in operator(training).default._schema.arguments]
+    if not training:
+        numbers = [float(found[name]) for name in SETTINGS]
+        found["settings"] = torch.tensor(numbers, dtype=torch.float64)
+    return [found[name] for name in names]
 
 
 def operator(training: bool) -> Any:
@@ -319,38 +331,43 @@ def operator(training: bool) -> Any:
     return operators.conv_train_forward if training else operators.conv_inference_forward
 
 
-INFERENCE = [
-    ({"input": torch.zeros(2, 8, 4, 4)}, "input must be dense in channels_last"),
+BOTH = [
     ({"input": torch.zeros(2, 8, 4)}, "input must have 4 dimensions"),
-    ({"input": torch.zeros(2, 8, 4, 4).double()}, "input must be float32, bfloat16 or float16"),
+    ({"input": nhwc(2, 8, 4, 4).double()}, "input must be float32, bfloat16 or float16"),
     ({"conv_weight": nhwc(16, 8, 3, 3).half()}, "conv_weight must have the dtype"),
-    ({"conv_weight": torch.zeros(16, 8, 3, 3)}, "conv_weight must be dense in channels_last"),
-    ({"input": nhwc(0, 8, 4, 4), "output": nhwc(0, 16, 4, 4)}, "output must not be empty"),
+    ({"input": nhwc(0, 8, 4, 4)}, "input and conv_weight must not be empty"),
     ({"groups": 2}, "conv_weight must have the channels of input / groups"),
     ({"groups": 3}, "groups must divide"),
     ({"groups": 0}, "groups must divide"),
     ({"stride_w": 0}, "stride must be positive"),
     ({"padding_h": -1}, "padding must not be negative"),
     ({"dilation_h": 0}, "dilation must be positive"),
-    ({"padding_h": 0}, "output must have the shape"),
-    ({"residual": nhwc(2, 16, 4, 3)}, "residual must have the shape of output"),
-    ({"residual": torch.zeros(2, 16, 4, 4)}, "residual must be dense in channels_last"),
+    ({"dilation_h": 3}, "input must not be smaller than the filter"),
+    ({"residual": nhwc(2, 16, 4, 3)}, "residual must have the shape of the convolution's result"),
     ({"weight": torch.zeros(15)}, "weight must have one element per channel"),
-    ({"running_var": torch.zeros(32)[::2]}, "running_var must be contiguous"),
     ({"conv_bias": torch.zeros(16).half()}, "conv_bias must be float32 or have the dtype"),
-    ({"splits": 0}, "splits must be in 1 .. 1024"),
     ({"launches": 3}, "launches must be 0, 1 or 2"),
     ({"block_m": 96}, "unsupported tile 96 x 64"),
+]
+INFERENCE = [
+    *BOTH,
+    ({"splits": 0}, "splits must be in 1 .. 1024"),
     ({"splits": 2}, "the workspace has 0 values and needs"),
-    ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
 ]
 TRAINING = [
+    *BOTH,
+    ({"input": torch.zeros(2, 8, 4, 4)}, "input must be dense in channels_last"),
+    ({"conv_weight": torch.zeros(16, 8, 3, 3)}, "conv_weight must be dense in channels_last"),
+    ({"residual": torch.zeros(2, 16, 4, 4)}, "residual must be dense in channels_last"),
+    ({"running_var": torch.zeros(32)[::2]}, "running_var must be contiguous"),
+    ({"padding_h": 0}, "z must have the shape of the convolution's result"),
     ({"z": torch.zeros(2, 16, 4, 4)}, "z must be dense in channels_last"),
-    ({"z": nhwc(2, 16, 4, 3)}, "z must have the shape of output"),
+    ({"output": nhwc(2, 16, 4, 3)}, "output must have the shape of the convolution's result"),
     ({"mean": torch.zeros(16).half()}, "mean must be float32"),
     ({"invstd": torch.zeros(15)}, "invstd must have one element per channel"),
     ({"running_mean": torch.zeros(16).half()}, "running_mean must be float32 or have the dtype"),
     ({"workspace": torch.zeros(16)}, "the workspace has 16 values and needs 32"),
+    ({"workspace": torch.zeros(8).half()}, "workspace must be contiguous and float32"),
     ({"workspace": torch.zeros(65)[1:]}, "workspace must be aligned"),
     ({"block_n": 32}, "unsupported tile 64 x 32"),
 ]
@@ -363,6 +380,8 @@ def test_bad_arguments_are_named(training: bool) -> None:
         with pytest.raises(RuntimeError, match=message):
             operator(training)(*arguments(training, **changes))
     operator(training)(*arguments(training))
+    with pytest.raises(RuntimeError, match="settings must be 16 numbers in float64"):
+        torch.ops.resfuse_cuda.conv_inference_forward(*arguments(False)[:-1], torch.zeros(16))
 
 
 @DEVICE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import cuda_conv, dispatch, sm90
+from resfuse.backends import cuda_conv, dispatch, sm90, triton
 from resfuse.nn import BNAct2d, ConvBNAct2d
 from resfuse.types import BatchNorm
 from resfuse.types import Convolution as Geometry
@@ -31,6 +31,7 @@ from tools import cubin
 
 pytestmark = pytest.mark.usefixtures("deterministic_cudnn")
 
+DEVICE = "cuda"
 UNAVAILABLE = dispatch.backend("cuda").unavailable_reason()
 gpu = pytest.mark.skipif(UNAVAILABLE is not None, reason=UNAVAILABLE or "")
 CALLS: dict[str, Callable[[torch.dtype, str], Call]] = {
@@ -103,7 +104,8 @@ def test_products_on_hopper_are_exact(
         pytest.skip(reason or "not a Hopper GPU")
     torch.manual_seed(kernel)
     monkeypatch.setattr(sm90, "TILES", (tile,))
-    sm90.planned.cache_clear()
+    for cached in ("planned", "_settings"):
+        monkeypatch.setattr(sm90, cached, getattr(sm90, cached).__wrapped__)
     convolution = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), 1)
     x = torch.randint(-2, 3, (256, 72, 15, 17), device="cuda").to(dtype)
     w = torch.randint(-1, 2, (264, 72, kernel, kernel), device="cuda").to(dtype)
@@ -116,7 +118,53 @@ def test_products_on_hopper_are_exact(
     variance, expected = torch.var_mean(z, (0, 2, 3), correction=0)
     torch.testing.assert_close(mean, expected.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(invstd, (variance + 1e-5).rsqrt().float(), rtol=1e-5, atol=0)
-    sm90.planned.cache_clear()
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["forward", "train"])
+@pytest.mark.parametrize(
+    ("side", "channels", "stride"),
+    [(56, 64, 1), (28, 128, 1), (14, 256, 1), (7, 512, 1), (56, 128, 2), (14, 512, 2)],
+)
+def test_eight_warps_of_triton(side: int, channels: int, stride: int, kind: Any) -> None:
+    """ResNet's 3x3 convolutions against cuDNN, in every bit: Triton has miscompiled such loops for 8 warps."""
+    if (reason := triton.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    from resfuse.backends.triton.plan import forced
+
+    x = torch.randint(-2, 3, (32, channels, side, side), device=DEVICE)
+    w = torch.randint(-20, 21, (channels, channels, 3, 3), device=DEVICE)
+    x, w = (images.to(torch.bfloat16, memory_format=torch.channels_last) for images in (x, w * (w.abs() == 1)))
+    expected = F.conv2d(x, w, None, stride, 1)
+    assert expected.abs().max() <= 256, "integers that bfloat16 has"
+    convolution = Geometry((stride, stride), (1, 1), (1, 1), 1)
+    bn = BatchNorm(None, None, None, None, True, 0.1, 1e-5)
+    for config in eight_warps(kind, x, convolution)[:2]:
+        with forced(kind, config):
+            if kind == "forward":
+                found = triton.conv_forward(x, w, None, convolution)
+            else:
+                found = triton.conv_bn_act_forward(x, w, None, convolution, bn, None, True)[1]
+        assert torch.equal(found, expected), config
+
+
+def eight_warps(kind: Any, x: Tensor, convolution: Geometry) -> list[Any]:
+    """The configurations of 8 warps for a 3x3 convolution that keeps its channels, the best first."""
+    from resfuse.backends.triton import config, launch, plan
+
+    n, c, h, w = x.shape
+    problem = plan.tile_problem(config.ConvProblem(kind, x.dtype, n, h, w, c, c, 3, 3, *convolution, "ieee"))
+    return [one for one in config.ranked(problem, launch.properties(x.device)) if one.num_warps == 8]
+
+
+def test_there_are_configurations_of_eight_warps() -> None:
+    pytest.importorskip("triton")
+    from resfuse.backends.triton import config, launch
+
+    x = torch.empty(32, 64, 56, 56, dtype=torch.bfloat16, device="meta")
+    for kind in ("forward", "train"):
+        with launch.collected(config.H100):
+            assert len(eight_warps(kind, x, Geometry((1, 1), (1, 1), (1, 1), 1))) >= 2
 
 
 # --- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -183,24 +231,101 @@ def test_cuda_graphs(training_step: bool, name: str, dtype: torch.dtype) -> None
             assert equal(replayed, run(fresh))
 
 
-@gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_reduce_overhead(backend: str) -> None:
-    """`torch.compile`'s graphs, which reject tensors that stay in their memory pool, of kernels that meet in memory."""
-    if (reason := dispatch.backend(backend).unavailable_reason()) is not None:
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton", None], ids=["cuda", "triton", "automatic"])
+
+
+@pytest.fixture
+def requested(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs on one backend, or on those that are chosen for each layer, unseen: `sm90` among them on Hopper."""
+    if backend is not None and (reason := dispatch.backend(backend).unavailable_reason()) is not None:
         pytest.skip(reason)
+    monkeypatch.setenv("RESFUSE_FIRST_CONTACT", "skip")
+    dispatch.forget_choices()
     torch._dynamo.reset()
-    modules = {
-        torch.nn.Sequential(*(ConvBNAct2d(512, 512, 3, padding=1) for _ in range(2))).eval(): (1, 512, 7, 7),  # splits
-        torch.nn.Sequential(ConvBNAct2d(64, 64, 1), BNAct2d(64)).train(): (4, 64, 14, 14),  # a grid barrier each
-    }
-    with resfuse.use_backend(backend), torch.no_grad():
-        for module, shape in modules.items():
-            module.to("cuda", memory_format=torch.channels_last)
+    with resfuse.use_backend(backend):
+        yield
+    dispatch.forget_choices()
+
+
+def network() -> torch.nn.Module:
+    """Of convolutions that split their sums and others that do not, on images of 64 x 64."""
+    torch.manual_seed(0)
+    return resfuse.models.resnet18(num_classes=10).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+
+
+def images(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(16, 3, 64, 64, generator=generator)
+    return values.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+
+
+@gpu
+@each_backend
+@pytest.mark.usefixtures("requested")
+def test_a_captured_network(backend: str | None) -> None:
+    """Replays compute what calls do, on new images, and after weights and statistics have been written in place."""
+    model, static = network().eval(), images(0)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(static)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            output = model(static)
+        for seed in (1, 2, 3):
+            static.copy_(images(seed))
+            graph.replay()
+            assert equal([output], [model(static)])
+            for tensor in (model.conv1.weight, model.layer1[0].bn1.running_mean, model.layer4[1].bn2.weight.data):
+                tensor.mul_(1.25)
+            before = output.clone()
+            graph.replay()
+            assert equal([output], [model(static)]) and not torch.equal(output, before)
+
+
+def state(model: torch.nn.Module) -> list[Tensor]:
+    """Parameters, their gradients, running statistics and counts of batches."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [*grads, *model.state_dict().values()]
+
+
+@gpu
+@each_backend
+@pytest.mark.usefixtures("requested")
+def test_a_graphed_training_step(backend: str | None) -> None:
+    """`make_graphed_callables` trains to the same bits: gradients, weights, running statistics, counts of batches."""
+    graphed, plain = network(), network()
+    initial = {name: value.clone() for name, value in plain.state_dict().items()}
+    torch.cuda.make_graphed_callables(graphed, (images(0),))
+    graphed.load_state_dict(initial)  # the statistics of the warm-up
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (graphed, plain)]
+    targets = torch.arange(16, device=DEVICE) % 10
+    for seed in range(1, 5):
+        for model, optimizer in zip((graphed, plain), optimizers, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(images(seed)).float(), targets).backward()
+            optimizer.step()
+        assert equal(state(graphed), state(plain)), seed
+    assert graphed.bn1.num_batches_tracked == 4
+    assert not torch.equal(graphed.bn1.running_mean, initial["bn1.running_mean"])
+
+
+@gpu
+@each_backend
+@pytest.mark.usefixtures("requested")
+def test_reduce_overhead(backend: str | None) -> None:
+    """`torch.compile`'s graphs, which reject tensors that stay in their memory pool, of kernels that meet in memory."""
+    splits = torch.nn.Sequential(*(ConvBNAct2d(512, 512, 3, padding=1) for _ in range(2))).eval()
+    barriers = torch.nn.Sequential(ConvBNAct2d(64, 64, 1), BNAct2d(64)).train()
+    shapes = {splits: (1, 512, 7, 7), barriers: (4, 64, 14, 14), network().eval().float(): (2, 3, 64, 64)}
+    with torch.no_grad():
+        for module, shape in shapes.items():
+            module.to(DEVICE, memory_format=torch.channels_last)
             compiled = torch.compile(module, mode="reduce-overhead")
             for seed in range(5):  # warm-up, recording, replays
                 torch.manual_seed(seed)
-                input = torch.randn(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+                input = torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
                 expected = module(input)
                 torch.compiler.cudagraph_mark_step_begin()
                 assert equal([compiled(input).clone()], [expected])

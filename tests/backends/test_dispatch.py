@@ -249,7 +249,8 @@ def test_automatic_choice_on_a_gpu(
             ]
         if name == "reference":
             assert rejected["cuda"] == ["cuda needs compute capability 8.0 or newer, not 7.5"]
-            assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
+            if kernel in triton.KERNELS:
+                assert rejected["triton"] == ["compute capability 8.0 or newer, got 7.5"]
             assert rejected["cpu"][0] == "runs on the CPU, the tensors are on cuda of compute capability 7.5"
     forward = problem("conv_bn_act_forward", dtype, device)
     for request in ("reference", *(("cuda",) if other == "cuda" else ())):

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends import cuda, dispatch, first_contact, reference, sm90
 from resfuse.backends.integers import cdiv
 from resfuse.cli.tune import layer_problems
 from resfuse.types import AbsentDevice, BatchNorm, Convolution, Problem
-from tests.emulator import backend as emulator
+from tests.emulator import sm90 as emulated
 
 HOPPER, BF16 = AbsentDevice((9, 0)), torch.bfloat16
 PROCESSORS = 132
@@ -136,31 +135,7 @@ def test_parts_of_the_statistics_cover_every_tile_once(shape: tuple[int, ...], f
 # --- operands --------------------------------------------------------------------------------------------------------
 
 
-def in_pytorch(*arguments: Any) -> None:
-    """The operator `conv_forward` by its specification, on dense NHWC memory that TMA can read."""
-    names = [argument.name for argument in torch.ops.resfuse_sm90.conv_forward.default._schema.arguments]
-    a = dict(zip(names, arguments, strict=True))
-    for tensor in (a["input"], a["conv_weight"], a["residual"], a["output"]):
-        assert tensor is None or tensor.is_contiguous(memory_format=torch.channels_last)
-        assert tensor is None or tensor.data_ptr() % 16 == 0
-    pairs = [(a[f"{name}_h"], a[f"{name}_w"]) for name in ("stride", "padding", "dilation")]
-    bias = None if a["conv_bias"] is None else a["conv_bias"].float()
-    z = F.conv2d(a["input"].float(), a["conv_weight"].float(), bias, *pairs)
-    if a["running_var"] is not None:
-        vectors = (a[name] if a[name] is None else a[name].float() for name in ("weight", "bias"))
-        z = F.batch_norm(z, a["running_mean"].float(), a["running_var"].float(), *vectors, False, 0.0, a["eps"])
-    z = z if a["residual"] is None else z + a["residual"].float()
-    a["output"].copy_(z.relu() if a["relu"] else z)
-    if a["parts"] is not None:
-        pixels = a["output"].float().movedim(1, -1).flatten(0, 2)
-        for part, values in enumerate(pixels.split(a["tiles_per_part"] * sm90.TILE_PIXELS)):
-            both = a["parts"].view(-1, 2, pixels.shape[1])[part]
-            both[0], both[1] = values.mean(0), (values - values.mean(0)).square().sum(0)
-
-
-@pytest.fixture
-def replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sm90, "_conv_forward", in_pytorch)
+EMULATED = pytest.mark.skipif(emulated.unavailable_reason() is not None, reason=str(emulated.unavailable_reason()))
 
 
 def operands(layout: torch.memory_format, residual_channels: int = 24) -> tuple[Any, ...]:
@@ -182,15 +157,14 @@ def misaligned(tensor: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.usefixtures("replaced", "poisoned_memory")
+@EMULATED
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("change", [lambda tensor: tensor, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_any_layout_dtype_and_address(
     training: bool, layout: torch.memory_format, change: Callable[[Tensor], Tensor]
 ) -> None:
-    if training and emulator.unavailable_reason() is not None:
-        pytest.skip("the second launch is the cuda backend's, which runs here in the emulator alone")
     for residual_channels in (24, 8):
         x, w, bias, convolution, residual = operands(layout, residual_channels)
         residual = change(residual)
@@ -206,7 +180,7 @@ def test_any_layout_dtype_and_address(
     torch.testing.assert_close(z, reference.conv_forward(x, w.to(BF16), bias, convolution), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.usefixtures("replaced")
+@EMULATED
 @pytest.mark.parametrize("change", [lambda tensor: tensor, misaligned], ids=["aligned", "misaligned"])
 def test_a_residual_may_be_overwritten(change: Callable[[Tensor], Tensor]) -> None:
     x, w, _, convolution, residual = operands(torch.channels_last)

@@ -12,6 +12,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("pandas")
 
 from benchmarks import memory, overhead, results
+from tests.emulator import backend as emulator
 
 
 @pytest.mark.parametrize("mode", overhead.MODES)
@@ -31,6 +32,15 @@ def test_overhead_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert len(rows) == 2 * len(overhead.TINY) * len(overhead.MODES)
     assert set(rows["metric"]) == {"host_time"} and (rows["p50"] > 0).all()
     assert "target is a ratio of at most 1.1" in capsys.readouterr().out
+
+
+def test_host_time_up_to_the_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    if (reason := emulator.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    with emulator.launches() as counted:
+        assert overhead.main(["--stubbed", "cuda", "--quick"]) == 0
+    assert counted.launches == 3 * 3 * 2 and counted.blocks == 0, "three rounds of two calls; no kernel ran"
+    assert "at most 10 with the module" in capsys.readouterr().out
 
 
 def test_storages_count_once_and_parameters_do_not() -> None:

@@ -69,11 +69,12 @@ class Launches:
     blocks: int = 0
     ldmatrix_phases: int = 0
     ldmatrix_cycles: int = 0
+    refusals: int = 0
 
 
 @contextlib.contextmanager
 def launches() -> Iterator[Launches]:
-    """Count launches, blocks, and the matrices that ldmatrix read with the cycles that bank conflicts make of them."""
+    """Count launches, blocks, refusals, and matrices that ldmatrix read, with the cycles that bank conflicts make."""
     counted, before = Launches(), _counters()
     yield counted
     for name, first, last in zip(vars(counted), before, _counters(), strict=True):
@@ -90,6 +91,6 @@ def _library() -> ctypes.CDLL:
 
 
 def _counters() -> list[int]:
-    counters = (ctypes.c_long * 4)()
+    counters = (ctypes.c_long * 5)()
     _library().emulator_statistics(counters)
     return list(counters)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from resfuse.backends import cuda, cuda_conv, dispatch, reference
 from resfuse.backends.cuda_conv import TILES, ConvConfig
+from resfuse.types import Pooling
 from tests.backends.operands import TWO_PASSES, Operands, convolved
 from tests.contract import to_device
 from tests.emulator import backend as emulator
@@ -68,6 +69,12 @@ SM90_MODES: dict[str, dict[str, Any]] = {
 SM90_BLOCKS = 2
 dispatch.register("sm90_emulator", sm90)
 
+POOLINGS = {
+    "3x3": Pooling((3, 3), (2, 2), (1, 1), (1, 1), False),
+    "ceil": Pooling((2, 3), (3, 2), (1, 0), (1, 1), True),
+    "dilated": Pooling((3, 2), (1, 2), (1, 1), (2, 3), False),
+}
+
 Cases = Iterator[tuple[str, Callable[[], None]]]
 
 
@@ -84,6 +91,8 @@ def cases(backend: str, dtypes: Collection[str]) -> Cases:
             continue
         if dtype != "tf32":
             yield from _pointwise(kernels, device, dtype)
+        if dtype != "tf32" and backend != "triton":  # which has no kernels for it
+            yield from _pooling(kernels, device, dtype)
         for label, *problem in _convolutions():
             if backend != "triton" or label.rpartition(" ")[2] in (*SMALL, "64x64"):
                 yield f"conv {label.format(dtype)}", _conv(kernels, device, dtype, *problem)
@@ -103,6 +112,22 @@ def _pointwise(kernels: Any, device: str, dtype: str) -> Cases:
                         _compare(_named(call()), _named(expected()), EPS[dtype])
 
                 yield f"{name} {dtype} {label} {layout}" + f" launches={launches}" * (launches > 0), case
+
+
+def _pooling(kernels: Any, device: str, dtype: str) -> Cases:
+    for channels, (label, pooling) in itertools.product((16, 5), POOLINGS.items()):
+
+        def case(channels: int = channels, pooling: Pooling = pooling) -> None:
+            input = torch.randn(2, channels, 9, 11).to(DTYPES[dtype]).contiguous(memory_format=torch.channels_last)
+            output, positions = kernels.max_pool_forward(to_device(input, device), pooling)
+            expected, where = reference.max_pool_forward(input, pooling)
+            assert torch.equal(output.cpu(), expected) and torch.equal(positions.cpu(), where)
+            grad_output = torch.randn(expected.shape).to(DTYPES[dtype])
+            found = kernels.max_pool_backward(to_device(grad_output, device), positions, input.shape, pooling)
+            truth = reference.max_pool_backward(grad_output.double(), where, input.shape, pooling)
+            _compare(_named(found), _named(truth), EPS[dtype])
+
+        yield f"max_pool {dtype} {label} {channels} channels", case
 
 
 def _convolutions() -> Iterator[tuple[str, Convolution, bool, ConvConfig]]:

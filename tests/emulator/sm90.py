@@ -27,5 +27,6 @@ def use_tile(channels: int, blocks: int) -> Iterator[None]:
         mock.patch.object(sm90, "TILES", (channels,)),
         mock.patch.object(sm90, "processors_of", return_value=blocks),
         mock.patch.object(sm90, "planned", sm90.planned.__wrapped__),
+        mock.patch.object(sm90, "_settings", sm90._settings.__wrapped__),
     ):
         yield

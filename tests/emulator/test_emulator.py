@@ -125,7 +125,7 @@ def test_a_seed_is_one_schedule() -> None:
 
 def test_bank_conflicts_of_ldmatrix() -> None:
     def cycles(name: str) -> tuple[int, int]:
-        before, after = (ctypes.c_long * 4)(), (ctypes.c_long * 4)()
+        before, after = (ctypes.c_long * 5)(), (ctypes.c_long * 5)()
         library().emulator_statistics(before)
         probe(name)
         library().emulator_statistics(after)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resfuse
 from resfuse.backends import dispatch
 from resfuse.nn.max_pool import _pooling, pooled
-from resfuse.types import Pooling
+from resfuse.types import Pooling, Problem
 from tests.shapes import BACKENDS, Values
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
@@ -49,11 +49,14 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", OWN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_equals_pytorch(name: str, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     kernels, pooling = dispatch.backend(backend), settings(name)
+    problem = Problem("max_pool_forward", torch.device("cpu"), dtype, torch.Size(shape))
+    if reasons := kernels.unsupported_reasons(problem):
+        pytest.skip("; ".join(reasons))
     input = awkward(dtype, shape).requires_grad_()
     expected, pixels = F.max_pool2d(input, *pooling, return_indices=True)
     output, positions = kernels.max_pool_forward(input.detach(), pooling)

@@ -122,6 +122,32 @@ def test_commands_exist_and_can_be_parsed(device: str, quick: bool) -> None:
     assert first.program[1:3] == ("--tool", "memcheck")
 
 
+def test_a_first_run_has_every_hardware_test_once() -> None:
+    """In the order of their worth; a piece that selects no test would pass unnoticed."""
+    collected = []
+    for piece in ("fragments", "eight_warps", "hardware", "reduce_overhead"):
+        (command,) = gpu_run.pieces("cuda", False)[piece]
+        chosen = command.arguments[-3:]
+        assert chosen[1] == "-k"
+        collect = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", *chosen]
+        done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        collected.append({line for line in done.stdout.splitlines() if "::" in line})
+    assert all(collected), [len(found) for found in collected]
+    assert len(set.union(*collected)) == sum(map(len, collected))
+    assert any("test_products_on_hopper_are_exact" in name for name in collected[0])
+
+
+def test_verdicts_of_the_first_contact_go_on_to_another_machine(tmp_path: Path) -> None:
+    text = "import os\nfrom pathlib import Path\nfolder = Path(os.environ['XDG_CACHE_HOME'])\n"
+    writes = script(tmp_path, "writes", text + "folder.mkdir()\n(folder / 'verdict').touch()")
+    reads = script(tmp_path, "reads", text + "assert (folder / 'verdict').exists()")
+    run(tmp_path, first_contact=[writes]).do(["first_contact"], again=False)
+    (tmp_path / "work").rename(tmp_path / "gone")
+    again = run(tmp_path, first_contact=[reads])
+    again.do(["first_contact"], again=False)
+    assert again.state["first_contact"]["reads"]["status"] == "done"
+
+
 def test_arguments_that_cannot_be_are_refused() -> None:
     for arguments in (["--device", "cpu"], ["--piece", "nothing"]):
         with pytest.raises(SystemExit) as ended:
@@ -145,7 +171,9 @@ def test_a_summary_comes_back_where_resfuse_cannot_be_imported(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_rehearsal(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--quick", "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    status = gpu_run.main([*arguments, "--limit", "560", "--piece", "check", "verify", "hardware", "ops", "overhead"])
+    status = gpu_run.main(
+        [*arguments, "--limit", "560", "--piece", "check", "hardware", "first_contact", "ops", "overhead"]
+    )
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert status == 0, summary
     assert (tmp_path / "work" / "results" / "report.md").is_file()

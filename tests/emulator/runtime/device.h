@@ -11,6 +11,7 @@ struct Device {
   unsigned launches_since_seeded = 0;
   int resident_blocks = 4;
   bool cooperative = true;
+  bool has_refused = false;
 };
 extern Device device;
 

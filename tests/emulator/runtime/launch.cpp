@@ -109,6 +109,7 @@ void launch(void (*body)(const void*), const void* closure, dim3 grid, dim3 bloc
   const unsigned seed = device.seed == 0 ? 0 : device.seed + 1000 * device.launches_since_seeded++;
   const Block::Launch launch{body, closure, grid, block, shared_bytes, cooperative, seed};
   check(launch);
+  if (device.resident_blocks == 0) return;
   std::minstd_rand random(seed + 1);
   std::vector<uint3> indices;
   for (unsigned z = 0; z < grid.z; ++z)
@@ -134,13 +135,20 @@ int resident_blocks(int threads, size_t shared_bytes) {
   return threads > 1024 || shared_bytes > kSharedBytesPerBlock ? 0 : device.resident_blocks;
 }
 
-bool refuses_cooperation() { return !device.cooperative; }
+bool cooperates() {
+  statistics.refusals += !device.cooperative;
+  device.has_refused = !device.cooperative;
+  return device.cooperative;
+}
+
+bool has_refused() { return device.has_refused; }
 
 }  // namespace emu
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// A seed of 0 runs warps, lanes and blocks in order; any other draws an order of its own at every barrier.
+// A seed of 0 runs warps, lanes and blocks in order; any other draws an order of its own at every barrier. Where no
+// block can be resident kernels do not run: what is left is the host's part of a call.
 EXPORTED void emulator_configure(unsigned seed, int resident_blocks, bool cooperative) {
   emu::device = {seed, 0, resident_blocks, cooperative};
 }

@@ -21,8 +21,9 @@ void launch(const Body& body, dim3 grid, dim3 block, size_t shared_bytes, bool c
 }
 // What cudaOccupancyMaxActiveBlocksPerMultiprocessor times the number of multiprocessors is on the emulated device.
 int resident_blocks(int threads, size_t shared_bytes);
-// Every cooperative launch is refused, whatever the device is said to hold.
-bool refuses_cooperation();
+// False where every cooperative launch is refused, whatever the device is said to hold; and whether one has been.
+bool cooperates();
+bool has_refused();
 
 // ---- the running thread ----
 unsigned lane();

@@ -8,6 +8,7 @@ struct Statistics {
   long blocks = 0;
   long ldmatrix_phases = 0;  // matrices read
   long ldmatrix_cycles = 0;  // equal to the phases where no bank conflicts
+  long refusals = 0;         // of cooperative launches
 };
 extern Statistics statistics;
 
