@@ -214,7 +214,7 @@ MUTANTS = tuple(Mutant(*row) for row in (
      "1.0 / (float(count) + 1.0)", "0.0",
      "tests/nn/test_settings.py::test_momentum_none_is_the_average_of_all_batches"),
     ("lost hook", "resfuse/nn/fused_call.py",
-     "        module._forward_hooks\n        or module._forward_pre_hooks\n", "        module._forward_pre_hooks\n",
+     "        attributes[\"_forward_hooks\"]\n        or attributes", "        attributes",
      "tests/nn/test_fallback.py::test_hooks_on_inner_modules_run"),
     ("stride on the wrong convolution", "resfuse/nn/blocks.py",
      "    stride_first: ClassVar[bool] = False\n", "    stride_first: ClassVar[bool] = True\n",
