@@ -149,7 +149,8 @@ bool fits(const Source& input, const OptionalTensor* tensors, const OptionalTens
   if (weight->scalar_type() != type && weight->scalar_type() != ScalarType::Float) return false;
   const auto kernel = weight->sizes();
   const int64_t filters = kernel[0];
-  if (filters % settings.groups != 0 || input.size[1] != kernel[1] * settings.groups) return false;
+  if (settings.groups < 1 || filters % settings.groups != 0 || input.size[1] != kernel[1] * settings.groups)
+    return false;
   if (!is_vector(tensors[1], filters, type, weight->scalar_type())) return false;
   for (const OptionalTensor* vector = tensors + 2; vector < tensors + 6; ++vector)
     if (!is_vector(*vector, filters, type, ScalarType::Float)) return false;
@@ -238,6 +239,7 @@ OptionalTensor conv_inference_forward(Tensor input, std::vector<OptionalTensor> 
     STD_TORCH_CHECK(at[6].has_value(), "settings: expected a tensor, got none");
     if (!inference.take(&*at, Settings(*at[6]), tensors.end() - at == 7)) return std::nullopt;
   }
+  if (!resfuse::cpu::takes_chain(inference.calls.data(), inference.calls.size())) return std::nullopt;
   const Tensor output = inference.output();
   resfuse::cpu::conv_chain_forward(inference.calls.data(), inference.calls.size());
   return inference.result(output);

@@ -201,6 +201,7 @@ void conv_forward(const ConvForward& args);
 // Each of the convolutions reads what the one before it writes, and that alone; the first has an input, the last an
 // output and may have a residual.  Whole images: where `output` is the first one's input, it has been read.
 void conv_chain_forward(const ConvForward* calls, int64_t count);
+bool takes_chain(const ConvForward* calls, int64_t count);  // not where one image between them is large
 
 // Max pooling of the convolution's result, which `output` receives in place of it; false where that has to be done one
 // after the other, and nothing has happened.

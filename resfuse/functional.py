@@ -329,16 +329,24 @@ def inference(
     None, and nothing has happened, where that is not one call of the backend.  All tensors are plain ones or
     parameters, and nothing but a compiler watches or transforms the call.
     """
-    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+    if not infers(input):
         return None
     for _, _, _, bn, _ in calls:
         if bn.training:
             return None
     checked = dispatch.checked_inference()
-    if checked is None:
-        return None
     output: Tensor | None = checked(input, calls, residual, overwrite_residual, pad_residual, pooling=pooling)
     return output
+
+
+def infers(input: Tensor) -> bool:
+    """True if `inference` may take an input."""
+    return (
+        input.is_cpu
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling())
+        and dispatch.checked_inference() is not None
+    )
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

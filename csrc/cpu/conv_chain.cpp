@@ -19,14 +19,22 @@ int64_t image_bytes(const Convolution& conv, int64_t channels) {
   return conv.out_height * conv.out_width * channels * bytes_of(conv.dtype);
 }
 
+// The largest image between two of them.
+int64_t largest_image(const ConvForward* calls, int64_t count) {
+  int64_t bytes = 1;
+  for (int64_t i = 0; i + 1 < count; ++i) bytes = std::max(bytes, image_bytes(calls[i].conv, calls[i].conv.filters));
+  return bytes;
+}
+
 }  // namespace
+
+// Scratch stays with the thread, so there is a limit to it.
+bool takes_chain(const ConvForward* calls, int64_t count) { return largest_image(calls, count) <= kChainBytes; }
 
 void conv_chain_forward(const ConvForward* calls, int64_t count) {
   if (count == 1) return conv_forward(*calls);
   const int64_t batch = calls->conv.batch, last = count - 1;
-  int64_t between = 1;
-  for (int64_t i = 0; i < last; ++i) between = std::max(between, image_bytes(calls[i].conv, calls[i].conv.filters));
-  const int64_t parts = ceil_div(batch, std::max<int64_t>(1, kChainBytes / between));
+  const int64_t between = largest_image(calls, count), parts = ceil_div(batch, kChainBytes / between);
   const int64_t part_bytes = ceil_div(ceil_div(batch, parts) * between, 4096) * 4096;
   char* const memory = chain_memory(std::min<int64_t>(last, 2) * part_bytes);
   for (int64_t part = 0; part < parts; ++part) {

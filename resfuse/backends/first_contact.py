@@ -126,7 +126,16 @@ def described(verdicts: Verdicts) -> str:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfuse" / "first_contact"
+    return cache_folder() / "first_contact"
+
+
+def cache_folder() -> Path:
+    """The user's: one in the folder for temporary files where nobody has a home."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache or Path.home() / ".cache") / "resfuse"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "resfuse"
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 import resfuse
+from resfuse.backends import first_contact
 from resfuse.backends.triton.config import KINDS, PRECISIONS, ConvConfig, ConvProblem
 from resfuse.types import Problem
 
@@ -83,9 +84,8 @@ def versions() -> dict[str, str | None]:
 
 def user_folder() -> Path:
     """The folder of the user's tables: RESFUSE_TABLES, or resfuse/tables in the user's cache directory."""
-    if folder := os.environ.get("RESFUSE_TABLES"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfuse" / "tables"
+    folder = os.environ.get("RESFUSE_TABLES")
+    return Path(folder) if folder else first_contact.cache_folder() / "tables"
 
 
 def file_name(device: str) -> str:

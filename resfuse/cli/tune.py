@@ -37,6 +37,10 @@ CANNOT_RUN = 2
 INTERRUPTED = 130
 
 
+class NotTakenError(ValueError):
+    """A backend that cannot run a problem, or not on this machine, which its speed has nothing to do with."""
+
+
 class Outcome(NamedTuple):
     """The measurements of one problem."""
 
@@ -142,9 +146,13 @@ def measure(
     """The time of every backend that is right on a problem; of triton that of its fastest configuration."""
     times: dict[tuple[str, ConvConfig | None], float] = {}
     failures: dict[tuple[str, ConvConfig | None], str] = {}
+    refused: set[str] = set()
     for attempt in _attempts(problem, device, candidates):
         try:
             times[attempt] = trial.attempt(*attempt)
+        except NotTakenError as error:  # today: a library may be built later
+            refused.add(attempt[0])
+            failures[attempt] = str(error)
         except Exception as error:  # wrong, or more shared memory or registers than there are: not this one
             failures[attempt] = str(error).partition("\n")[0] or type(error).__name__
         advance()
@@ -152,7 +160,7 @@ def measure(
     for engine, candidate in sorted(times, key=times.__getitem__):
         fastest.setdefault(engine, candidate)
     microseconds = {engine: round(times[engine, best], 3) for engine, best in fastest.items()}
-    left_out = {engine: why for (engine, _), why in failures.items() if engine not in microseconds}
+    left_out = {engine: why for (engine, _), why in failures.items() if engine not in {*microseconds, *refused}}
     heuristic = times.get(("triton", config.heuristic_config(plan.tile_problem(problem), device)))
     entry = Entry(microseconds, left_out, fastest.get("triton"))
     return Outcome(problem, entry, heuristic, [f"{engine}: {why}" for (engine, _), why in failures.items()])
@@ -202,10 +210,10 @@ class Trial:
 
         Raises:
             ArithmeticError: its result is wrong.
-            ValueError: automatic choice would not take it, which the message says why.
+            NotTakenError: automatic choice would not take it; the message says why.
         """
         if reasons := dispatch.reasons_against(engine, self.asked, automatic=True):
-            raise ValueError("; ".join(reasons))
+            raise NotTakenError("; ".join(reasons))
         if (deviation := self.deviation(self.run(engine, candidate))) > self.tolerance():
             raise ArithmeticError(f"{candidate or engine} is wrong by {deviation:.1e} on {describe(self.problem)}")
         return gpu_time(lambda: self.run(engine, candidate))

@@ -643,7 +643,7 @@ class _Rewriter:
 
     def _addition(self, helper: str, left: ast.expr, right: ast.expr) -> ast.expr:
         pending = self.pending
-        if isinstance(right, ast.Name):  # it is evaluated before anything is written
+        if isinstance(left, ast.Name) and isinstance(right, ast.Name):  # evaluated before anything is written
             self.pending = pending - {right.id}
         a, _ = self._argument(left)
         self.pending = pending
@@ -655,16 +655,15 @@ class _Rewriter:
             a = ast.NamedExpr(ast.Name(name, ast.Store()), a)
             added = {name}
         self.pending = self.pending | added
-        b, last = self._argument(right) if not isinstance(right, ast.Name) else self._unguarded(right)
+        b, last = self._argument(right) if not isinstance(right, ast.Name) else self._unguarded(right, left)
         self.pending = self.pending - added
         return _helper(helper, a, b, ast.Constant(last and isinstance(right, (ast.Name, ast.Call))))
 
-    def _unguarded(self, node: ast.Name) -> tuple[ast.expr, bool]:
-        """An argument that is only read; its memory is given away if no other pending value could read it."""
+    def _unguarded(self, node: ast.Name, left: ast.expr) -> tuple[ast.expr, bool]:
+        """An argument that is only read; its memory is given away if no pending value but the sum could read it."""
         if node.id not in self.lazy_names:
             return node, False
-        left = {n.id for n in ast.walk(self.statement) if isinstance(n, ast.Name)}
-        last = self._dead_after(node) and not (self.pending - left)
+        last = self._dead_after(node) and not (self.pending - _loads([left]) - {node.id})
         return (node if last or node.id not in self.pendable else _helper("settle", node)), last
 
     def _raw(self, node: ast.expr) -> ast.expr:

@@ -126,13 +126,14 @@ def own_conv_bn_act(
     if own is None:
         return None
     (conv_weight, conv_bias, settings), (state, _, module, _) = own
-    calls = [(conv_weight, conv_bias, settings, state, act is not None)]
-    for link in reversed(before):
-        own = _own(link.conv, link.bn, input)
-        if own is None:
+    calls = []
+    for link in before:
+        earlier = _own(link.conv, link.bn, input)
+        if earlier is None:
             return None
-        calls.insert(0, (*own[0], own[1][0], link.act is not None))
+        calls.append((*earlier[0], earlier[1][0], link.act is not None))
         channels_last = channels_last or link.channels_last
+    calls.append((conv_weight, conv_bias, settings, state, act is not None))
     if channels_last:
         input = input.contiguous(memory_format=torch.channels_last)
     output = functional.inference(input, calls, residual, overwrite_residual, pad_residual, pooling)
@@ -167,6 +168,11 @@ def _own(conv: Any, bn: Any, input: Tensor) -> tuple[_Convolution, _Norm] | None
     ):
         return None
     return found, norm
+
+
+def chains(input: Tensor) -> bool:
+    """True if convolutions behind one another may be one call."""
+    return not must_decompose(input) and functional.infers(input)
 
 
 def bn_act(

@@ -125,35 +125,33 @@ class Lazy:
         if self.before:
             self.input, self.before = settle(self.before[-1]), ()
 
-    def _computed_at_once(self, act: nn.Module | None) -> Tensor | None:
-        """With the convolutions before it, in one call; None, and nothing has happened, where it is none."""
-        if self.bn is None or any(link.value is not None for link in self.before):  # computed since, for `guard`
+    def _fused(self, act: nn.Module | None) -> Tensor | None:
+        """In one call with the convolutions before it; None, and nothing has happened, where it is none."""
+        input = peek(self.input)
+        if self.conv is None or self.bn is None or type(input) is Symbol:
             return None
+        for link in self.before:
+            if link.value is not None:  # computed since, for `guard`
+                return None
+        consume = self.consume and self.residual.held == OWN
         return fused_call.own_conv_bn_act(
-            self.conv, self.bn, peek(self.input), peek(self.residual), act,
-            self._consumes(), self.pad > 0, self.channels_last, before=self.before,
+            self.conv, self.bn, input, peek(self.residual), act, consume, self.pad > 0, self.channels_last,
+            before=self.before,
         )  # fmt: skip
-
-    def _consumes(self) -> bool:
-        """True if the output may be written over the residual."""
-        return self.consume and (type(self.residual) is not Lazy or self.residual.held == OWN)
 
     def evaluate(self, act: nn.Module | None = None) -> Lazy:
         """Compute it, with an activation (None: its own)."""
         act = self.act if act is None else act
-        value = self._computed_at_once(act) if self.before else None
-        if value is None:
+        value = self._fused(act)
+        if value is None and self.before:
             self.detach()
+            value = self._fused(act)
         conv, bn, source, residual = self.conv, self.bn, self.input, peek(self.residual)
-        input, consume = peek(source), self._consumes()
+        input = peek(source)
         self.input, self.residual, self.before = None, None, ()
         if type(input) is Symbol:
             self.value, self.held = input.tracer.record(self, input, residual, act), OWN
             return self
-        if value is None and conv is not None and bn is not None:
-            value = fused_call.own_conv_bn_act(
-                conv, bn, input, residual, act, consume, self.pad > 0, self.channels_last
-            )
         self.held = OWN
         if value is None:
             if type(source) is Lazy:
@@ -252,7 +250,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     role = _ROLES.get(type(f))
     if type(x) is Lazy:
         if x.value is None and x.act is not None:
-            if role is _CONVOLUTION and len(x.before) < _MOST_BEFORE and not fused_call.must_decompose(peek(x.input)):
+            if role is _CONVOLUTION and len(x.before) < _MOST_BEFORE and fused_call.chains(peek(x.input)):
                 return x.followed_by(f, channels_last)
             result = x.pooled(f) if role is _POOL else None
             if result is not None:

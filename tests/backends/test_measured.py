@@ -96,6 +96,34 @@ def test_a_backend_that_was_left_out_or_cannot_run_is_passed_over(monkeypatch: p
     assert choice().name == "sm90" and choice().rejected["cuda"] == ("not today",)
     install({"cuda": 1.0})
     assert choice().name == "sm90" and choice().measured is None, "of those measured none can run"
+    install(others)
+    assert choice().name == "sm90" and choice().measured is None, "it could not run when the others were measured"
+
+
+def test_in_training_pytorchs_convolution_is_that_of_cudnn() -> None:
+    """Behind `reference` an activation that is computed again would not have the bits that it had."""
+    trained = LAYER._replace(kind="train")
+    install({**TIMES, "reference": 1.0, "cudnn": 2.0}, trained)
+    assert choice(asked(trained)).name == "cudnn"
+
+
+def test_a_backend_without_a_verdict_is_passed_over_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(TIMES)
+    lookup, reasons, looked_up = measured.lookup, dispatch.reasons_against, []
+
+    def unsettled(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:
+        if looked_up and name == "cuda":
+            raise first_contact.UnsettledError("a graph is being captured")
+        return reasons(name, problem, automatic)
+
+    def noting(problem: Problem) -> Any:
+        looked_up.append(problem)
+        return lookup(problem)
+
+    monkeypatch.setattr(dispatch, "reasons_against", unsettled)
+    monkeypatch.setattr(measured, "lookup", noting)
+    assert choice().name == "sm90" and choice().measured is None
+    dispatch.forget_choices()
 
 
 def test_first_contact_comes_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,6 +454,37 @@ class Counts(Block):
         return F.relu(y) * self.calls
 
 
+class WritesBeforeTheSum(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        out = self.bn1(self.conv1(x))
+        return F.relu(self.shortcut(x) + out)
+
+
+class WritesBeforeTheSumOfTwo(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.shortcut(x) + out)
+
+
+class TwoBranches(Block):
+    def __init__(self) -> None:
+        super().__init__(conv3=conv3x3(), bn3=nn.BatchNorm2d(C), conv4=conv3x3(), bn4=nn.BatchNorm2d(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        b = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
+        return F.relu(a + x + b)
+
+
+class BranchReadLater(TwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        b = F.relu(self.bn3(self.conv3(x)))
+        return F.relu(a + x) + F.relu(self.bn4(self.conv4(b)))
+
+
 class Broadcasts(Block):
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean((2, 3), keepdim=True)
@@ -480,6 +511,12 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "the same in an expression": lambda: ShortcutWritesInAnExpression(
         nn.Sequential(nn.ReLU(inplace=True), *projection())
     ),
+    "shortcut writes before a sum": lambda: WritesBeforeTheSum(nn.Sequential(nn.ReLU(inplace=True), *projection())),
+    "shortcut writes before a sum of two": lambda: WritesBeforeTheSumOfTwo(
+        nn.Sequential(nn.ReLU(inplace=True), *projection())
+    ),
+    "two branches and a shortcut": TwoBranches,
+    "a branch that is read after the sum": BranchReadLater,
     "input written": InputWritten,
     "residual written": ResidualWritten,
     "view written": lambda: ViewWritten(relu=nn.ReLU(inplace=True)),

@@ -277,3 +277,11 @@ def test_errors_are_the_modules() -> None:
     fused.conv2.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
     with torch.no_grad(), pytest.raises(ValueError, match="channels"):
         fused(torch.randn(2, 8, 7, 9))
+
+
+def test_images_too_large_for_scratch_are_computed_one_after_another() -> None:
+    """Scratch is kept for as long as the thread lives."""
+    call: InferenceCall = torch.randn(8, 8, 1, 1), None, (1, 0, 1, 1), batch_norm(8), True
+    for size, fits in ((512, True), (520, False)):
+        input = torch.randn(1, 8, size, size).to(memory_format=torch.channels_last)
+        assert (cpu_conv.checked_inference(input, [call, call], None, False, False) is not None) == fits

@@ -202,6 +202,7 @@ def test_what_the_operator_does_not_take() -> None:
         {3: ([1, 1], 1, 1, 1)},
         {3: (1, 1, 1, 3)},
         {3: (1, 0, 4, 1)},
+        {3: (1, 1, 1, 0)},
         {5: torch.randn(1, 4, 6, 5)},
         {5: residual.double()},
         {5: torch.randn(1, 3, 6, 6)},
