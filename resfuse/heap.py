@@ -2,7 +2,7 @@
 
 glibc keeps the pages of what is freed between what is not.  A training step of ResNet-50 at batch 8 with recomputation
 then holds 1.0 to 1.1 GB, like eager's, and 0.7 GB where they are returned now and then.  Pages that are used again are
-zeroed first, which takes a tenth of that step.  Other allocators have no such call, or no need of it.
+zeroed first, which takes a tenth of that step or more.  Other allocators have no such call, or no need of it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resfuse.backends import dispatch
 from resfuse.backends.integers import cdiv, round_up
 from resfuse.layout import (
     channels_last,
@@ -279,9 +280,7 @@ def processors_of(device: torch.device) -> int:
 
 
 def uses_tf32(x: Tensor) -> bool:
-    if x.dtype is not torch.float32:  # reading torch's switch takes microseconds
-        return False
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return x.dtype is torch.float32 and dispatch.uses_tf32()
 
 
 def padded(tensor: Tensor, channels: int) -> Tensor:

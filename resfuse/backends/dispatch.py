@@ -165,7 +165,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the context, and later its backward, on the named backend; `None` means automatic choice.
 
     Args:
-        name: one of `available_backends()`, or None.
+        name: one of `available_backends()`, "cudnn", which is never chosen by rank, or None.
 
     Raises:
         ValueError: no backend has that name.
