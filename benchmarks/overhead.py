@@ -190,6 +190,8 @@ def stubbed_times(names: Sequence[str], number: int, rounds: int) -> dict[str, d
                 KERNELS=("conv_bn_act_forward",), unavailable_reason=lambda: None, unsupported_reasons=lambda _: [],
                 conv_bn_act_forward=kernels.conv_bn_act_forward,
             )  # fmt: skip
+            if hasattr(kernels, "inference_route"):
+                stand_in.inference_route = kernels.inference_route
             dispatch.register(f"{name}_stubbed", stand_in)
             with resfuse.use_backend(f"{name}_stubbed"):
                 table[name] = {

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from resfuse import arguments, ops
 from resfuse.backends import dispatch
+from resfuse.layout import share_storage
 from resfuse.ops.add_relu import AddReLUFunction
 from resfuse.ops.bn_act import BNActFunction
 from resfuse.ops.conv_bn_act import ConvBNActFunction
@@ -329,24 +330,21 @@ def inference(
     None, and nothing has happened, where that is not one call of the backend.  All tensors are plain ones or
     parameters, and nothing but a compiler watches or transforms the call.
     """
-    if not infers(input):
+    checked = checked_inference(input)
+    if checked is None:
         return None
     for _, _, _, bn, _ in calls:
         if bn.training:
             return None
-    checked = dispatch.checked_inference()
     output: Tensor | None = checked(input, calls, residual, overwrite_residual, pad_residual, pooling=pooling)
     return output
 
 
-def infers(input: Tensor) -> bool:
-    """True if `inference` may take an input."""
-    return (
-        input.is_cpu
-        and input.dtype in (torch.float32, torch.bfloat16)
-        and not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling())
-        and dispatch.checked_inference() is not None
-    )
+def checked_inference(input: Tensor) -> Any:
+    """What computes `inference` for an input; None where nothing does."""
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or torch.compiler.is_compiling():
+        return None
+    return dispatch.checked_inference(input)
 
 
 def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -398,4 +396,4 @@ def _can_be_overwritten(residual: Tensor, shape: tuple[int, ...], input: Tensor)
     """True if the residual has the output's shape and is not the memory that the convolution reads meanwhile."""
     if torch.compiler.is_compiling() or residual.shape != shape:  # a registered operator returns new memory
         return False
-    return residual.untyped_storage()._cdata != input.untyped_storage()._cdata
+    return not share_storage(residual, input)

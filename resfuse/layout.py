@@ -24,6 +24,11 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
 
 
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """True if two tensors are parts of the same memory, whether or not they overlap."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
 def conv_memory_format(input: Tensor, conv_weight: Tensor) -> torch.memory_format:
     """Memory format of a convolution's output: channels_last if the input or the weight is (PyTorch's own rule)."""
     if is_channels_last(input) or is_channels_last(conv_weight):

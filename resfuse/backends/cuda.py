@@ -11,11 +11,11 @@ from torch import Tensor
 
 from resfuse import _extension
 from resfuse.backends import cuda_conv
-from resfuse.backends.cuda_conv import conv_bn_act_forward, conv_forward
+from resfuse.backends.cuda_conv import conv_bn_act_forward, conv_forward, inference_route
 from resfuse.layout import channels_last, copy_back, dense, kernel_vector, ordered_like, pool_output_size, residual_for
 from resfuse.types import BatchNorm, Pooling, Problem
 
-__all__ = ["conv_bn_act_forward", "conv_forward"]
+__all__ = ["conv_bn_act_forward", "conv_forward", "inference_route"]
 
 BATCH_NORM_KERNELS = (
     "bn_act_forward", "bn_act_backward", "bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply",

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,10 +89,12 @@ _forced: ContextVar[ConvConfig | None] = ContextVar("resfuse_cuda_conv_config", 
 def use_config(config: ConvConfig | None) -> Iterator[None]:
     """Every convolution inside the context runs with this configuration; None is the heuristic's choice."""
     token = _forced.set(config)
+    dispatch.forget_choices()  # with which routes are kept
     try:
         yield
     finally:
         _forced.reset(token)
+        dispatch.forget_choices()
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -204,6 +206,18 @@ def _inference(
     vectors = bn[:4] if bn else NO_VECTORS
     output: Tensor = _conv_inference_forward(x, w, conv_bias, *vectors, residual, settings)
     return output if x is input else output.contiguous(memory_format=conv_memory_format(input, conv_weight))
+
+
+def inference_route(
+    problem: Problem, eps: float, relu: bool, overwrite_residual: bool
+) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operator for inference, and what it takes after the tensors; None where channels have to be padded."""
+    device, dtype, shape, weight_shape, convolution = problem[1:6]
+    assert weight_shape is not None and convolution is not None and isinstance(device, torch.device)
+    channels, settings = _settings(
+        device, dtype, shape, weight_shape, convolution, eps, relu, overwrite_residual, problem.tf32, _forced.get()
+    )
+    return (_conv_inference_forward, (settings,)) if channels == shape[1] else None
 
 
 class Plan(NamedTuple):

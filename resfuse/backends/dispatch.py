@@ -14,7 +14,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol, cast
@@ -22,8 +22,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from resfuse import arguments
 from resfuse.backends import first_contact, measured
-from resfuse.types import AbsentDevice, Convolution, Problem
+from resfuse.layout import share_storage
+from resfuse.types import AbsentDevice, Convolution, InferenceCall, Pooling, Problem
 
 logger = logging.getLogger("resfuse")
 
@@ -250,16 +252,87 @@ def uses_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-def checked_inference() -> Any:
-    """`checked_inference` of the `cpu` backend, which takes what lies on the CPU; None where that is not to run."""
-    return _checked_inference(_request.get())
+def checked_inference(input: Tensor) -> Any:
+    """The function that takes unchecked arguments of convolutions in inference, or None: `cpu_conv.checked_inference`
+    for what lies on the CPU, `_routed_inference` elsewhere.
+    """
+    return _checked_inference(_request.get(), input.is_cpu, input.dtype)
 
 
 @functools.cache
-def _checked_inference(request: str | None) -> Any:
-    if request not in (None, "cpu") or backend("cpu").unavailable_reason():
+def _checked_inference(request: str | None, on_cpu: bool, dtype: torch.dtype) -> Any:
+    if on_cpu and request in (None, "cpu"):
+        usable = dtype in (torch.float32, torch.bfloat16) and backend("cpu").unavailable_reason() is None
+        return backend("cpu").checked_inference if usable else None
+    return _routed_inference if request is None or hasattr(backend(request), "inference_route") else None
+
+
+def _routed_inference(
+    input: Tensor,
+    calls: Sequence[InferenceCall],
+    residual: Tensor | None,
+    overwrite_residual: bool,
+    pad_residual: bool,
+    pooling: Pooling | None = None,
+) -> Tensor | None:
+    """One convolution by an operator that checks its tensors itself; None where that is not all.
+
+    What goes wrong is left to the caller, who finds the words: nothing has been written then.
+    """
+    if pooling is not None or len(calls) > 1:
         return None
-    return backend("cpu").checked_inference
+    ((conv_weight, conv_bias, settings, bn, relu),) = calls
+    mean, var, weight, bias, _, _, eps = bn
+    dtype = input.dtype
+    if mean is None or var is None or (conv_bias is not None and conv_bias.dtype is not dtype):
+        return None
+    overwritten = residual is not None and overwrite_residual and not share_storage(residual, input)
+    tf32 = dtype is torch.float32 and input.is_cuda and uses_tf32()
+    try:
+        route = _route(
+            _request.get(), input.device, dtype, input.shape, conv_weight.shape, settings, residual is not None, tf32,
+            eps, relu, overwritten,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError):  # settings without a hash, or out of range; no verdict, or no backend
+        return None
+    if route is None or (residual is not None and residual.shape != route.shape):
+        return None
+    try:
+        output: Tensor = route.operator(
+            input, conv_weight, conv_bias, mean, var, weight, bias, residual, *route.settings
+        )
+    except RuntimeError:
+        if overwritten:  # it may have been
+            raise
+        return None
+    return output
+
+
+class Route(NamedTuple):
+    """How a backend computes a problem in inference, but for the tensors."""
+
+    operator: Any
+    """It takes input, conv_weight, conv_bias, batch norm's four tensors and the residual, all of which it checks."""
+    settings: tuple[Any, ...]
+    """Its further arguments."""
+    shape: tuple[int, ...]
+    """Of the output."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(
+    request: str | None, device: torch.device, dtype: torch.dtype, shape: torch.Size, weight_shape: torch.Size,
+    settings: tuple[Any, Any, Any, int], residual: bool, tf32: bool, *options: Any,
+) -> Route | None:  # fmt: skip
+    """That of the backend of choice; None where it has none, and takes checked arguments alone."""
+    convolution, output_shape = arguments.convolution(shape, weight_shape, *settings)
+    fields = ("conv_bn_act_forward", device, dtype, shape, weight_shape, convolution, False, residual, tf32)
+    module: Any = choose(fields, request).module
+    found = module.inference_route(Problem(*fields), *options) if hasattr(module, "inference_route") else None
+    if found is None:
+        return None
+    operator, further = found
+    return Route(operator, further, output_shape)
 
 
 class Choice(NamedTuple):
@@ -342,6 +415,7 @@ def forget_choices() -> None:
     measured.forget()
     choose.cache_clear()
     _checked_inference.cache_clear()
+    _route.cache_clear()
 
 
 def reasons_against(name: str, problem: Problem, automatic: bool) -> tuple[str, ...]:

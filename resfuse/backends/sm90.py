@@ -7,7 +7,7 @@ convolution leaves.  `resfuse.backends.reference` specifies each function; memor
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,14 @@ def conv_bn_act_forward(
 def conv_forward(input: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, convolution: Convolution) -> Tensor:
     """conv2d(input, conv_weight) + conv_bias."""
     return _run(input, conv_weight, conv_bias, convolution, None, None, False, False)
+
+
+def inference_route(problem: Problem, eps: float, relu: bool, overwrite_residual: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The operator for inference, and what it takes after the tensors."""
+    device, _, shape, weight_shape, convolution = problem[1:6]
+    assert weight_shape is not None and convolution is not None and isinstance(device, torch.device)
+    settings = _settings(device, shape, weight_shape, convolution, eps, relu, overwrite_residual, False)
+    return _conv_forward, (None, settings)
 
 
 def _run(

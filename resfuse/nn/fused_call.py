@@ -172,7 +172,7 @@ def _own(conv: Any, bn: Any, input: Tensor) -> tuple[_Convolution, _Norm] | None
 
 def chains(input: Tensor) -> bool:
     """True if convolutions behind one another may be one call."""
-    return not must_decompose(input) and functional.infers(input)
+    return input.is_cpu and not must_decompose(input) and functional.checked_inference(input) is not None
 
 
 def bn_act(
