@@ -285,8 +285,9 @@ std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, 
   return {in_result_format(output, input, weight), statistics};
 }
 
-// The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.
-Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings) {
+// The gradient of the input of a convolution of stride 1: the convolution of grad_output with the turned weight.  It is
+// added to `carried`, in its memory where that is dense.
+Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings, OptionalTensor carried) {
   Settings turned(settings);
   STD_TORCH_CHECK(grad_output.dim() == 4 && weight.dim() == 4 && grad_output.size(1) == weight.size(0),
                   "grad_output, conv_weight: shapes do not fit each other");
@@ -302,7 +303,17 @@ Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings) {
   args.weight =
       static_cast<const char*>(weight.data_ptr()) + ((size[2] - 1) * stride[2] + (size[3] - 1) * stride[3]) * element;
   args.weight_strides = {filters * stride[0], stride[1], stride[0], -stride[2], -stride[3]};
-  const Tensor output = empty_nhwc(args.conv);
+  if (carried) {
+    const resfuse::Convolution& conv = args.conv;
+    const int64_t expected[] = {conv.batch, conv.filters, conv.out_height, conv.out_width};
+    STD_TORCH_CHECK(carried->dim() == 4 && std::equal(expected, expected + 4, carried->sizes().begin()) &&
+                        dtype_of(*carried, "carried") == conv.dtype,
+                    "carried: expected the shape of the input, and the dtype of grad_output");
+    carried = to_nhwc(*carried);
+    args.residual = carried->data_ptr();
+    args.residual_channels = conv.filters;
+  }
+  const Tensor output = carried ? *carried : empty_nhwc(args.conv);
   args.output = output.data_ptr();
   resfuse::cpu::conv_forward(args);
   return output;

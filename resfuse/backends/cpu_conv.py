@@ -81,8 +81,9 @@ def conv_backward(
     conv_weight: Tensor,
     convolution: Convolution,
     needs_grad: tuple[bool, ...],
+    carried: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias): the first two by own kernels where they are faster, the rest by PyTorch.
+    """As `reference.conv_backward`; the gradients of input and weight by own kernels where those are faster.
 
     Groups in bfloat16 are PyTorch's: it multiplies pairs where the forward kernels widen, in down to half the time.
     """
@@ -92,13 +93,13 @@ def conv_backward(
         settings = conv_settings(convolution)
         height, width = conv_weight.shape[2:]
         if needs_grad[0] and padding[0] <= dilation[0] * (height - 1) and padding[1] <= dilation[1] * (width - 1):
-            grad_input = _input_grad(grad_output, conv_weight, settings)
+            grad_input = _input_grad(grad_output, conv_weight, settings, carried)
         if needs_grad[1]:
             grad_weight = _weight_grad(grad_output, input, conv_weight, settings)
     needs_grad = (needs_grad[0] and grad_input is None, needs_grad[1] and grad_weight is None, needs_grad[2])
     if not any(needs_grad):
         return grad_input, grad_weight, None
-    others = reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
+    others = reference.conv_backward(grad_output, input, conv_weight, convolution, needs_grad, carried)
     return others[0] if needs_grad[0] else grad_input, others[1] if needs_grad[1] else grad_weight, others[2]
 
 

@@ -40,7 +40,7 @@ for _schema in (
     "conv_inference_forward(Tensor input, Tensor?[] tensors, Tensor? residual) -> Tensor?",
     "conv_pool_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? running_mean, Tensor? running_var, "
     "Tensor? weight, Tensor? bias, Tensor settings, int[] pooling) -> Tensor?",
-    "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings) -> Tensor",
+    "conv_input_grad(Tensor grad_output, Tensor conv_weight, Tensor settings, Tensor? carried) -> Tensor",
     "conv_weight_grad(Tensor grad_output, Tensor input, Tensor conv_weight, Tensor settings) -> Tensor?",
     "conv_statistics_forward(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor settings) -> (Tensor, Tensor)",
     "bfloat16_products() -> str",

@@ -166,11 +166,15 @@ def conv_backward(
     conv_weight: Tensor,
     convolution: Convolution,
     needs_grad: tuple[bool, ...],
+    carried: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias) of conv2d; those not named in `needs_grad` are None."""
+    """(grad_input [+ carried], grad_weight, grad_bias) of conv2d; those not named in `needs_grad` are None.
+
+    `carried` may be overwritten.
+    """
     if needs_grad[1] and _unreliable_weight_gradient(input, convolution.stride):
         others = (needs_grad[0], False, needs_grad[2])
-        grad_input, _, grad_bias = conv_backward(grad_output, input, conv_weight, convolution, others)
+        grad_input, _, grad_bias = conv_backward(grad_output, input, conv_weight, convolution, others, carried)
         wide = (grad_output.float(), input.float(), conv_weight.float())
         _, grad_weight, _ = conv_backward(*wide, convolution, (False, True, False))
         assert grad_weight is not None
@@ -185,6 +189,8 @@ def conv_backward(
     grad_input, grad_weight, grad_bias = (
         grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)
     )
+    if carried is not None and grad_input is not None:
+        grad_input = carried.add_(grad_input)
     return grad_input, grad_weight, grad_bias
 
 

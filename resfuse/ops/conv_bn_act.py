@@ -60,12 +60,17 @@ def conv_backward(
     convolution: Convolution,
     needs_grad: NeedsGrad,
     request: str | None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_input, grad_weight, grad_bias) of the convolution; `request` is that of the forward."""
+    """(grad_input [+ carried], grad_weight, grad_bias) of the convolution; `request` is that of the forward.
+
+    `carried`, which is of the shape of the input, may be overwritten.
+    """
     if through_dispatcher():
-        return torch.ops.resfuse.conv_backward(grad_output, input, conv_weight, *convolution, needs_grad)
+        grads = torch.ops.resfuse.conv_backward(grad_output, input, conv_weight, *convolution, needs_grad)
+        return grads if carried is None else (grads[0] + carried, *grads[1:])
     backend = backend_for("conv_backward", input, conv_weight.shape, convolution, request)
-    return backend.conv_backward(grad_output, input, conv_weight, convolution, needs_grad)
+    return backend.conv_backward(grad_output, input, conv_weight, convolution, needs_grad, carried)
 
 
 # The registered operators have flat schemas, and return tensors only: an empty one for a gradient nobody needs.
@@ -184,6 +189,8 @@ class ConvBNActFunction(torch.autograd.Function):
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.eps, ctx.convolution = bn.training, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
+        ctx.carrier = _carrier(input, residual) if relu and residual is not None else None
+        ctx.carried = None
         saved = Saved(input, residual, None, z, *bn[2:4], mean, invstd, conv_weight, conv_bias)
         recompute.save(ctx, saved, output, relu, bn.training)
         return output
@@ -195,6 +202,7 @@ class ConvBNActFunction(torch.autograd.Function):
         assert conv_weight is not None
         *needs_conv, needs_residual, _, _, _, _, needs_weight, needs_bias, _, _, _ = ctx.needs_input_grad
         grads: Any = (None, None, None)
+        carried = _carried_to(ctx)
         if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
         else:
@@ -211,7 +219,11 @@ class ConvBNActFunction(torch.autograd.Function):
             saved, z = saved._replace(z=None, output=None), None  # the convolution's gradients take their place
             if grad_z is not None:
                 input = recompute.input_of(ctx, saved)
-                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, tuple(needs_conv), ctx.request)
+                needs = tuple(needs_conv)
+                grads = conv_backward(grad_z, input, conv_weight, ctx.convolution, needs, ctx.request, carried)
+            if needs_residual and ctx.carrier is not None:
+                _carry(ctx.carrier, grad_residual)
+                needs_residual = False
         return (
             *(grad if needed else None for grad, needed in zip(grads, needs_conv, strict=True)),
             bn_act.gradient_of_residual(ctx, grad_residual if ctx.relu else grad_output) if needs_residual else None,
@@ -225,6 +237,45 @@ class ConvBNActFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+# The input of a residual block has two gradients: that of its first convolution, and that of the sum at its end, which
+# is computed first.  The convolution adds them in its own kernel, where PyTorch would read and write both once more.
+
+_LONGEST_BLOCK = 4
+
+
+def _carrier(input: Tensor, residual: Tensor) -> Any:
+    """The node of the first convolution of a block that ends with a sum; None where that is not found.
+
+    It is an ancestor of the sum's own node, so that it runs later in every backward pass in which the gradient of the
+    block's input is wanted.
+    """
+    if torch.compiler.is_compiling() or not residual.requires_grad:
+        return None
+    node: Any = input.grad_fn
+    for _ in range(_LONGEST_BLOCK):
+        if type(node).__name__ != "ConvBNActFunctionBackward":
+            return None
+        source, number = node.next_functions[0]
+        leaf = residual.grad_fn is None and getattr(source, "variable", None) is residual
+        if leaf or (source is residual.grad_fn is not None and number == residual.output_nr):
+            return node
+        node = source
+    return None
+
+
+def _carry(node: Any, grad: Any) -> None:
+    """Have a convolution add a gradient to that of its input, later in this backward pass."""
+    before = _carried_to(node)
+    node.carried = torch._C._current_graph_task_id(), grad if before is None else before.add_(grad)
+
+
+def _carried_to(node: Any) -> Tensor | None:
+    """What was carried to a node in this backward pass; an earlier one may have ended before it came to the node."""
+    task, grad = node.carried or (None, None)
+    node.carried = None
+    return grad if task == torch._C._current_graph_task_id() else None
 
 
 def _differentiable_backward(ctx: Any, saved: Any, grad_output: Tensor) -> Any:

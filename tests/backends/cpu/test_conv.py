@@ -88,6 +88,30 @@ def test_input_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.Monk
     assert bool(used) == (name != "large_groups" or dtype == torch.float32)
 
 
+@DTYPES
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("name", ["in_place", "few_pixels", "winograd", "winograd_odd", "dilated", "short_rows"])
+def test_what_is_carried_to_an_input_gradient(name: str, layout: str, dtype: torch.dtype) -> None:
+    """It is added before the sum is rounded, in its own memory where that is NHWC."""
+    call = path_call(name, dtype, residual=False)
+    carried = torch.randn_like(call.input)
+    if layout == "nchw":
+        carried = carried.contiguous()
+    arguments = (torch.randn_like(fused(call)), call.input, call.tensors["conv_weight"], call.convolution)
+    needs_grad = (True, False, False)
+    right = reference.conv_backward(*map(wide, arguments), needs_grad)[0]  # type: ignore[arg-type]
+    assert right is not None
+    expected, address = right + carried.double(), carried.data_ptr()
+    found = cpu_conv.conv_backward(*arguments, needs_grad, carried)[0]
+    assert found is not None and (found.data_ptr() == address or layout == "nchw")
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * 4)
+
+
+def wide(argument: object) -> object:
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
 WEIGHT_GRADIENTS = ["winograd", "winograd_odd", "winograd_wide_padding", "winograd_narrow_panels"]
 
 
