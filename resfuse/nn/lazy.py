@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ class Symbol(fx.Proxy):
 
 
 _TENSORS = (Tensor, Parameter, Symbol)
+
+_UPDATES: WeakValueDictionary[int, Lazy] = WeakValueDictionary()
+"""By the `id` of a running mean: the last call that updates it, for as long as somebody holds that."""
 
 
 def _is_tensor(x: Any) -> bool:
@@ -83,6 +87,19 @@ class Lazy:
         lazy = cls(None, None, None)
         lazy.value, lazy.held = value, held
         return lazy
+
+    def normalise(self, bn: Any) -> Lazy:
+        """With a batch norm.  Earlier calls that update the same statistics are computed first."""
+        self.bn = bn
+        module = bn.module if type(bn) is NormCall else bn
+        if module.training and not torch.compiler.is_compiling():
+            mean = getattr(module, "running_mean", None)
+            if mean is not None:
+                earlier = _UPDATES.get(id(mean))
+                if earlier is not None:
+                    settle(earlier)
+                _UPDATES[id(mean)] = self
+        return self
 
     def normalised(self) -> bool:
         """True if a residual can still be added."""
@@ -266,8 +283,7 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
             elif x.conv is not None and x.bn is None:
                 norm = f if role is _NORM else _norm(f)
                 if norm is not None:
-                    x.bn = norm
-                    return x
+                    return x.normalise(norm)
             if is_known(f) and f in _RELUS and (x.bn is not None or x.residual is not None):
                 return x.activate(RELU)
     elif not _is_tensor(x):
@@ -276,12 +292,13 @@ def call(f: Any, x: Any, last: bool = False, channels_last: bool = False) -> Any
     if role is _CONVOLUTION or role is _NORM:
         if type(x) is Lazy and x.value is None:
             x.evaluate()
-        return Lazy(f, None, x, channels_last) if role is _CONVOLUTION else Lazy(None, f, x)
+        return Lazy(f, None, x, channels_last) if role is _CONVOLUTION else Lazy(None, None, x).normalise(f)
     if role is None:
         conv = _convolution(f)
         norm = None if conv is not None else _norm(f)
         if conv is not None or norm is not None:
-            return Lazy(conv, norm, settle(x), channels_last and conv is not None)
+            pending = Lazy(conv, None, settle(x), channels_last and conv is not None)
+            return pending if norm is None else pending.normalise(norm)
     lazy = lazily(f)
     if lazy is not None:
         held, value = SHARED, None
@@ -513,10 +530,9 @@ def _batch_norm(
         force(running_mean), force(running_var), force(weight), force(bias), training, momentum, eps
     )  # fmt: skip
     if type(input) is Lazy and input.value is None and input.conv is not None and input.bn is None:
-        input.bn = norm
-        return input
+        return input.normalise(norm)
     input = settle(input)
-    return Lazy(None, norm, input) if _is_tensor(peek(input)) else None
+    return Lazy(None, None, input).normalise(norm) if _is_tensor(peek(input)) else None
 
 
 def _relu(input: Any, inplace: bool = False) -> Any:

@@ -485,6 +485,16 @@ class BranchReadLater(TwoBranches):
         return F.relu(a + x) + F.relu(self.bn4(self.conv4(b)))
 
 
+class SharedNorms(Block):
+    """Which update their statistics in the order of the calls, though the first result is read last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.bn1(self.conv1(x))
+        b = self.bn1(self.conv2(x * 3))
+        c = F.batch_norm(x - 2, self.bn1.running_mean, self.bn1.running_var, training=self.training)
+        return F.relu(c) + F.relu(b) + F.relu(a)
+
+
 class Broadcasts(Block):
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean((2, 3), keepdim=True)
@@ -535,6 +545,7 @@ TRAPS: dict[str, Callable[[], nn.Module]] = {
     "contexts": Contexts,
     "a loop that is left": BrokenLoop,
     "attribute assigned": Counts,
+    "norms shared by branches": SharedNorms,
     "residual broadcasts": Broadcasts,
     "recursion": CallsItself,
     "own __iter__": lambda: OwnIteration(conv3x3(), nn.BatchNorm2d(C), nn.ReLU()),
