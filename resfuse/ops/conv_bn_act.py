@@ -189,7 +189,7 @@ class ConvBNActFunction(torch.autograd.Function):
             mean, invstd = reference.inference_statistics(bn)
         ctx.training, ctx.eps, ctx.convolution = bn.training, bn.eps, convolution
         ctx.residual_channels = None if residual is None else residual.shape[1]
-        ctx.carrier = _carrier(input, residual) if relu and residual is not None else None
+        ctx.carrier = _carrier(input, residual) if relu and ctx.residual_channels == output.shape[1] else None
         ctx.carried = None
         saved = Saved(input, residual, None, z, *bn[2:4], mean, invstd, conv_weight, conv_bias)
         recompute.save(ctx, saved, output, relu, bn.training)
@@ -245,7 +245,7 @@ class ConvBNActFunction(torch.autograd.Function):
 _LONGEST_BLOCK = 4
 
 
-def _carrier(input: Tensor, residual: Tensor) -> Any:
+def _carrier(input: Tensor, residual: Any) -> Any:
     """The node of the first convolution of a block that ends with a sum; None where that is not found.
 
     It is an ancestor of the sum's own node, so that it runs later in every backward pass in which the gradient of the
@@ -273,8 +273,9 @@ def _carry(node: Any, grad: Any) -> None:
 
 def _carried_to(node: Any) -> Tensor | None:
     """What was carried to a node in this backward pass; an earlier one may have ended before it came to the node."""
-    task, grad = node.carried or (None, None)
-    node.carried = None
+    if node.carried is None:
+        return None
+    (task, grad), node.carried = node.carried, None
     return grad if task == torch._C._current_graph_task_id() else None
 
 

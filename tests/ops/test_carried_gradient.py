@@ -97,7 +97,7 @@ def test_inputs_of_all_kinds(carried: list[Tensor]) -> None:
 
 
 def test_what_is_no_block_is_left_to_autograd(carried: list[Tensor]) -> None:
-    """A residual that is not what the convolution before it read: written to since, or of another branch."""
+    """A residual that was written to since, has fewer channels, or is of another branch."""
     conv = [models.seeded(lambda: resfuse.nn.ConvBNAct2d(16, 16, 3, padding=1)) for _ in range(2)]
     model, x = nn.ModuleList(conv), image()
 
@@ -110,8 +110,18 @@ def test_what_is_no_block_is_left_to_autograd(carried: list[Tensor]) -> None:
     def branches(x: Tensor) -> Tensor:
         return conv[1](x, conv[0](x))
 
+    wider = models.seeded(lambda: resfuse.nn.ConvBNAct2d(16, 24, 3, padding=1))
+
+    def fewer_channels(x: Tensor) -> Tensor:
+        bn = wider.bn
+        return resfuse.conv_bn_act(
+            conv[0](x), wider.conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual=x,
+            padding=1, training=True, pad_residual=True,
+        )  # fmt: skip
+
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradients(written, model, x)
+    check(gradients(fewer_channels, conv[0], x), expected(fewer_channels, conv[0], x))
     check(gradients(branches, model, x), expected(branches, model, x))
     assert carried == []
 
