@@ -178,6 +178,9 @@ BUGS = {
     "too_many_registers": sm90_bug(
         KERNEL, r"warpgroup_reg_alloc<232>", "warpgroup_reg_alloc<240>", "emulator", "waits for registers"
     ),
+    "strided_pixels_as_a_matrix": Bug(
+        KERNEL, r"conv\.stride_h \* conv\.stride_w == 1 &&", "", "numbers", "eval bf16 128x64 1x1 stride 2", SM90
+    ),
     "scale_read_too_early": sm90_bug(
         "sm90/bn_act_epilogue.cuh", r"(begin_sync_needed\(\) const { return) true", r"\1 false"
     ),

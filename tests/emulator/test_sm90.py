@@ -59,7 +59,7 @@ CONVOLUTIONS = {"-".join(map(str, numbers)): resnet_convolution(*numbers) for nu
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_tma_loads_the_operand(conv: Convolution) -> None:
-    check = ctypes.CDLL(str(build.im2col())).wrong_im2col_values
+    check = ctypes.CDLL(str(build.im2col())).wrong_loaded_values
     check.restype = ctypes.c_long
     n, c, h, w = conv.input
     shapes = (n, h, w, c, conv.channels, *conv.kernel, *conv.output[2:])
