@@ -136,7 +136,7 @@ def test_kernels_for_hopper() -> None:
     skip_unless_built("_sm90")
     found = kernel_resources.sm90_rows()
     assert {row["variant"].rpartition(",")[0] for row in found} == {
-        f"ConvKernel<{dtype},{tile}" for dtype in ("bfloat16_t", "half_t") for tile in sm90.TILES
+        f"ConvKernel<{dtype},{tile}" for dtype in ("bfloat16_t", "half_t", "float") for tile in sm90.TILES
     }
     for row in found:
         assert (row["arch"], row["threads"], row["spill"], row["local"]) == (90, 384, 0, 0), row
