@@ -143,11 +143,11 @@ def test_parts_of_the_statistics_cover_every_tile_once(shape: tuple[int, ...], f
 EMULATED = pytest.mark.skipif(emulated.unavailable_reason() is not None, reason=str(emulated.unavailable_reason()))
 
 
-def operands(layout: torch.memory_format, residual_channels: int = 24) -> tuple[Any, ...]:
+def operands(layout: torch.memory_format, residual_channels: int = 24, dtype: torch.dtype = BF16) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 16, 13, 11, generator=draw).to(BF16).contiguous(memory_format=layout)
+    x = torch.randn(3, 16, 13, 11, generator=draw).to(dtype).contiguous(memory_format=layout)
     w = (torch.randn(24, 16, 3, 3, generator=draw) / 12).contiguous(memory_format=layout)  # float32, as under autocast
-    residual = torch.randn(3, residual_channels, 13, 11, generator=draw).to(BF16)
+    residual = torch.randn(3, residual_channels, 13, 11, generator=draw).to(dtype)
     return x, w, torch.randn(24, generator=draw), Convolution((1, 1), (1, 1), (1, 1), 1), residual
 
 
@@ -167,22 +167,23 @@ def misaligned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("change", [lambda tensor: tensor, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_any_layout_dtype_and_address(
-    training: bool, layout: torch.memory_format, change: Callable[[Tensor], Tensor]
+    dtype: torch.dtype, training: bool, layout: torch.memory_format, change: Callable[[Tensor], Tensor]
 ) -> None:
     for residual_channels in (24, 8):
-        x, w, bias, convolution, residual = operands(layout, residual_channels)
+        x, w, bias, convolution, residual = operands(layout, residual_channels, dtype)
         residual = change(residual)
         first, second = norm(training), norm(training)
         found = sm90.conv_bn_act_forward(change(x), change(w), bias, convolution, first, residual, True)
-        expected = reference.conv_bn_act_forward(x, w.to(BF16), bias, convolution, second, residual, True)
+        expected = reference.conv_bn_act_forward(x, w.to(dtype), bias, convolution, second, residual, True)
         for one, other in zip((*found, *first[:2]), (*expected, *second[:2]), strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
                 assert (one.float() - other.float()).norm() < 0.01 * other.float().norm()
         assert found[0].is_contiguous(memory_format=layout)
     z = sm90.conv_forward(change(x), change(w), bias, convolution)
-    torch.testing.assert_close(z, reference.conv_forward(x, w.to(BF16), bias, convolution), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(z, reference.conv_forward(x, w.to(dtype), bias, convolution), rtol=0.02, atol=0.02)
 
 
 @EMULATED
