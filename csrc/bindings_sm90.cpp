@@ -13,10 +13,10 @@ Tensor conv_forward(const Tensor& input, const Tensor& conv_weight, OptionalTens
   const auto other = [&](int64_t i) { return static_cast<int32_t>(given.others[i]); };
   const int32_t tile_n = other(0), blocks = other(1), tiles_per_part = other(2);
   const Tensor x = to_nhwc(input, "input", kAlignment), w = to_nhwc(conv_weight, "conv_weight", kAlignment);
-  const Convolution conv = convolution(x, w, given.geometry, false);
-  STD_TORCH_CHECK(conv.dtype != DType::float32, "input must be bfloat16 or float16");
-  STD_TORCH_CHECK(conv.groups == 1 && conv.channels % 8 == 0 && conv.filters % 8 == 0,
-                  "groups must be 1, and channels and filters multiples of 8");
+  const Convolution conv = convolution(x, w, given.geometry, true);
+  const int64_t multiple = conv.dtype == DType::float32 ? kAlignment / 4 : kAlignment / 2;
+  STD_TORCH_CHECK(conv.groups == 1 && conv.channels % multiple == 0 && conv.filters % multiple == 0,
+                  "groups must be 1, and channels and filters multiples of ", multiple);
   STD_TORCH_CHECK(blocks > 0, "blocks must be positive");
   STD_TORCH_CHECK(parts.has_value() == (tiles_per_part > 0), "parts and tiles_per_part belong together");
   residual = to_nhwc(residual, "residual", kAlignment);

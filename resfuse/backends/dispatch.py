@@ -100,7 +100,7 @@ RANKING = (
             passed_over=name,
             preferred="sm90",
             majors=(9,),
-            dtypes=(torch.bfloat16, torch.float16),
+            dtypes=(torch.bfloat16, torch.float16, torch.float32),
             why="TMA loads the operands and residuals of its next tile while wgmma multiplies",
         )
         for name in ("cuda", "triton")

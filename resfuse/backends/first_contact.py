@@ -253,6 +253,9 @@ def _messages(arguments: Sequence[str]) -> Iterator[list[str | None]]:
 
 EPS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 EPS_TF32 = 2.0**-8
+# Of the norm of a result: operands that are rounded to TF32 make an error of 3e-4; those whose last bits are cut off
+# one of 8e-4, most of it in one direction.
+ROUNDED_TF32 = 5e-4
 # (input, weight, stride, groups): a stem, split sums, large tiles, groups, and sizes that fill nothing, the first with
 # channels that TMA can load.
 CONVOLUTIONS = (
@@ -303,10 +306,10 @@ def fault(
 
     switch: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     for precision in ("ieee", "tf32") if "conv" in kernel and dtype == torch.float32 else ("ieee",):
-        switch.fp32_precision = precision
-        bound = 2 * (EPS_TF32 if precision == "tf32" else EPS[dtype])
+        switch.fp32_precision, tf32 = precision, precision == "tf32"
+        bound = 2 * (EPS_TF32 if tf32 else EPS[dtype])
         for about, operands in problems(kernel, dtype):
-            if "conv" in kernel and unsupported(module, kernel, device, operands):
+            if "conv" in kernel and unsupported(module, kernel, device, operands, tf32):
                 continue
             tries(about)
             expected = _results(getattr(reference, kernel), operands, device, torch.float64)
@@ -320,13 +323,16 @@ def fault(
                 worst = ((one - truth).abs() / (truth.abs() + truth.abs().mean() + 1e-3)).max().item()
                 if not worst <= bound:
                     return f"is wrong on {about}: an error of {worst:.1e}, more than {bound:.1e}"
+                if tf32 and not ((one - truth).norm() <= ROUNDED_TF32 * truth.norm()):
+                    return f"does not round to TF32 on {about}"
     return None
 
 
-def unsupported(module: Any, kernel: str, device: torch.device, operands: list[Any]) -> list[str]:
+def unsupported(module: Any, kernel: str, device: torch.device, operands: list[Any], tf32: bool) -> list[str]:
     """Why the backend cannot run this convolution, which automatic choice then gives to another."""
     input, weight, _, convolution = operands[:4]
-    return module.unsupported_reasons(Problem(kernel, device, input.dtype, input.shape, weight.shape, convolution))
+    shapes = input.shape, weight.shape
+    return module.unsupported_reasons(Problem(kernel, device, input.dtype, *shapes, convolution, tf32=tf32))
 
 
 def problems(kernel: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Any]]]:

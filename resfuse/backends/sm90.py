@@ -20,10 +20,9 @@ from resfuse.layout import channels_last, conv_memory_format, conv_output_shape
 from resfuse.types import BatchNorm, Convolution, Problem
 
 KERNELS = ("conv_bn_act_forward", "conv_forward")
-DTYPES = (torch.bfloat16, torch.float16)
-"""Not float32: TMA can hand wgmma TF32 operands, but whether it rounds them is not documented."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The last as TF32, where PyTorch allows that."""
 CAPABILITY = (9, 0)  # instructions of sm_90a run nowhere else
-MULTIPLE = 8  # channels and filters: 16 bytes
 
 TILE_PIXELS = 128
 TILES = (256, 128, 64)
@@ -59,12 +58,17 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if problem.capability != CAPABILITY:
         reasons.append(f"sm90 needs compute capability 9.0, not {'.'.join(map(str, problem.capability))}")
     if problem.dtype not in DTYPES:
-        reasons.append(f"sm90 computes in bfloat16 and float16, not {problem.dtype}")
+        reasons.append(f"sm90 computes in bfloat16, float16 and TF32, not {problem.dtype}")
+    elif problem.dtype == torch.float32 and not problem.tf32:
+        reasons.append("sm90 multiplies float32 as TF32, which torch.backends.cudnn.conv.fp32_precision does not allow")
     assert problem.weight_shape is not None and problem.convolution is not None
-    return reasons + _unsupported_shapes(problem.shape, problem.weight_shape, problem.convolution)
+    multiple = 16 // problem.dtype.itemsize
+    return reasons + _unsupported_shapes(problem.shape, problem.weight_shape, problem.convolution, multiple)
 
 
-def _unsupported_shapes(shape: torch.Size, weight_shape: torch.Size, convolution: Convolution) -> list[str]:
+def _unsupported_shapes(
+    shape: torch.Size, weight_shape: torch.Size, convolution: Convolution, multiple: int
+) -> list[str]:
     if len(shape) != 4 or len(weight_shape) != 4:
         return [f"sm90 convolves (N, C, H, W) tensors, not shape {tuple(shape)}"]
     n, k, oh, ow = conv_output_shape(shape, weight_shape, convolution)
@@ -73,8 +77,8 @@ def _unsupported_shapes(shape: torch.Size, weight_shape: torch.Size, convolution
     reasons = []
     if convolution.groups > 1:
         reasons.append("sm90 has no groups")
-    if shape[1] % MULTIPLE or k % MULTIPLE:
-        reasons.append(f"sm90 needs multiples of {MULTIPLE} channels, 16 bytes for TMA, not {shape[1]} and {k}")
+    if shape[1] % multiple or k % multiple:
+        reasons.append(f"sm90 needs multiples of {multiple} channels, 16 bytes for TMA, not {shape[1]} and {k}")
     axes = zip(*convolution[:3], weight_shape[2:], strict=True)
     if any(stride > 8 or pad > 127 or dilation * (taps - 1) > pad + 128 for stride, pad, dilation, taps in axes):
         reasons.append("TMA takes strides up to 8, a padding up to 127, and filters up to 128 pixels into the image")

@@ -56,6 +56,7 @@ class Case(NamedTuple):
             problem = Problem(kernel, device, dtype, self.output_shape)
             if "conv" in kernel:
                 problem = Problem(kernel, device, dtype, torch.Size(self.shape), self.weight_shape, self.convolution)
+                problem = problem._replace(tf32=dtype == torch.float32 and dispatch.uses_tf32())
             if kernel in module.KERNELS:  # dispatch leaves others to `reference`
                 reasons += module.unsupported_reasons(problem)
         return reasons

@@ -167,7 +167,7 @@ def test_other_problems_are_predicted(changes: dict[str, Any]) -> None:
 
 def test_float32_is_told_apart_by_the_tf32_switch() -> None:
     tf32 = LAYER._replace(dtype=torch.float32, precision="tf32")
-    install({"cuda": 10.0, "triton": 20.0}, tf32)
+    install({"cuda": 10.0, "triton": 20.0, "sm90": 30.0}, tf32)
     assert choice(asked(tf32)).name == "cuda"
     assert choice(asked(tf32._replace(precision="ieee"))).name == "triton"
 

@@ -29,9 +29,10 @@ def problem(
     dtype: torch.dtype = BF16,
     device: Any = HOPPER,
     kernel: str = "conv_bn_act_forward",
+    tf32: bool = False,
 ) -> Problem:
     convolution = Convolution((stride, stride), (padding, padding), (dilation, dilation), groups)
-    return Problem(kernel, device, dtype, torch.Size(input), torch.Size(weight), convolution)
+    return Problem(kernel, device, dtype, torch.Size(input), torch.Size(weight), convolution, tf32=tf32)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,9 @@ def problem(
         ({"device": AbsentDevice((8, 0))}, "compute capability 9.0, not 8.0"),
         ({"device": AbsentDevice((10, 0))}, "compute capability 9.0, not 10.0"),
         ({"device": torch.device("cpu")}, "tensors on a CUDA device, not on cpu"),
-        ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+        ({"dtype": torch.float64}, "bfloat16, float16 and TF32, not torch.float64"),
+        ({"dtype": torch.float32}, "fp32_precision does not allow"),
+        ({"dtype": torch.float32, "tf32": True, "input": (32, 62, 56, 56), "weight": (64, 62, 3, 3)}, "multiples of 4"),
         ({"weight": (64, 8, 3, 3), "groups": 8}, "no groups"),
         ({"input": (32, 3, 224, 224), "weight": (64, 3, 7, 7), "stride": 2, "padding": 3}, "not 3 and 64"),
         ({"weight": (100, 64, 3, 3)}, "not 64 and 100"),
@@ -63,6 +66,7 @@ def test_the_limits_of_tma_are_inclusive() -> None:
         {"padding": 127, "dilation": 127, "input": (8, 64, 56, 56)},  # 254 pixels, of which 127 are padding
         {"padding": 0, "dilation": 64, "input": (8, 64, 256, 256)},
         {"stride": 8, "input": (64, 64, 224, 224)},
+        {"dtype": torch.float32, "tf32": True, "input": (32, 60, 56, 56), "weight": (68, 60, 3, 3)},  # 16 bytes
     ):
         assert sm90.unsupported_reasons(problem(**options)) == []  # type: ignore[arg-type]
 
@@ -80,7 +84,7 @@ def test_resnet50_at_batch_128_runs_on_it_but_for_the_image() -> None:
 @pytest.mark.parametrize("kernel", sm90.KERNELS)
 def test_on_hopper_it_is_preferred_where_it_can_run_the_problem(kernel: str) -> None:
     for dtype in sm90.DTYPES:
-        name, rejected = dispatch.explain_choice(problem(dtype=dtype, kernel=kernel))
+        name, rejected = dispatch.explain_choice(problem(dtype=dtype, kernel=kernel, tf32=dtype == torch.float32))
         assert name == "sm90" and set(rejected) == {"cuda", "triton"}
         why = "sm90 should be faster: TMA loads the operands and residuals of its next tile while wgmma multiplies "
         assert all(reasons[-1] == why + "(predicted, not measured)" for reasons in rejected.values())
@@ -90,10 +94,11 @@ def test_on_hopper_it_is_preferred_where_it_can_run_the_problem(kernel: str) -> 
     assert dispatch.explain_choice(problem(device=AbsentDevice((8, 0)), kernel=kernel))[0] == "cuda"
 
 
-def test_first_contact_has_problems_for_it() -> None:
+@pytest.mark.parametrize("dtype", sm90.DTYPES, ids=str)
+def test_first_contact_has_problems_for_it(dtype: torch.dtype) -> None:
     """Others are left out there too: automatic choice gives it none of them."""
     able = [
-        problem(shape, weight, stride, weight[2] // 2, groups=groups)
+        problem(shape, weight, stride, weight[2] // 2, groups=groups, dtype=dtype, tf32=dtype == torch.float32)
         for shape, weight, stride, groups in first_contact.CONVOLUTIONS
     ]
     able = [one for one in able if not sm90.unsupported_reasons(one)]
@@ -138,11 +143,11 @@ def test_parts_of_the_statistics_cover_every_tile_once(shape: tuple[int, ...], f
 EMULATED = pytest.mark.skipif(emulated.unavailable_reason() is not None, reason=str(emulated.unavailable_reason()))
 
 
-def operands(layout: torch.memory_format, residual_channels: int = 24) -> tuple[Any, ...]:
+def operands(layout: torch.memory_format, residual_channels: int = 24, dtype: torch.dtype = BF16) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 16, 13, 11, generator=draw).to(BF16).contiguous(memory_format=layout)
+    x = torch.randn(3, 16, 13, 11, generator=draw).to(dtype).contiguous(memory_format=layout)
     w = (torch.randn(24, 16, 3, 3, generator=draw) / 12).contiguous(memory_format=layout)  # float32, as under autocast
-    residual = torch.randn(3, residual_channels, 13, 11, generator=draw).to(BF16)
+    residual = torch.randn(3, residual_channels, 13, 11, generator=draw).to(dtype)
     return x, w, torch.randn(24, generator=draw), Convolution((1, 1), (1, 1), (1, 1), 1), residual
 
 
@@ -162,22 +167,23 @@ def misaligned(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("change", [lambda tensor: tensor, misaligned], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_any_layout_dtype_and_address(
-    training: bool, layout: torch.memory_format, change: Callable[[Tensor], Tensor]
+    dtype: torch.dtype, training: bool, layout: torch.memory_format, change: Callable[[Tensor], Tensor]
 ) -> None:
     for residual_channels in (24, 8):
-        x, w, bias, convolution, residual = operands(layout, residual_channels)
+        x, w, bias, convolution, residual = operands(layout, residual_channels, dtype)
         residual = change(residual)
         first, second = norm(training), norm(training)
         found = sm90.conv_bn_act_forward(change(x), change(w), bias, convolution, first, residual, True)
-        expected = reference.conv_bn_act_forward(x, w.to(BF16), bias, convolution, second, residual, True)
+        expected = reference.conv_bn_act_forward(x, w.to(dtype), bias, convolution, second, residual, True)
         for one, other in zip((*found, *first[:2]), (*expected, *second[:2]), strict=True):
             assert (one is None) == (other is None)
             if one is not None and other is not None:
                 assert (one.float() - other.float()).norm() < 0.01 * other.float().norm()
         assert found[0].is_contiguous(memory_format=layout)
     z = sm90.conv_forward(change(x), change(w), bias, convolution)
-    torch.testing.assert_close(z, reference.conv_forward(x, w.to(BF16), bias, convolution), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(z, reference.conv_forward(x, w.to(dtype), bias, convolution), rtol=0.02, atol=0.02)
 
 
 @EMULATED

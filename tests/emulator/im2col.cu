@@ -32,7 +32,7 @@ long wrong_values(const resfuse::Convolution& conv, const uint16_t* x, const std
 }  // namespace
 
 // Of all values that are loaded, how many are wrong; -1 where the kernel refuses the convolution.
-extern "C" __attribute__((visibility("default"))) long wrong_im2col_values(const resfuse::Convolution& conv) {
+extern "C" __attribute__((visibility("default"))) long wrong_loaded_values(const resfuse::Convolution& conv) {
   using namespace cute;
   if (!Kernel::can_implement(conv)) return -1;
   std::vector<uint16_t> x(conv.batch * conv.height * conv.width * conv.channels),
@@ -44,22 +44,34 @@ extern "C" __attribute__((visibility("default"))) long wrong_im2col_values(const
   args.weight = w.data();
   args.output = y.data();
   const auto params = std::make_unique<typename Kernel::Params>(Kernel::params(args));
-  const auto& tma = params->mainloop.tma_load_a;
-  const emu::TensorMap& map = emu::tensor_map(reinterpret_cast<uintptr_t>(tma.get_tma_descriptor()));
-  typename Kernel::Mainloop mainloop;
-  const auto operand = get<0>(mainloop.load_init(params->shape, params->mainloop));  // (pixel, channel, tile, step)
-  const auto steps = shape<3>(operand);
-  const int64_t chunks = (conv.channels + 63) / 64;
   long wrong = 0;
-  for (int tile = 0; tile < size<2>(operand); ++tile) {
-    const auto loads = tma.get_slice(Int<0>{}).partition_S(operand(_, _, idx2crd(tile, shape<2>(operand)), _));
-    auto step = make_coord_iterator(steps);
-    for (int64_t i = 0; i < size(steps); ++i, ++step) {  // channels, then S, then R
-      const auto [c, wh, n, sr] = loads(_, _, _, *step)(Int<0>{});
-      const int at[] = {c, get<0>(wh), get<1>(wh), n}, offsets[] = {get<0>(sr), get<1>(sr)};
-      wrong += wrong_values(conv, x.data(), emu::im2col_rows(map, at, offsets), tile * int64_t{128},
-                            i / chunks / conv.kernel_w, i / chunks % conv.kernel_w, i % chunks * 64);
+  const auto check = [&](const auto& tma, const auto& operand, const auto& rows) {  // (pixel, channel, tile, step)
+    const emu::TensorMap& map = emu::tensor_map(reinterpret_cast<uintptr_t>(tma.get_tma_descriptor()));
+    const auto steps = shape<3>(operand);
+    const int64_t chunks = (conv.channels + 63) / 64;
+    for (int tile = 0; tile < size<2>(operand); ++tile) {
+      const auto loads = tma.get_slice(Int<0>{}).partition_S(operand(_, _, idx2crd(tile, shape<2>(operand)), _));
+      auto step = make_coord_iterator(steps);
+      for (int64_t i = 0; i < params->steps; ++i, ++step)  // channels, then S, then R
+        wrong += wrong_values(conv, x.data(), rows(map, loads(_, _, _, *step)(Int<0>{})), tile * int64_t{128},
+                              i / chunks / conv.kernel_w, i / chunks % conv.kernel_w, i % chunks * 64);
     }
+  };
+  if (params->is_matrix) {
+    typename Kernel::MatrixLoop loop;
+    const auto operand = get<0>(loop.load_init(Kernel::matrix_shape(params->shape), params->matrix));
+    check(params->matrix.tma_load_a, operand(_, _, _, _, 0), [](const auto& map, const auto& coordinate) {
+      const int at[] = {get<0>(coordinate), get<1>(coordinate), get<2>(coordinate)};
+      return emu::tiled_rows(map, at);
+    });
+  } else {
+    typename Kernel::Mainloop loop;
+    const auto operand = get<0>(loop.load_init(params->shape, params->mainloop));
+    check(params->mainloop.tma_load_a, operand, [](const auto& map, const auto& coordinate) {
+      const auto [c, wh, n, sr] = coordinate;
+      const int at[] = {c, get<0>(wh), get<1>(wh), n}, offsets[] = {get<0>(sr), get<1>(sr)};
+      return emu::im2col_rows(map, at, offsets);
+    });
   }
   return wrong;
 }

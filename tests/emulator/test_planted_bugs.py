@@ -24,7 +24,7 @@ QUICK = ("grid_barrier_of_some_blocks", "terms_read_before_they_are_there", "slo
 
 SEEDS = ("--seed", "1", "2", "3")
 CONVOLUTION, FORWARD, BACKWARD = ("conv_bf16.cu",), ("bn_act_forward.cu",), ("bn_act_backward.cu",)
-SM90 = ("sm90/conv_bf16.cu",)
+SM90, SM90_TF32 = ("sm90/conv_bf16.cu",), ("sm90/conv_tf32.cu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Bug:
 
     @property
     def is_sm90(self) -> bool:
-        return self.files == SM90
+        return self.files in (SM90, SM90_TF32)
 
     @property
     def original(self) -> Path:
@@ -177,6 +177,13 @@ BUGS = {
     ),
     "too_many_registers": sm90_bug(
         KERNEL, r"warpgroup_reg_alloc<232>", "warpgroup_reg_alloc<240>", "emulator", "waits for registers"
+    ),
+    "strided_pixels_as_a_matrix": Bug(
+        KERNEL, r"conv\.stride_h \* conv\.stride_w == 1 &&", "", "numbers", "eval bf16 128x64 1x1 stride 2", SM90
+    ),
+    "steps_of_the_wrong_type": Bug(
+        KERNEL, r"\(conv\.channels \+ kTileK - 1\) / kTileK", "(conv.channels + 63) / 64", "numbers",
+        "eval tf32 128x64 3x3", SM90_TF32,
     ),
     "scale_read_too_early": sm90_bug(
         "sm90/bn_act_epilogue.cuh", r"(begin_sync_needed\(\) const { return) true", r"\1 false"

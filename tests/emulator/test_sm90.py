@@ -6,15 +6,19 @@ import ctypes
 from collections.abc import Callable
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from tests.emulator import backend, build, cases
+from resfuse import contract, types
+from resfuse.backends import first_contact
+from tests.emulator import backend, build, cases, sm90
 from tests.shapes import Convolution
 
 pytestmark = pytest.mark.skipif(
     build.sm90_unavailable_reason() is not None, reason=str(build.sm90_unavailable_reason())
 )
 
-CASES = dict(cases.cases("sm90_emulator", ("bfloat16", "float16")))
+CASES = dict(cases.cases("sm90_emulator", ("bfloat16", "float16", "float32")))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -22,6 +26,34 @@ def test_numbers(case: Callable[[], None]) -> None:
     backend.unavailable_reason()  # loads the library
     with backend.device(seed=1):
         case()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_tf32_is_as_accurate_as_its_operands(kernel: int, seed: int) -> None:
+    """Which TMA rounds to nearest even here with odd seeds, and with others leaves to be cut off."""
+    draw, padding = torch.Generator().manual_seed(seed), kernel // 2
+    x, w = (torch.randn(shape, generator=draw) for shape in ((3, 100, 9, 9), (72, 100, kernel, kernel)))
+    backend.unavailable_reason()
+    with backend.device(seed=seed):
+        found = sm90.conv_forward(x, w, None, types.Convolution((1, 1), (padding, padding), (1, 1), 1))
+    bits = (operand.view(torch.int32) for operand in (x, w))
+    rounded = (bits + seed % 2 * (0xFFF + (bits >> 13 & 1)) & -0x2000 for bits in bits)
+    expected = F.conv2d(*(bits.view(torch.float32).double() for bits in rounded), padding=padding)
+    assert contract.relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("seed", "verdict"), [(1, None), (2, "does not round to TF32")])
+@pytest.mark.parametrize("kernel", sm90.KERNELS)
+def test_first_contact_sees_whether_tma_rounds(
+    kernel: str, seed: int, verdict: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_contact, "CONVOLUTIONS", (((2, 32, 9, 9), (64, 32, 3, 3), 1, 1),))
+    monkeypatch.setattr(first_contact, "unsupported", lambda *arguments: [] if arguments[-1] else ["not TF32"])
+    backend.unavailable_reason()
+    with backend.device(seed=seed), cases.fp32_precision("ieee"):
+        found = first_contact.fault(sm90, kernel, torch.float32, torch.device("cpu"))
+    assert found == verdict or (verdict and found and found.startswith(verdict))
 
 
 # (side, channels, filters, kernel, stride) of ImageNet's ResNets, the stem's channels padded to 8, and of CIFAR's.
@@ -59,7 +91,7 @@ CONVOLUTIONS = {"-".join(map(str, numbers)): resnet_convolution(*numbers) for nu
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_tma_loads_the_operand(conv: Convolution) -> None:
-    check = ctypes.CDLL(str(build.im2col())).wrong_im2col_values
+    check = ctypes.CDLL(str(build.im2col())).wrong_loaded_values
     check.restype = ctypes.c_long
     n, c, h, w = conv.input
     shapes = (n, h, w, c, conv.channels, *conv.kernel, *conv.output[2:])

@@ -20,9 +20,9 @@ void conv_forward(const ConvForward& args, void* stream) {
     case DType::float16:
       return conv<cutlass::half_t>(args, stream);
     case DType::float32:
-      break;
+      return conv<float>(args, stream);
   }
-  throw std::runtime_error("convolution: neither bfloat16 nor float16");
+  throw std::runtime_error("convolution: an unknown dtype");
 }
 
 }  // namespace resfuse::sm90

@@ -1,6 +1,7 @@
 // A persistent, warp-specialised convolution for sm_90a from CUTLASS's collectives: its main loop (TMA im2col, wgmma)
 // and its TMA epilogue, in a kernel layer of our own, because CUTLASS's convolutions for sm_90 are not persistent. As a
-// GEMM: M = N OH OW, N = K, K = R S C.
+// GEMM: M = N OH OW, N = K, K = R S C. Where the input itself is that matrix (1x1, stride 1, no padding), CUTLASS's
+// main loop of GEMMs loads it: plain boxes instead of im2col's pixels.
 //
 //   warp 0        loads the operands of all of the block's tiles, as far ahead as there are stages
 //   warp 2        loads the residual
@@ -18,6 +19,7 @@
 #include <cutlass/conv/collective/collective_builder.hpp>
 #include <cutlass/conv/convnd_problem_shape.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_mma.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
 #include "../../resfuse.h"
@@ -60,28 +62,45 @@ struct ChannelTerms {
 template <class Element_, int kTileN_, int kStages>
 struct ConvKernel {
   using Element = Element_;
-  static constexpr int kTileN = kTileN_, kThreads = kProducers + kConsumers;
-  using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Shape<cute::_64>>;  // K is (channels, S, R)
+  // Of float32 TMA makes TF32. That it rounds is what CUTLASS's comments say, and to nearest even what Triton's tests
+  // found on sm_120; NVIDIA does not document it. If it did not, wgmma would cut the last 13 bits off: then
+  // first_contact.py leaves the kernel out.
+  using Factor = cute::conditional_t<cute::is_same_v<Element, float>, cutlass::tfloat32_t, Element>;
+  static constexpr int kTileN = kTileN_, kTileK = 128 / sizeof(Element), kThreads = kProducers + kConsumers;
+  static constexpr int kVector = 16 / sizeof(Element);  // of which TMA wants multiples
+  using TileMN = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>>;
+  using Tile = decltype(cute::append(TileMN{}, cute::Shape<cute::Int<kTileK>>{}));  // K is (channels, S, R)
+  using MatrixTile = decltype(cute::append(TileMN{}, cute::Int<kTileK>{}));
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
 
   static constexpr auto kMajor = cute::GMMA::Major::K;
   using TiledMma =
-      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Element, Element, float, Tile, kMajor, kMajor>(),
+      decltype(cute::make_tiled_mma(cute::GMMA::ss_op_selector<Factor, Factor, float, Tile, kMajor, kMajor>(),
                                     cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>{}));
+  using Swizzled = cute::GMMA::Layout_K_SW128_Atom<Factor>;
   template <class Copy, int kRows>
   using Operand = cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<
-      Copy, decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{},
-                                         cute::Shape<cute::Int<kRows>, cute::_64, cute::Int<kStages>>{}))>;
+      Copy, decltype(cute::tile_to_shape(Swizzled{},
+                                         cute::Shape<cute::Int<kRows>, cute::Int<kTileK>, cute::Int<kStages>>{}))>;
   using Mainloop = cutlass::conv::collective::CollectiveConv<
       cutlass::conv::MainloopSm90TmaGmmaWarpSpecializedImplicitGemm<cutlass::conv::Operator::kFprop, kStages, 2,
                                                                     Cluster, Persistent>,
       Tile, Element, Element, TiledMma, Operand<cute::SM90_TMA_LOAD_IM2COL, kTileM>,
       Operand<cute::SM90_TMA_LOAD, kTileN>>;
+  using Rows = cute::Stride<int64_t, cute::_1, int64_t>;
+  // For its loads alone.
+  using MatrixLoop =
+      cutlass::gemm::collective::CollectiveMma<cutlass::gemm::MainloopSm90TmaGmmaWarpSpecialized<kStages, Cluster>,
+                                               MatrixTile, Element, Rows, Element, Rows, TiledMma, cute::SM90_TMA_LOAD,
+                                               Swizzled, void, cute::identity, cute::SM90_TMA_LOAD, Swizzled, void,
+                                               cute::identity>;
+  static_assert(cute::is_same_v<typename MatrixLoop::SmemLayoutA, typename Mainloop::SmemLayoutA> &&
+                cute::is_same_v<typename MatrixLoop::SmemLayoutB, typename Mainloop::SmemLayoutB>);
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::_64>,
-      Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, cutlass::layout::RowMajor, 8,
-      Element, cutlass::layout::RowMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, MatrixTile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, cutlass::layout::RowMajor, kVector,
+      Element, cutlass::layout::RowMajor, kVector, cutlass::epilogue::TmaWarpSpecializedCooperative,
       BnActEpilogue<kTileN>>::CollectiveOp;
   using MainPipe = typename Mainloop::MainloopPipeline;
   using LoadPipe = typename Epilogue::LoadPipeline;
@@ -101,7 +120,10 @@ struct ConvKernel {
   using ShapeMNKL = decltype(cutlass::conv::detail::get_linearized_problem_shape_MNKL(Problem{}));
   struct Params {
     ShapeMNKL shape;
+    int steps;       // of the main loop
+    bool is_matrix;  // which of the next two is used
     typename Mainloop::Params mainloop;
+    typename MatrixLoop::Params matrix;
     typename Epilogue::Params epilogue;
     Schedule schedule;
     ChannelVector conv_bias, mean, variance, weight, bias;
@@ -124,9 +146,14 @@ struct ConvKernel {
 
   static bool can_implement(const Convolution& conv) { return Mainloop::can_implement(problem(conv), {}); }
 
+  static CUTLASS_HOST_DEVICE auto matrix_shape(const ShapeMNKL& shape) {
+    return cute::make_shape(cute::get<0>(shape), cute::get<1>(shape), cute::get<0>(cute::get<2>(shape)), 1);
+  }
+
   // Encodes the tensor maps.
   static Params params(const ConvForward& args) {
-    const Problem p = problem(args.conv);
+    const Convolution& conv = args.conv;
+    const Problem p = problem(conv);
     const auto shape = cutlass::conv::detail::get_linearized_problem_shape_MNKL(p);
     const int m = cute::get<0>(shape), n = cute::get<1>(shape);
     const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
@@ -135,9 +162,16 @@ struct ConvKernel {
     auto* y = static_cast<Element*>(args.output);
     const bool residual = args.residual != nullptr;
     const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
+    const bool is_matrix = conv.kernel_h * conv.kernel_w == 1 && conv.stride_h * conv.stride_w == 1 &&
+                           conv.padding_h + conv.padding_w == 0;
+    const Rows rows(conv.channels, {}, 0);
     return {shape,
-            Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
-            Epilogue::to_underlying_arguments(cute::make_shape(m, n, 64, 1),
+            static_cast<int>((conv.channels + kTileK - 1) / kTileK * conv.kernel_h * conv.kernel_w),
+            is_matrix,
+            is_matrix ? typename Mainloop::Params{} : Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
+            is_matrix ? MatrixLoop::to_underlying_arguments(matrix_shape(shape), {x, rows, w, rows}, nullptr)
+                      : typename MatrixLoop::Params{},
+            Epilogue::to_underlying_arguments(cute::make_shape(m, n, kTileK, 1),
                                               {{residual, args.relu}, c, stride, y, stride}, nullptr),
             {(m + kTileM - 1) / kTileM, (n + kTileN - 1) / kTileN, args.tiles_per_part},
             args.conv_bias,
@@ -176,13 +210,36 @@ struct ConvKernel {
     return LoadPipe(shared.load_pipe, p);
   }
 
+  // The operands of all of the block's tiles.
+  template <class Loop, class Shape>
+  static CUTLASS_DEVICE void load(Loop loop, const typename Loop::Params& maps, const Shape& shape,
+                                  const Params& params, MainPipe& pipe, SharedStorage& shared) {
+    using namespace cute;
+    auto& memory = reinterpret_cast<typename Loop::TensorStorage&>(shared.tensors.mainloop);
+    const auto inputs = loop.load_init(shape, maps);
+    const auto shape_m = cute::shape<2>(get<0>(inputs));
+    const auto steps = cute::shape<3>(get<0>(inputs));  // iterators refer to it
+    const typename Schedule::Range tiles = params.schedule.range();
+    const int tiles_n = params.schedule.tiles_n;
+    auto state = cutlass::make_producer_start_state<MainPipe>();
+    for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+      const auto at = make_coord(idx2crd(tile / tiles_n, shape_m), tile % tiles_n, _, Int<0>{});
+      loop.load(maps, pipe, state, inputs, at, make_coord_iterator(steps), params.steps, 0, 0, memory);
+      state.advance(params.steps);
+    }
+    loop.load_tail(pipe, state);
+  }
+
   static CUTLASS_DEVICE void run(const Params& params, char* memory) {
     using namespace cute;
     auto& shared = *reinterpret_cast<SharedStorage*>(memory);
     const int warp = cutlass::canonical_warp_idx_sync(), lane = cutlass::canonical_lane_idx();
     const bool producer = warp < kProducers / 32;
     if (warp == 0 && elect_one_sync()) {
-      Mainloop::prefetch_tma_descriptors(params.mainloop);
+      if (params.is_matrix)
+        MatrixLoop::prefetch_tma_descriptors(params.matrix);
+      else
+        Mainloop::prefetch_tma_descriptors(params.mainloop);
       Epilogue::prefetch_tma_descriptors(params.epilogue);
     }
     MainPipe main_pipe = ConvKernel::main_pipe(params, shared, producer, warp == 0);
@@ -192,25 +249,17 @@ struct ConvKernel {
     TiledMma mma;
     Mainloop mainloop;
     Epilogue epilogue(params.epilogue, shared.tensors.epilogue);
-    const auto inputs = mainloop.load_init(params.shape, params.mainloop);
-    const auto shape_m = shape<2>(get<0>(inputs));
-    const auto steps = shape<3>(get<0>(inputs));  // iterators refer to it
-    const int step_count = size(steps);
+    const int steps = params.steps;
     const typename Schedule::Range tiles = params.schedule.range();
     const int tiles_n = params.schedule.tiles_n;
-    const auto coordinate = [&](int tile) {
-      return make_coord(idx2crd(tile / tiles_n, shape_m), tile % tiles_n, _, Int<0>{});
-    };
+    const auto coordinate = [&](int tile) { return make_coord(tile / tiles_n, tile % tiles_n, _, Int<0>{}); };
     if (producer) {
       cutlass::arch::warpgroup_reg_dealloc<40>();
       if (warp == 0) {
-        auto state = cutlass::make_producer_start_state<MainPipe>();
-        for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
-          mainloop.load(params.mainloop, main_pipe, state, inputs, coordinate(tile), make_coord_iterator(steps),
-                        step_count, lane, 0, shared.tensors.mainloop);
-          state.advance(step_count);
-        }
-        mainloop.load_tail(main_pipe, state);
+        if (params.is_matrix)
+          load(MatrixLoop{}, params.matrix, matrix_shape(params.shape), params, main_pipe, shared);
+        else
+          load(mainloop, params.mainloop, params.shape, params, main_pipe, shared);
       } else if (warp == 2 && epilogue.is_producer_load_needed()) {
         auto state = cutlass::make_producer_start_state<LoadPipe>();
         for (int tile = tiles.first; tile < tiles.end; tile += tiles.step)
@@ -236,9 +285,9 @@ struct ConvKernel {
                  value(params.variance, filter, 1.f), value(params.weight, filter, 1.f),
                  value(params.bias, filter, 0.f)};
         Tensor acc = partition_fragment_C(mma, take<0, 2>(Tile{}));
-        mainloop.mma(main_pipe, state, acc, step_count, thread, shared.tensors.mainloop, params.mainloop);
-        mainloop.mma_tail(main_pipe, state, step_count);
-        state.advance(step_count);
+        mainloop.mma(main_pipe, state, acc, steps, thread, shared.tensors.mainloop, params.mainloop);
+        mainloop.mma_tail(main_pipe, state, steps);
+        state.advance(steps);
         if (thread < kTileN) {  // whose former values nobody reads any more since the last tile's stores
           const bool normalised = params.variance.data != nullptr;
           const float scale = normalised ? raw.weight * cuda::inverse_deviation(raw.variance, params.eps) : raw.weight;

@@ -1,4 +1,4 @@
-// The launcher for one element type; conv_bf16.cu and conv_fp16.cu instantiate it, so that they compile in parallel.
+// The launcher for one element type; conv_*.cu instantiate it, so that they compile in parallel.
 #pragma once
 #include "../launch.cuh"
 #include "conv_kernel.cuh"
@@ -28,7 +28,7 @@ void conv(const ConvForward& args, void* stream) {
     case 64:
       return launch_conv<ConvKernel<Element, 64, 7>>(args, stream);
     case 128:
-      return launch_conv<ConvKernel<Element, 128, 5>>(args, stream);
+      return launch_conv<ConvKernel<Element, 128, sizeof(Element) == 4 ? 4 : 5>>(args, stream);
     case 256:
       return launch_conv<ConvKernel<Element, 256, 3>>(args, stream);
   }

@@ -77,6 +77,7 @@ class Block {
   void give_way();  // to another warp
   BlockState sm90;
   bool in_shared(const void* address, size_t bytes) const;
+  unsigned seed() const { return launch_.seed; }
 
  private:
   static void thread_main();

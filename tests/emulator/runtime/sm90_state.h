@@ -27,6 +27,7 @@ struct BulkCopy {
   int swizzle_bits;
   uint32_t shared;
   uint32_t barrier_or_group;  // that a load completes, that a store belongs to
+  bool tf32;
 };
 
 struct BlockState {

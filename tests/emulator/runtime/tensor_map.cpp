@@ -39,6 +39,7 @@ TensorMap common(CUtensorMapDataType type, cuuint32_t rank, void* base, const cu
     default:
       require(false, "an element type that is not emulated");
   }
+  map.tf32 = type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
   require(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
           "interleaving, or a fill other than zero, which is not emulated");
   require(swizzle <= CU_TENSOR_MAP_SWIZZLE_128B, "a swizzle that is not emulated");

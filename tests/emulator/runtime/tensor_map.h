@@ -11,7 +11,7 @@ namespace emu {
 struct TensorMap {
   uint32_t magic;
   uint8_t rank, swizzle_bits, element_bytes;
-  bool im2col;
+  bool im2col, tf32;
   unsigned char* base;
   uint64_t strides[5];
   uint32_t sizes[5];
