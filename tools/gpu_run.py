@@ -107,7 +107,7 @@ def pieces(device: str, quick: bool) -> dict[str, list[Command]]:
         "reduce_overhead": some("reduce_overhead", 1.5),
         "verify": [] if device == "cpu" else [
             Command("verify cuda", words("resfuse verify --backend cuda"), 2),
-            Command("verify sm90", words("resfuse verify --backend sm90 --dtype bfloat16"), 1),
+            Command("verify sm90", words("resfuse verify --backend sm90 --dtype bfloat16 --dtype float32"), 1),
             # Kernels of other dtypes would be compiled for minutes.
             Command("verify triton", words("resfuse verify --backend triton --dtype bfloat16"), 2, 1.0),
         ],
