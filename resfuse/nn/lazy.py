@@ -484,7 +484,8 @@ def _is_identity(module: Any) -> bool:
 
 def is_known(f: Any) -> bool:
     """True for a function that `call` and `invoke` may make part of a fused call."""
-    return callable(f) and f.__hash__ is not None and f in _FUNCTIONS
+    # Modules have no place there, and Dynamo (torch 2.14) cannot look them up.
+    return not isinstance(f, nn.Module) and callable(f) and f.__hash__ is not None and f in _FUNCTIONS
 
 
 def _convolution(f: Any) -> Any:
