@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from resfuse.backends import cuda, dispatch, reference, sm100
 from resfuse.types import AbsentDevice, BatchNorm, Convolution
 from tests.backends import test_sm90
 from tests.backends.test_sm90 import BF16, EMULATED, misaligned, norm, operands
+from tests.emulator import build
+from tests.emulator.run import run
 
 BLACKWELL = AbsentDevice((10, 0))
 
@@ -113,6 +118,27 @@ def test_what_the_operator_refuses(change: dict[str, Callable[[Tensor], Tensor]]
     named = {name: change.get(name, lambda tensor: tensor)(tensor) for name, tensor in named.items()}
     with pytest.raises(RuntimeError, match=message):
         sm100._conv_forward(running_mean=None, running_var=None, weight=None, bias=None, **named)
+
+
+@EMULATED
+@pytest.mark.slow
+def test_the_epilogue_computes_scale_and_shift_itself(tmp_path: Path) -> None:
+    """As on sm_100, in the kernel for sm_90, which then leaves it to the epilogue."""
+    shutil.copytree(build.CSRC, tmp_path / "csrc")
+    for file, pattern, replacement in (
+        ("conv_kernel", r"if \(thread < kTileN\) .*\n *vectors\.scale_and_shift\(.*;", ""),
+        ("bn_act_epilogue", r"if constexpr \(kSm100\)", "if constexpr (true)"),
+        ("bn_act_epilogue", r"template terms<Element>\(", "template terms<cutlass::bfloat16_t>("),
+        ("conv_launch", r"case (128|256):\n.*\n", ""),
+    ):
+        path = tmp_path / "csrc" / "cuda" / "sm90" / f"{file}.cuh"
+        text, found = re.subn(pattern, replacement, path.read_text())
+        assert found, f"look for the new place of {pattern} in {path.name}"
+        path.write_text(text)
+    library = build.library(build.PLAIN, tmp_path / "csrc", ("sm90/conv_bf16.cu",))
+    options = ("sm90_emulator", "bfloat16", "--seed", "1", "2", "-k", "conv eval bf16 128x64")
+    done = run(build.PLAIN, library, *options)
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
