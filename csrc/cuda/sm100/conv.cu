@@ -16,13 +16,9 @@
 namespace resfuse::sm100 {
 namespace {
 
-constexpr int kTileM = 128;
-
-template <class Element_, int kTileN_>
+template <class Element, int kTileN>
 struct Conv {
-  using Element = Element_;
-  static constexpr int kTileN = kTileN_;
-  using Tile = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Shape<cute::_64>>;
+  using Tile = cute::Shape<cute::_128, cute::Int<kTileN>, cute::Shape<cute::_64>>;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -35,6 +31,7 @@ struct Conv {
       cutlass::conv::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
       cutlass::conv::KernelImplicitTmaWarpSpecialized1SmSm100>::CollectiveOp;
   using Kernel = cutlass::conv::kernel::ConvUniversal<sm90::Problem, Mainloop, Epilogue>;
+  static_assert(alignof(typename Epilogue::TensorStorage) == 1024);  // and so the operands, which follow it
   static_assert(Kernel::SharedStorageSize <= 226 * 1024);  // what launch.cuh requests of the 227 KiB of sm_100
 
   // Encodes the tensor maps. Not `Kernel::to_underlying_arguments`: in its view of the output pixels have three
@@ -42,18 +39,11 @@ struct Conv {
   static typename Kernel::Params params(const ConvForward& args) {
     const sm90::Problem p = sm90::problem(args.conv);
     const auto shape = cutlass::conv::detail::get_linearized_problem_shape_MNKL(p);
-    const int m = cute::get<0>(shape), n = cute::get<1>(shape);
-    const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
     const auto* x = static_cast<const Element*>(args.input);
     const auto* w = static_cast<const Element*>(args.weight);
-    auto* y = static_cast<Element*>(args.output);
-    const bool residual = args.residual != nullptr;
-    const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
     return {shape,
             Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
-            Epilogue::to_underlying_arguments(
-                cute::make_shape(m, n, 64, 1),
-                {{residual, args.relu, sm90::ChannelVectors::of(args)}, c, stride, y, stride}, nullptr),
+            sm90::epilogue_params<Epilogue>(args, cute::get<0>(shape), cute::get<1>(shape)),
             Kernel::TileScheduler::to_underlying_arguments(p, Tile{}, typename Kernel::AtomThrShapeMNK{}, Cluster{}, {},
                                                            {}),
             {}};

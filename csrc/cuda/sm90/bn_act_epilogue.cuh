@@ -1,7 +1,6 @@
 // A visitor for CUTLASS's TMA epilogues (an "EVT" of one node): output = act(accumulator scale + shift + residual) with
-// a scale and a shift per output channel in shared memory. On sm_90 our kernel writes them before each tile. CUTLASS's
-// kernel layer for sm_100 has no place for that: there (Element, which its epilogue wants the output in) the visitor
-// does.
+// a scale and a shift per output channel in shared memory. On sm_90 our kernel writes them before each tile, and the
+// output is rounded by CUTLASS. On sm_100, whose kernel is CUTLASS's, the visitor does both: `Element` says to what.
 #pragma once
 #include <cutlass/cutlass.h>
 #include <cute/tensor.hpp>
@@ -21,11 +20,6 @@ struct ChannelTerms {
 struct ChannelVectors {
   ChannelVector conv_bias, mean, variance, weight, bias;
   float eps;
-
-  static ChannelVectors of(const ConvForward& args) {
-    return {args.conv_bias, args.running_mean, args.running_var,
-            args.bn_weight, args.bn_bias,      static_cast<float>(args.eps)};
-  }
 
   template <class Element>
   static CUTLASS_DEVICE float value(const ChannelVector& vector, int channel, float absent) {
@@ -58,8 +52,9 @@ struct BnActEpilogue : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     ChannelVectors vectors;
   };
   using Params = Arguments;
-  struct SharedStorage {
-    alignas(16) float scale[kTileN], shift[kTileN];
+  // On sm_100 the operands follow, whose descriptors say that they lie at multiples of 1024 bytes.
+  struct alignas(kSm100 ? 1024 : 16) SharedStorage {
+    float scale[kTileN], shift[kTileN];
   };
 
   Params params;
@@ -132,7 +127,6 @@ struct BnActEpilogue : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
     using namespace cute;
     if constexpr (kSm100) {  // whose former values nobody reads any more since the last tile's stores
       const int first = get<1>(args.tile_coord_mnkl) * kTileN, filters = get<1>(args.problem_shape_mnkl);
-      CUTLASS_PRAGMA_UNROLL
       for (int i = args.thread_idx; i < kTileN; i += size(args.tiled_copy))
         if (first + i < filters)
           params.vectors.scale_and_shift(params.vectors.template terms<Element>(first + i), scale[i], shift[i]);
@@ -149,5 +143,19 @@ struct BnActEpilogue : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
                      remove_cvref_t<decltype(args.tCrC)>>(params, shared_scale, shared_shift, like, args.tCrC);
   }
 };
+
+// The parameters of a collective epilogue with this visitor, for m pixels of n channels; encodes its tensor maps.
+template <class Epilogue>
+typename Epilogue::Params epilogue_params(const ConvForward& args, int m, int n) {
+  using Element = typename Epilogue::ElementD;
+  const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
+  auto* y = static_cast<Element*>(args.output);
+  const bool residual = args.residual != nullptr;
+  const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
+  const ChannelVectors vectors{args.conv_bias, args.running_mean, args.running_var,
+                               args.bn_weight, args.bn_bias,      static_cast<float>(args.eps)};
+  return Epilogue::to_underlying_arguments(cute::make_shape(m, n, 64, 1),
+                                           {{residual, args.relu, vectors}, c, stride, y, stride}, nullptr);
+}
 
 }  // namespace resfuse::sm90

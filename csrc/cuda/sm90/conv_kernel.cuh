@@ -108,17 +108,11 @@ struct ConvKernel {
     const Problem p = problem(args.conv);
     const auto shape = cutlass::conv::detail::get_linearized_problem_shape_MNKL(p);
     const int m = cute::get<0>(shape), n = cute::get<1>(shape);
-    const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
     const auto* x = static_cast<const Element*>(args.input);
     const auto* w = static_cast<const Element*>(args.weight);
-    auto* y = static_cast<Element*>(args.output);
-    const bool residual = args.residual != nullptr;
-    const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
     return {shape,
             Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
-            Epilogue::to_underlying_arguments(cute::make_shape(m, n, 64, 1),
-                                              {{residual, args.relu, ChannelVectors::of(args)}, c, stride, y, stride},
-                                              nullptr),
+            epilogue_params<Epilogue>(args, m, n),
             {(m + kTileM - 1) / kTileM, (n + kTileN - 1) / kTileN, args.tiles_per_part},
             args.parts};
   }
@@ -200,8 +194,8 @@ struct ConvKernel {
         const int filter = tile % tiles_n * kTileN + thread;
         const bool has_channel = thread < kTileN && filter < filters;
         ChannelTerms raw{0.f, 0.f, 0.f, 0.f, 0.f};
-        // before the products, behind which the latency hides
-        if (has_channel) raw = vectors.template terms<Element>(filter);
+        if (has_channel)  // before the products, behind which the latency hides
+          raw = vectors.template terms<Element>(filter);
         Tensor acc = partition_fragment_C(mma, take<0, 2>(Tile{}));
         mainloop.mma(main_pipe, state, acc, step_count, thread, shared.tensors.mainloop, params.mainloop);
         mainloop.mma_tail(main_pipe, state, step_count);
