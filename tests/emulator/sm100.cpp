@@ -1,4 +1,4 @@
-// In place of csrc/cuda/sm100, whose tcgen05 nothing here emulates: the kernel for sm_90, so that all that calls it runs.
+// In place of csrc/cuda/sm100, whose tcgen05 nothing here emulates: the kernel for sm_90, so that its callers run.
 #include "resfuse.h"
 
 namespace resfuse::sm100 {
