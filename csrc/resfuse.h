@@ -364,4 +364,10 @@ struct ConvForward {
 void conv_forward(const ConvForward& args, void* stream);
 }  // namespace sm90
 
+// The same on Blackwell, in inference alone: tile_n is 64 or 128, and the hardware chooses how many blocks run.
+namespace sm100 {
+using sm90::ConvForward;
+void conv_forward(const ConvForward& args, void* stream);
+}  // namespace sm100
+
 }  // namespace resfuse

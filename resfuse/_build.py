@@ -1,4 +1,4 @@
-"""Build parameters of the three extension libraries, in one place.
+"""Build parameters of the extension libraries, in one place.
 
 setup.py loads this file by path (resfuse cannot be imported before it is built) and `resfuse.jit` imports it, so both
 builds compile the same sources with the same flags. It imports neither resfuse nor torch: facts about torch are
@@ -19,10 +19,12 @@ from pathlib import Path
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("_cpu", "_cuda", "_sm90")
+# Each has code for this architecture alone, for its TMA and tensor cores, and needs CUTLASS.
+CUTLASS_LIBRARIES = {"_sm90": "9.0a", "_sm100": "10.0a"}
+LIBRARIES = ("_cpu", "_cuda", *CUTLASS_LIBRARIES)
 
-# sm_80 code runs on 8.x, sm_90a on Hopper; newer GPUs compile the sm_80 PTX.
-DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
+# Of `_cuda`, sm_80 code runs on 8.x, sm_90a on Hopper; newer GPUs compile the sm_80 PTX.
+DEFAULT_ARCH_LIST = "8.0+PTX;9.0a;10.0a"
 
 # The stable ABI of torch 2.10: one binary then loads in every torch from 2.10 on. No -std: torch knows its own.
 MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -33,13 +35,10 @@ HOW_TO_GET_A_TOOLKIT = (
 )
 
 
-# Hopper's wgmma and TMA: `_sm90` has code for this architecture alone.
-SM90_ARCH = "9.0a"
-SM90_FLAGS = [
-    "-gencode=arch=compute_90a,code=sm_90a",  # in place of TORCH_CUDA_ARCH_LIST's
+CUTLASS_FLAGS = [
     "--expt-relaxed-constexpr",
     "-DNDEBUG",
-    "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1",  # csrc/cuda/sm90/tensor_maps.cpp has the functions
+    "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1",  # tensor_maps.cpp has the functions
 ]
 HOW_TO_GET_CUTLASS = "`pip install --no-deps 'nvidia-cutlass==4.2.*'`, then install resfuse again"
 
@@ -77,6 +76,12 @@ class Settings:
     @property
     def libraries(self) -> list[str]:
         return [name for name in LIBRARIES if name not in self.skipped]
+
+    @property
+    def cuda_arch_list(self) -> str:
+        """That of `_cuda`, whose PTX serves Blackwell: code for sm_100a would only make the build longer."""
+        others = [arch for arch in re.split("[; ]+", self.arch_list) if arch != CUTLASS_LIBRARIES["_sm100"]]
+        return ";".join(others) if any(arch.endswith("+PTX") for arch in others) else self.arch_list
 
     def as_info(self) -> dict[str, object]:
         """The settings as plain JSON values, for bug reports."""
@@ -117,15 +122,17 @@ def sources(name: str) -> list[Path]:
     """Absolute paths of a library's sources: bindings_cuda*.cpp and so on, then the kernels, sorted."""
     csrc = csrc_dir()
     bindings = [csrc / f"bindings{name}.cpp", *csrc.glob(f"bindings{name}_*.cpp")]
-    folder = {"_cpu": "cpu", "_cuda": "cuda", "_sm90": "cuda/sm90"}[name]
+    folder = f"cuda/{name[1:]}" if name in CUTLASS_LIBRARIES else name[1:]
     kernels = [path for path in (csrc / folder).iterdir() if path.suffix in (".cpp", ".cu")]
     return [*sorted(bindings), *sorted(kernels)]
 
 
 def include_dirs(name: str, cutlass: Path | None) -> list[str]:
     """Directories of the headers that a library includes, beside torch's and CUDA's."""
-    assert name != "_sm90" or cutlass is not None
-    folders = [cutlass / "include", cutlass / "tools" / "util" / "include"] if name == "_sm90" and cutlass else []
+    folders = []
+    if name in CUTLASS_LIBRARIES:
+        assert cutlass is not None
+        folders = [cutlass / "include", cutlass / "tools" / "util" / "include"]
     return [str(folder) for folder in (csrc_dir(), *folders)]
 
 
@@ -148,8 +155,9 @@ def compile_flags(name: str, debug: bool, toolkit: Toolkit | None = None) -> dic
     nvcc = ["-O0" if debug else "-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden", *MACROS, "-DUSE_CUDA"]
     if toolkit is not None and int(toolkit.major) >= 13:
         nvcc.append("--compress-mode=size")
-    if name == "_sm90":
-        nvcc += SM90_FLAGS
+    if name in CUTLASS_LIBRARIES:
+        arch = CUTLASS_LIBRARIES[name].replace(".", "")
+        nvcc += [f"-gencode=arch=compute_{arch},code=sm_{arch}", *CUTLASS_FLAGS]  # in place of TORCH_CUDA_ARCH_LIST's
     return {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": [*nvcc, "-g"] if debug else nvcc}
 
 
@@ -285,12 +293,15 @@ def decide(
     if cuda and flag_set(env, "FORCE_CUDA"):
         raise BuildError(f"FORCE_CUDA=1, but the CUDA library cannot be built: {cuda}")
 
-    sm90 = cuda
-    if not cuda and SM90_ARCH not in arch_list:
-        sm90 = f"TORCH_CUDA_ARCH_LIST={arch_list} does not name {SM90_ARCH}"
-    elif not cuda and cutlass is None:
-        sm90 = f"CUTLASS's headers were not found; {HOW_TO_GET_CUTLASS}"
-    reasons = {"_cpu": cpu, "_cuda": cuda, "_sm90": sm90}
+    reasons = {"_cpu": cpu, "_cuda": cuda, **dict.fromkeys(CUTLASS_LIBRARIES, cuda)}
+    for name, arch in CUTLASS_LIBRARIES.items() if toolkit else ():
+        assert toolkit is not None
+        if arch not in arch_list:
+            reasons[name] = f"TORCH_CUDA_ARCH_LIST={arch_list} does not name {arch}"
+        elif arch == "10.0a" and tuple(map(int, toolkit.version.split("."))) < (12, 8):
+            reasons[name] = f"CUDA {toolkit.version} does not know {arch}; 12.8 does"
+        elif cutlass is None:
+            reasons[name] = f"CUTLASS's headers were not found; {HOW_TO_GET_CUTLASS}"
     return Settings(
         torch=torch,
         torch_cuda=torch_cuda,
@@ -307,7 +318,7 @@ def decide(
 @contextlib.contextmanager
 def build_environment(settings: Settings) -> Iterator[None]:
     """Let torch.utils.cpp_extension see these settings: it reads them from the environment and from its CUDA_HOME."""
-    changes = {"TORCH_CUDA_ARCH_LIST": settings.arch_list, "MAX_JOBS": str(settings.max_jobs)}
+    changes = {"TORCH_CUDA_ARCH_LIST": settings.cuda_arch_list, "MAX_JOBS": str(settings.max_jobs)}
     if settings.compiler:
         changes["CXX"] = settings.compiler
     if settings.toolkit:

@@ -15,7 +15,7 @@ _outcome: dict[str, str | None] = {}
 
 
 def load(name: str) -> str | None:
-    """Load `_cpu`, `_cuda` or `_sm90` once per process, which registers its operators with torch.
+    """Load one of `_build.LIBRARIES` once per process, which registers its operators with torch.
 
     Returns:
         None when the library is loaded, else the reason why it is not, as a sentence for the user.

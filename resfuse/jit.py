@@ -23,7 +23,7 @@ def load(*, build_directory: str | os.PathLike[str] | None = None, verbose: bool
         verbose: show the compiler's commands and output.
 
     Returns:
-        Per library ("_cpu", "_cuda", "_sm90"): None when it is loaded, else the reason why it cannot be built here.
+        Per library of `_build.LIBRARIES`: None when it is loaded, else the reason why it cannot be built here.
 
     Raises:
         RuntimeError: a compiler is there and the compilation failed.

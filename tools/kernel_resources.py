@@ -1,7 +1,7 @@
 """Registers, spills, shared memory, occupancy and instructions of the compiled kernels, as a table and a CSV.
 
 `triton` compiles the kernels that the heuristics choose for residual networks at all batch sizes, for every GPU
-generation.  `cuda` and `sm90` read the installed libraries `resfuse/_cuda.abi3.so` and `_sm90.abi3.so`.  None needs a
+generation.  `cuda`, `sm90` and `sm100` read the installed libraries, `resfuse/_cuda.abi3.so` and so on.  None needs a
 GPU.
 """
 
@@ -31,7 +31,7 @@ from tools import cubin
 
 RESULTS = Path("benchmarks/results")
 LIBRARY = Path(_build.__file__).with_name("_cuda.abi3.so")
-LIBRARY_SM90 = LIBRARY.with_name("_sm90.abi3.so")
+CUTLASS_LIBRARIES = {name[1:]: LIBRARY.with_name(f"{name}.abi3.so") for name in _build.CUTLASS_LIBRARIES}
 NETWORKS = ("resnet18", "resnet50", "cifar_resnet")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 BATCHES = tuple(2**exponent for exponent in range(10))
@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--jobs", type=int, default=_build.usable_cores(), metavar="N", help="processes (default %(default)s)")
     cuda = commands.add_parser("cuda", help="read the CUDA library")
     cuda.add_argument("--library", type=Path, default=LIBRARY, help="default %(default)s")
-    sm90 = commands.add_parser("sm90", help="read the library for Hopper")
-    sm90.add_argument("--library", type=Path, default=LIBRARY_SM90, help="default %(default)s")
-    for command in (triton, cuda, sm90):
+    readers = [commands.add_parser(name, help="read that library of CUTLASS's kernels") for name in CUTLASS_LIBRARIES]
+    for command, library in zip(readers, CUTLASS_LIBRARIES.values(), strict=True):
+        command.add_argument("--library", type=Path, default=library, help="default %(default)s")
+    for command in (triton, cuda, *readers):
         command.add_argument("--output", type=Path, help="CSV (default benchmarks/results/BACKEND/resources.csv)")
     args = parser.parse_args(argv)
     reason = missing(args.library) if args.command != "triton" else None
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "triton":
         rows = triton_rows(args)
     else:
-        rows = cuda_rows(args.library) if args.command == "cuda" else sm90_rows(args.library)
+        rows = cuda_rows(args.library) if args.command == "cuda" else cutlass_rows(args.library)
     errors = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
     for row in errors:
@@ -309,19 +310,20 @@ def cuda_rows(library: Path = LIBRARY) -> list[Row]:
     return sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["variant"]))
 
 
-def sm90_rows(library: Path = LIBRARY_SM90) -> list[Row]:
-    """A row per kernel of the library for Hopper, sorted."""
+def cutlass_rows(library: Path) -> list[Row]:
+    """A row per kernel of the library for Hopper or for Blackwell, sorted."""
     codes = cubin.codes(library)
     bounds = cubin.launch_bounds(library)
     instructions = cubin.instructions(library, sorted({code.target for code in codes}))
     rows = []
     for code, name in zip(codes, cubin.demangled(code.name for code in codes), strict=True):
         (kernel, variant), found = split_name(name), instructions[code.target, code.name]
+        mma, opcode = ("wgmma_looped", "HGMMA") if code.arch == 90 else ("tcgen05_looped", "UTCHMMA")
         rows.append({
             "arch": code.arch, "kernel": kernel, "variant": re.sub(r"cutlass::| ", "", variant[1:-1]),
             "threads": bounds.get((code.arch, code.name), 0), "registers": code.registers, "spill": code.stack,
             "instructions": sum(found.all.values()),
-            "wgmma_looped": found.count("HGMMA", looped=True),
+            mma: found.count(opcode, looped=True),
             "tma_im2col": found.count("UTMALDG", suffix=".IM2COL", looped=True),
             "tma_loads": found.count("UTMALDG", looped=True),
             "tma_stores": found.count("UTMASTG", looped=True),
@@ -338,7 +340,7 @@ def defined_kernels() -> set[str]:
 
 def split_name(demangled: str) -> tuple[str, str]:
     """("a_kernel", "<Bf16, 4>") of "void resfuse::cuda::a_kernel<resfuse::cuda::Bf16, 4>(...)"."""
-    short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::|sm90::)?|^void ", "", demangled)
+    short = re.sub(r"\(anonymous namespace\)::|resfuse::(?:cuda::|sm\d+::)?|^void ", "", demangled)
     found = re.match(r"(\w+)(<(?:[^<>]|<[^<>]*>)*>)?", re.sub(r"\(\w+\)(?=\d)", "", short))  # (Copies)0: a number
     assert found is not None, demangled
     return found[1], found[2] or ""

@@ -31,8 +31,8 @@ logger = logging.getLogger("resfuse")
 
 PREFERENCE = ("cuda", "triton", "sm90", "cpu", "reference")
 
-UNRANKED = ("cudnn",)
-"""Chosen by name, or where a table has it as the fastest."""
+UNRANKED = ("cudnn", "sm100")
+"""Chosen by name, `cudnn` also where a table has it as the fastest."""
 
 PREDICTED = "predicted, not measured"
 
@@ -167,7 +167,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the context, and later its backward, on the named backend; `None` means automatic choice.
 
     Args:
-        name: one of `available_backends()`, "cudnn", which is never chosen by rank, or None.
+        name: one of `available_backends()`, "cudnn" or "sm100", which are never chosen by rank, or None.
 
     Raises:
         ValueError: no backend has that name.

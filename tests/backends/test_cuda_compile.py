@@ -1,7 +1,7 @@
 """The CUDA kernels as nvcc compiled them for the installed libraries: registers, shared memory, occupancy, SASS.
 
 Nothing is compiled but a few lines that print sizes, and nothing runs: this needs neither a GPU nor another build.
-`python -m tools.kernel_resources cuda` and `sm90` show the same figures as tables.
+`python -m tools.kernel_resources cuda`, `sm90` and `sm100` show the same figures as tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import pytest
 
 from resfuse import _build, _extension
-from resfuse.backends import sm90
+from resfuse.backends import sm90, sm100
 from tools import cubin, kernel_resources
 from tools.kernel_resources import CONVOLUTIONS, DEVICES, Row
 
@@ -134,7 +134,7 @@ def test_newer_gpus_are_served_by_ptx(rows: list[Row]) -> None:
 def test_kernels_for_hopper() -> None:
     """Each dtype and tile within its registers; main loops of wgmma, and TMA for all that moves, by im2col once."""
     skip_unless_built("_sm90")
-    found = kernel_resources.sm90_rows()
+    found = kernel_resources.cutlass_rows(kernel_resources.CUTLASS_LIBRARIES["sm90"])
     assert {row["variant"].rpartition(",")[0] for row in found} == {
         f"ConvKernel<{dtype},{tile}" for dtype in ("bfloat16_t", "half_t", "float") for tile in sm90.TILES
     }
@@ -143,6 +143,19 @@ def test_kernels_for_hopper() -> None:
         assert row["registers"] <= 65536 // 384, row
         assert row["wgmma_looped"] >= 4 and row["tma_im2col"] == 1, row
         assert row["tma_loads"] >= row["tma_im2col"] + 4 and row["tma_stores"] >= 1, row
+
+
+def test_kernels_for_blackwell() -> None:
+    """As for Hopper, with tcgen05; all that is in local memory are the addresses of CUTLASS's two accumulators."""
+    skip_unless_built("_sm100")
+    found = kernel_resources.cutlass_rows(kernel_resources.CUTLASS_LIBRARIES["sm100"])
+    assert {row["variant"] for row in found} == {
+        f"Conv<{dtype},{tile}>" for dtype in ("bfloat16_t", "half_t") for tile in sm100.TILES
+    }
+    for row in found:
+        assert (row["arch"], row["threads"], row["spill"], row["local"]) == (100, 256, 8, 4), row
+        assert row["registers"] <= 65536 // 256 and row["tcgen05_looped"] >= 4, row
+        assert row["tma_im2col"] >= 1 and row["tma_loads"] >= row["tma_im2col"] + 2 and row["tma_stores"] >= 1, row
 
 
 def test_a_missing_library_is_a_reason(tmp_path: os.PathLike[str], capsys: pytest.CaptureFixture[str]) -> None:

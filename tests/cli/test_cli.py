@@ -77,7 +77,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["backends"]["reference"] == "available"
     assert set(facts["backends"]) == set(dispatch.PREFERENCE)
-    assert set(facts["libraries"]) == {"_cpu", "_cuda", "_sm90"}
+    assert set(facts["libraries"]) == {"_cpu", "_cuda", "_sm90", "_sm100"}
     sections = {"versions", "machine", "gpus", "backends", "exceptions", "libraries", "build", "environment"}
     assert sections | {"tables", "first contact"} == set(facts)
     assert "triton before cuda for conv_bn_act_forward and conv_forward on" in facts["exceptions"][0]
@@ -93,7 +93,7 @@ def test_info_of_a_pure_python_installation(
     reasons = {
         "_cpu": "not built: no C++ compiler [x]",
         "_cuda": "not built: no toolkit",
-        "_sm90": "not built: no CUTLASS",
+        **dict.fromkeys(("_sm90", "_sm100"), "not built: no CUTLASS"),
     }
     monkeypatch.setattr(_extension, "_outcome", dict(reasons))
     monkeypatch.setattr(_extension, "build_info", dict)

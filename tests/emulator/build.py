@@ -114,7 +114,7 @@ def library(
     """
     has_sm90 = sm90_unavailable_reason(variant) is None
     folder = CSRC / "cuda"
-    sources = sorted(folder.glob("**/*.cu" if has_sm90 else "*.cu"))
+    sources = sorted([*folder.glob("*.cu"), *(folder.glob("sm90/*.cu") if has_sm90 else ())])
     jobs = [_kernel(path, variant, CSRC) for path in sources if path.relative_to(folder).as_posix() not in files]
     if changed is not None:  # first: of functions that are in several objects, the linker takes the first
         jobs = [_kernel(changed / "cuda" / name, variant, changed, cutlass_edits) for name in files] + jobs
@@ -122,7 +122,8 @@ def library(
     bindings = (*BINDINGS, *COMMON, f"-isystem{torch_home / 'include'}")
     jobs += [_Job(source, bindings, CSRC) for source in sorted(CSRC.glob("bindings_cuda*.cpp"))]
     if has_sm90:  # without tensor_maps.cpp, in whose place the emulator has its own
-        jobs += [_Job(CSRC / name, bindings, CSRC) for name in ("bindings_sm90.cpp", "cuda/sm90/conv.cpp")]
+        own = (CSRC / "bindings_sm90.cpp", CSRC / "cuda/sm90/conv.cpp", CSRC / "bindings_sm100.cpp", HERE / "sm100.cpp")
+        jobs += [_Job(source, bindings, CSRC) for source in own]
     link = [*variant.link, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     return _link("resfuse_cuda", variant, [*jobs, *_runtime(variant)], link)
 

@@ -67,20 +67,43 @@ def test_a_toolkit_of_torchs_cuda_version_builds_for_gpus(compiler_only: dict[st
     json.dumps(settings.as_info())
 
 
-def test_cutlass_from_pip_builds_for_hopper_too(compiler_only: dict[str, str], tmp_path: Path) -> None:
+def test_cutlass_from_pip_builds_for_hopper_and_blackwell_too(compiler_only: dict[str, str], tmp_path: Path) -> None:
     env, site = {**compiler_only, "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda"))}, tmp_path / "site"
-    assert "pip install --no-deps 'nvidia-cutlass" in decide(env).skipped["_sm90"]
+    for name in _build.CUTLASS_LIBRARIES:
+        assert "pip install --no-deps 'nvidia-cutlass" in decide(env).skipped[name]
     header = site / "cutlass_library" / "source" / "include" / "cutlass" / "cutlass.h"
     header.parent.mkdir(parents=True)
     header.touch()
     settings = decide(env, site_packages=[str(site)])
-    assert settings.libraries == ["_cpu", "_cuda", "_sm90"]
-    assert str(header.parents[1]) in _build.include_dirs("_sm90", settings.cutlass)
+    assert settings.libraries == ["_cpu", "_cuda", "_sm90", "_sm100"]
     assert _build.include_dirs("_cuda", settings.cutlass) == [str(_build.csrc_dir())]
+    for name, arch in (("_sm90", "90a"), ("_sm100", "100a")):
+        assert str(header.parents[1]) in _build.include_dirs(name, settings.cutlass)
+        found = [flag for flag in _build.compile_flags(name, debug=False)["nvcc"] if flag.startswith("-gencode")]
+        assert found == [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     json.dumps(settings.as_info())
-    ampere = decide({**env, "TORCH_CUDA_ARCH_LIST": "8.0;8.6"}, site_packages=[str(site)])
-    assert ampere.skipped == {"_sm90": "TORCH_CUDA_ARCH_LIST=8.0;8.6 does not name 9.0a"}
-    assert _build.SM90_FLAGS[0] in _build.compile_flags("_sm90", debug=False)["nvcc"]
+    ampere = decide({**env, "TORCH_CUDA_ARCH_LIST": "8.0;10.0a"}, site_packages=[str(site)])
+    assert ampere.skipped == {"_sm90": "TORCH_CUDA_ARCH_LIST=8.0;10.0a does not name 9.0a"}
+    older = {**env, "CUDA_HOME": str(fake_toolkit(tmp_path / "older", "12.6"))}
+    settings = decide(older, site_packages=[str(site)], torch_cuda="12.6")
+    assert settings.skipped == {"_sm100": "CUDA 12.6 does not know 10.0a; 12.8 does"}
+
+
+@pytest.mark.parametrize(
+    ("named", "compiled"),
+    [
+        (_build.DEFAULT_ARCH_LIST, "8.0+PTX;9.0a"),
+        ("9.0a 10.0a 10.0+PTX", "9.0a;10.0+PTX"),
+        ("9.0a;10.0a", "9.0a;10.0a"),  # without PTX nothing else would serve Blackwell
+        ("10.0a+PTX", "10.0a+PTX"),
+    ],
+)
+def test_where_there_is_ptx_blackwell_has_code_in_its_own_library_alone(
+    compiler_only: dict[str, str], tmp_path: Path, named: str, compiled: str
+) -> None:
+    env = {**compiler_only, "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda")), "TORCH_CUDA_ARCH_LIST": named}
+    with _build.build_environment(decide(env)):
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == compiled
 
 
 def test_nvcc_on_path_and_a_toolkit_from_pip_are_found(compiler_only: dict[str, str], tmp_path: Path) -> None:
@@ -115,7 +138,7 @@ def test_every_skipped_library_has_a_reason(
     compiler_only: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     env: dict[str, str], facts: dict[str, Any], skipped: dict[str, str],
 ) -> None:  # fmt: skip
-    """In one line each; that of the CUDA library is also that for Hopper's, and an error with FORCE_CUDA."""
+    """In one line each; that of the CUDA library is also that of CUTLASS's, and an error with FORCE_CUDA."""
     home = fake_toolkit(tmp_path / "cuda")
     if env.get("CUDA_HOME") == "incomplete":
         shutil.rmtree(home / "include" / "crt")
@@ -124,7 +147,8 @@ def test_every_skipped_library_has_a_reason(
         monkeypatch.setattr(_build, "candidate_homes", lambda env, site_packages: [])
     env = {**compiler_only, "CUDA_HOME": str(home), **env}
     settings = decide(env, **facts)
-    skipped = {**skipped, "_sm90": skipped.get("_cuda", "CUTLASS's headers were not found")}
+    cutlass = skipped.get("_cuda", "CUTLASS's headers were not found")
+    skipped = {**skipped, **dict.fromkeys(_build.CUTLASS_LIBRARIES, cutlass)}
     assert settings.skipped.keys() == skipped.keys()
     for name, reason in skipped.items():
         assert name not in settings.libraries
@@ -207,7 +231,7 @@ def test_jit_compiles_what_setup_compiles(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cpp_extension, "load", lambda name, sources, **rest: calls.update({name: (sources, rest)}))
 
     assert jit.load(build_directory=tmp_path / "build") == dict.fromkeys(_build.LIBRARIES)
-    assert [_extension.load(name) for name in _build.LIBRARIES] == [None, None, None]
+    assert [_extension.load(name) for name in _build.LIBRARIES] == [None] * len(_build.LIBRARIES)
     for name in _build.LIBRARIES:
         sources, rest = calls[f"resfuse{name}"]
         flags = _build.compile_flags(name, debug=False, toolkit=_build.Toolkit(toolkit, "13.0"))
@@ -225,7 +249,7 @@ def test_jit_says_why_it_can_not_build(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("FORCE_CUDA", raising=False)
-    monkeypatch.setattr(_extension, "_outcome", {"_cpu": "not built: ...", "_cuda": None, "_sm90": None})
+    monkeypatch.setattr(_extension, "_outcome", {**dict.fromkeys(_build.LIBRARIES), "_cpu": "not built: ..."})
     outcome = jit.load()
     assert "no C++ compiler" in (outcome["_cpu"] or "")
     assert outcome["_cuda"] is None, "what is loaded already is not built again"
@@ -274,7 +298,9 @@ def test_libraries_need_no_python_and_only_stable_torch_symbols(name: str) -> No
     assert not [symbol for symbol in torch_symbols if symbol.startswith("_Z")]
 
 
-@pytest.mark.parametrize(("name", "operators"), [("cuda", 8), ("sm90", 1)])  # of batch norm and of convolutions
+@pytest.mark.parametrize(
+    ("name", "operators"), [("cuda", 8), ("sm90", 1), ("sm100", 1)]
+)  # of batch norm and of convolutions
 def test_libraries_for_gpus_register_their_operators_without_one(name: str, operators: int) -> None:
     built(f"_{name}")
     importlib.import_module(f"resfuse.backends.{name}")  # defines them

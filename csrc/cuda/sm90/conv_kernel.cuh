@@ -17,7 +17,6 @@
 #include <cutlass/cutlass.h>
 #include <cute/tensor.hpp>
 #include <cutlass/conv/collective/collective_builder.hpp>
-#include <cutlass/conv/convnd_problem_shape.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_mma.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
@@ -25,6 +24,7 @@
 #include "../../resfuse.h"
 #include "../batch_statistics.cuh"
 #include "bn_act_epilogue.cuh"
+#include "conv_problem.cuh"
 #include "tile_statistics.cuh"
 
 namespace resfuse::sm90 {
@@ -54,11 +54,6 @@ struct Schedule {
   }
 };
 
-// Of one output channel.
-struct ChannelTerms {
-  float conv_bias, mean, variance, weight, bias;
-};
-
 template <class Element_, int kTileN_, int kStages>
 struct ConvKernel {
   using Element = Element_;
@@ -72,7 +67,6 @@ struct ConvKernel {
   using Tile = decltype(cute::append(TileMN{}, cute::Shape<cute::Int<kTileK>>{}));  // K is (channels, S, R)
   using MatrixTile = decltype(cute::append(TileMN{}, cute::Int<kTileK>{}));
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
 
   static constexpr auto kMajor = cute::GMMA::Major::K;
   using TiledMma =
@@ -126,23 +120,8 @@ struct ConvKernel {
     typename MatrixLoop::Params matrix;
     typename Epilogue::Params epilogue;
     Schedule schedule;
-    ChannelVector conv_bias, mean, variance, weight, bias;
-    float eps;
     float* parts;  // training: [parts][mean, M2][filters]
   };
-
-  static Problem problem(const Convolution& c) {
-    const auto narrow = [](int64_t value) { return static_cast<int>(value); };
-    const int padding[] = {narrow(c.padding_h), narrow(c.padding_w)};
-    return {cutlass::conv::Mode::kCrossCorrelation,
-            {narrow(c.batch), narrow(c.height), narrow(c.width), narrow(c.channels)},
-            {narrow(c.filters), narrow(c.kernel_h), narrow(c.kernel_w), narrow(c.channels)},
-            {padding[0], padding[1]},
-            {padding[0], padding[1]},
-            {narrow(c.stride_h), narrow(c.stride_w)},
-            {narrow(c.dilation_h), narrow(c.dilation_w)},
-            1};
-  }
 
   static bool can_implement(const Convolution& conv) { return Mainloop::can_implement(problem(conv), {}); }
 
@@ -156,12 +135,8 @@ struct ConvKernel {
     const Problem p = problem(conv);
     const auto shape = cutlass::conv::detail::get_linearized_problem_shape_MNKL(p);
     const int m = cute::get<0>(shape), n = cute::get<1>(shape);
-    const auto stride = cute::make_stride(int64_t{n}, cute::_1{}, int64_t{0});
     const auto* x = static_cast<const Element*>(args.input);
     const auto* w = static_cast<const Element*>(args.weight);
-    auto* y = static_cast<Element*>(args.output);
-    const bool residual = args.residual != nullptr;
-    const auto* c = residual ? static_cast<const Element*>(args.residual) : y;  // a tensor map needs an address
     const bool is_matrix = conv.kernel_h * conv.kernel_w == 1 && conv.stride_h * conv.stride_w == 1 &&
                            conv.padding_h + conv.padding_w == 0;
     const Rows rows(conv.channels, {}, 0);
@@ -171,22 +146,9 @@ struct ConvKernel {
             is_matrix ? typename Mainloop::Params{} : Mainloop::to_underlying_arguments(p, {x, w}, nullptr),
             is_matrix ? MatrixLoop::to_underlying_arguments(matrix_shape(shape), {x, rows, w, rows}, nullptr)
                       : typename MatrixLoop::Params{},
-            Epilogue::to_underlying_arguments(cute::make_shape(m, n, kTileK, 1),
-                                              {{residual, args.relu}, c, stride, y, stride}, nullptr),
+            epilogue_params<Epilogue>(args, m, n),
             {(m + kTileM - 1) / kTileM, (n + kTileN - 1) / kTileN, args.tiles_per_part},
-            args.conv_bias,
-            args.running_mean,
-            args.running_var,
-            args.bn_weight,
-            args.bn_bias,
-            static_cast<float>(args.eps),
             args.parts};
-  }
-
-  static CUTLASS_DEVICE float value(const ChannelVector& vector, int channel, float absent) {
-    if (vector.data == nullptr) return absent;
-    if (vector.dtype == DType::float32) return static_cast<const float*>(vector.data)[channel];
-    return static_cast<float>(static_cast<const Element*>(vector.data)[channel]);
   }
 
   static CUTLASS_DEVICE MainPipe main_pipe(const Params& params, SharedStorage& shared, bool producer, bool loads) {
@@ -274,6 +236,7 @@ struct ConvKernel {
       auto store_state = cutlass::make_producer_start_state<StorePipe>();
       StorePipe store_pipe({true});
       auto& terms = shared.tensors.epilogue.thread;
+      const ChannelVectors& vectors = params.epilogue.thread.vectors;
       const int thread = threadIdx.x - kProducers, filters = get<1>(params.shape);
       cuda::Moments moments;
       for (int tile = tiles.first; tile < tiles.end; tile += tiles.step) {
@@ -281,19 +244,13 @@ struct ConvKernel {
         const bool has_channel = thread < kTileN && filter < filters;
         ChannelTerms raw{0.f, 0.f, 0.f, 0.f, 0.f};
         if (has_channel)  // before the products, behind which the latency hides
-          raw = {value(params.conv_bias, filter, 0.f), value(params.mean, filter, 0.f),
-                 value(params.variance, filter, 1.f), value(params.weight, filter, 1.f),
-                 value(params.bias, filter, 0.f)};
+          raw = vectors.template terms<Element>(filter);
         Tensor acc = partition_fragment_C(mma, take<0, 2>(Tile{}));
         mainloop.mma(main_pipe, state, acc, steps, thread, shared.tensors.mainloop, params.mainloop);
         mainloop.mma_tail(main_pipe, state, steps);
         state.advance(steps);
-        if (thread < kTileN) {  // whose former values nobody reads any more since the last tile's stores
-          const bool normalised = params.variance.data != nullptr;
-          const float scale = normalised ? raw.weight * cuda::inverse_deviation(raw.variance, params.eps) : raw.weight;
-          terms.scale[thread] = scale;
-          terms.shift[thread] = fmaf(raw.conv_bias - raw.mean, scale, raw.bias);
-        }
+        if (thread < kTileN)  // whose former values nobody reads any more since the last tile's stores
+          vectors.scale_and_shift(raw, terms.scale[thread], terms.shift[thread]);
         if (params.parts != nullptr) {
           const int left = get<0>(params.shape) - tile / tiles_n * kTileM, rows = left < kTileM ? left : kTileM;
           float mean, m2;

@@ -1,0 +1,1 @@
+#include "../sm90/tensor_maps.cpp"
