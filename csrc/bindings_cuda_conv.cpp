@@ -1,4 +1,6 @@
 // torch <-> resfuse.h for the convolutions of csrc/cuda; the schemas are in resfuse/backends/cuda_conv.py.
+#include <algorithm>
+
 #include "bindings_conv.h"
 
 namespace resfuse {
@@ -76,10 +78,35 @@ void conv_train_forward(const Tensor& input, const Tensor& conv_weight, Optional
       place.stream);
 }
 
+Tensor pad_channels(const Tensor& input, int64_t channels, int64_t width, int64_t taps, int64_t stride, int64_t padding,
+                    int64_t dilation) {
+  check_device(input, "input");
+  const DType dtype = dtype_of(input, "input");
+  STD_TORCH_CHECK(input.dim() == 4 && input.numel() > 0, "input must have 4 dimensions and not be empty");
+  const auto size = input.sizes(), strides = input.strides();
+  STD_TORCH_CHECK(taps > 0 && width > 0 && stride >= 0 && padding >= 0 && dilation >= 0,
+                  "taps and width must be positive; stride, padding and dilation must not be negative");
+  const int64_t most = INT32_MAX;  // tested one by one, so that no product overflows
+  STD_TORCH_CHECK(size[1] <= most && taps <= most && channels >= size[1] * taps && channels <= most / width,
+                  "channels must be at least those of input by taps, and a row of them fit 31 bits");
+  STD_TORCH_CHECK(std::max({size[3], stride, padding, dilation}) <= most && width * stride + taps * dilation <= most,
+                  "a row of input, with its padding, must fit 31 bits");
+  const Size4 out{size[0], channels, size[2], width};
+  const Tensor output = empty(input, out, nhwc_strides(out), input.scalar_type());
+  const Place place(input);
+  PadChannels args{
+      {}, {}, channels, width, taps, stride, padding, dilation, dtype, input.data_ptr(), output.data_ptr()};
+  std::copy_n(size.begin(), 4, args.size);
+  std::copy_n(strides.begin(), 4, args.strides);
+  cuda::pad_channels(args, place.stream);
+  return output;
+}
+
 }  // namespace
 }  // namespace resfuse
 
 STABLE_TORCH_LIBRARY_IMPL(resfuse_cuda, RESFUSE_DISPATCH_KEY, m) {
   m.impl("conv_inference_forward", TORCH_BOX(&resfuse::conv_inference_forward));
   m.impl("conv_train_forward", TORCH_BOX(&resfuse::conv_train_forward));
+  m.impl("pad_channels", TORCH_BOX(&resfuse::pad_channels));
 }

@@ -323,6 +323,17 @@ struct ConvTrainForward {
   int64_t workspace_size;
 };
 
+// A copy of a tensor of any strides in NHWC memory, with zeros behind its channels. Where `taps` is not 1, a pixel of
+// the output has the channels of all pixels that a filter row reads: column stride - padding + tap dilation.
+struct PadChannels {
+  int64_t size[4], strides[4];  // of the input: images, channels, rows and columns, and elements from one to the next
+  int64_t out_channels, out_width;
+  int64_t taps, stride, padding, dilation;
+  DType dtype;
+  const void* input;
+  void* output;
+};
+
 // `stream` is a cudaStream_t; this header has no CUDA types.
 namespace cuda {
 void add_relu_forward(const AddReluForward& args, void* stream);
@@ -335,6 +346,7 @@ void bn_backward_apply(const BnBackwardApply& args, void* stream);
 int64_t bn_workspace_size(int64_t channels);  // floats, on the current device
 void conv_inference_forward(const ConvInferenceForward& args, void* stream);
 void conv_train_forward(const ConvTrainForward& args, void* stream);
+void pad_channels(const PadChannels& args, void* stream);  // rows of input and output fit 31 bits
 // Rows of a batch, and values of a row, of input and output, fit 31 bits.
 void max_pool_forward(const MaxPoolForward& args, void* stream);
 void max_pool_backward(const MaxPoolBackward& args, void* stream);

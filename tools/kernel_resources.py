@@ -189,7 +189,7 @@ def _listed_specs(args: argparse.Namespace, arch: int, dtype: str) -> Iterator[t
     for p in dict.fromkeys(layer._replace(precision=precision, residual=False) for layer in layers):
         tiled = plan.tile_problem(p)
         for spec in convolution_specs(p, device):
-            tile = spec.constants["CONV"][13:16]
+            tile = spec.constants.get("CONV", (0,) * 16)[13:16]  # padding a stem has none
             bound = ConvConfig(*tile, spec.options["num_warps"], spec.options["num_stages"]).shared_memory(tiled)
             yield tune.describe(p), spec, bound
         if p.kind == "forward" and dtype != "tf32" and not args.convolutions:

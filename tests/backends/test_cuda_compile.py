@@ -62,6 +62,8 @@ def parameters(row: Row) -> list[str]:
 def is_vectorised(row: Row) -> bool:
     """Whether the variant is for accesses of 16 bytes, several elements at a time."""
     last = parameters(row)[-1]
+    if row["kernel"] == "pad_channels_kernel":  # it loads elements of any strides
+        return False
     return last == "0" if row["kernel"] in CONVOLUTIONS else last != "1"
 
 

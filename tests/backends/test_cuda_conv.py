@@ -21,7 +21,7 @@ from resfuse.types import Convolution as Geometry
 from tests.backends.operands import convolved
 from tests.contract import Call, Results
 from tests.emulator import backend as emulator
-from tests.shapes import Convolution, conv_bn_act_call
+from tests.shapes import LAYOUTS, Convolution, conv_bn_act_call
 
 DEVICES = [
     *(["cpu"] if emulator.unavailable_reason() is None else []),
@@ -50,6 +50,9 @@ ODD = {
     "grouped": Convolution((2, 32, 6, 7), 144, (3, 3), (1, 1), (1, 1), groups=2),
     "ragged_step": Convolution((2, 72, 4, 5), 8, (2, 2), padding=(1, 1)),
 }
+
+
+STEM = Convolution((2, 3, 21, 19), 40, (7, 7), (2, 2), (3, 3))
 
 
 def problem(conv: Convolution, dtype: torch.dtype, device: str, training: bool = False, **options: Any) -> Call:
@@ -153,26 +156,70 @@ def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, devi
         check(given.replace(**{name: misaligned(given.tensors[name], elements)}))
 
 
+@pytest.fixture
+def padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels are padded in small problems too."""
+    monkeypatch.setattr(cuda_conv, "_PADDED_FROM", 0)
+    for cached in ("planned", "_settings"):
+        monkeypatch.setattr(cuda_conv, cached, getattr(cuda_conv, cached).__wrapped__)
+
+
 @DEVICE
 @DTYPE
 @MODES
-def test_few_channels_are_padded(
-    training: bool, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("padding")
+def test_few_channels_are_padded(training: bool, dtype: torch.dtype, device: str) -> None:
     """The stem of a large batch, which is then read 8 bytes at a time."""
-    for conv in (Convolution((2, 3, 21, 19), 40, (7, 7), (2, 2), (3, 3)), Convolution((2, 1, 9, 9), 8, (5, 5))):
+    for conv in (STEM, Convolution((2, 1, 9, 9), 8, (5, 5))):
         given = problem(conv, dtype, device, training, conv_bias=True)
-        given = given.replace(input=given.input.contiguous())
-        check(given)
-        with monkeypatch.context() as patch:
-            patch.setattr(cuda_conv, "_PADDED_FROM", 0)
-            for cached in ("planned", "_settings"):
-                patch.setattr(cuda_conv, cached, getattr(cuda_conv, cached).__wrapped__)
-            check(given)
-            plan = cuda_conv.planned(
-                given.input.shape, torch.Size(conv.weight), conv.settings, training, dtype, processors=4
-            )
+        for layout in ("nchw", "nhwc", "nhwc_slice_of_columns"):
+            check(given.replace(input=LAYOUTS[layout](given.input)))
+        plan = cuda_conv.planned(
+            given.input.shape, torch.Size(conv.weight), conv.settings, training, dtype, processors=4
+        )
         assert plan.channels == (2 if dtype == torch.float32 and conv.input[1] == 1 else 4)
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.usefixtures("padding")
+def test_padding_meets_nothing_that_is_not_finite(dtype: torch.dtype, device: str) -> None:
+    """A zero behind a pixel's channels is multiplied by a zero of the weight, whatever the neighbours are."""
+    given = problem(STEM, dtype, device)
+    x, weight = given.input.clone(), given.tensors["conv_weight"]
+    x[0, 0, 4, 4], x[1, 2, 9, 3] = math.nan, math.inf
+    found = cuda_conv.conv_forward(x, weight, None, given.convolution)
+    expected = F.conv2d(x.double(), weight.double(), None, *given.convolution)
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+    assert found.isnan().any() and found.isfinite().any()
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_copies_bits(layout: str, dtype: torch.dtype, device: str) -> None:
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    for channels, padded in ((1, 2), (1, 4), (2, 4), (3, 4), (3, 8), (4, 5), (13, 40)):
+        bits = torch.randint(-(2**15), 2**15, (3, channels, 5, 37), dtype=integer).to(device)  # of NaN, too
+        x = LAYOUTS[layout](bits.view(dtype))
+        found = cuda_conv.padded(x, padded)
+        assert found.is_contiguous(memory_format=NHWC)
+        assert torch.equal(found.view(integer), F.pad(bits, (0, 0, 0, 0, 0, padded - channels)))
+
+
+@DEVICE
+@DTYPE
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "transposed"])
+def test_packing_keeps_the_convolution(layout: str, dtype: torch.dtype, device: str) -> None:
+    """A filter row of several pixels is one of one pixel that has all their channels."""
+    for conv, channels in ((STEM, 24), (ODD["flat"], 7), (ODD["dilated_row"], 16)):
+        given = problem(conv, dtype, device)
+        x, weight = LAYOUTS[layout](given.input), LAYOUTS[layout](given.tensors["conv_weight"])
+        packed_x, packed_weight, settings = cuda_conv.packed(x, weight, given.convolution, channels)
+        assert packed_x.shape[1] == packed_weight.shape[1] == channels and packed_weight.shape[3] == 1
+        found = F.conv2d(packed_x.double(), packed_weight.double(), None, *settings)
+        expected = F.conv2d(x.double(), weight.double(), None, *given.convolution)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @DEVICE
@@ -235,6 +282,25 @@ def test_launches() -> None:
         with emulator.launches() as counted, use_config(config):
             convolved(cuda_conv, given)
         assert counted.launches == expected, (conv, config, training)
+
+
+@EMULATED
+@MODES
+@pytest.mark.usefixtures("padding")
+def test_padding_takes_a_launch_each_for_input_and_weight(training: bool) -> None:
+    given = problem(STEM, torch.bfloat16, "cpu", training, residual_layout=None)
+    given = given.replace(input=given.input.contiguous(), conv_weight=given.tensors["conv_weight"].contiguous())
+    with (
+        emulator.launches() as counted,
+        torch.profiler.profile(acc_events=True) as profiled,
+        use_config(ConvConfig(64, 64)),
+    ):
+        cuda_conv.conv_bn_act_forward(
+            given.input, given.tensors["conv_weight"], None, given.convolution, given.batch_norm, None, True
+        )
+    assert counted.launches == 3
+    copies = sum(event.count for event in profiled.key_averages() if event.key in ("aten::copy_", "aten::zero_"))
+    assert copies == (2 if training else 1), "of results alone, into the layout of the input"
 
 
 @EMULATED
@@ -382,6 +448,25 @@ def test_bad_arguments_are_named(training: bool) -> None:
     operator(training)(*arguments(training))
     with pytest.raises(RuntimeError, match="settings must be 16 numbers in float64"):
         torch.ops.resfuse_cuda.conv_inference_forward(*arguments(False)[:-1], torch.zeros(16))
+
+
+@EMULATED
+def test_bad_arguments_of_padding_are_named() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    for arguments, message in (
+        ((x[0], 4, 4, 1, 1, 0, 1), "input must have 4 dimensions"),
+        ((x[:0], 4, 4, 1, 1, 0, 1), "and not be empty"),
+        ((x.double(), 4, 4, 1, 1, 0, 1), "input must be float32, bfloat16 or float16"),
+        ((x, 2, 4, 1, 1, 0, 1), "channels must be at least those of input by taps"),
+        ((x, 8, 4, 3, 1, 0, 1), "channels must be at least those of input by taps"),
+        ((x, 2**29, 4, 1, 1, 0, 1), "a row of them fit 31 bits"),
+        ((x, 4, 0, 1, 1, 0, 1), "taps and width must be positive"),
+        ((x, 4, 4, 1, -1, 0, 1), "must not be negative"),
+        ((x, 4, 4, 1, 1, 2**31, 1), "a row of input, with its padding, must fit 31 bits"),
+        ((x, 4, 4, 1, 2**29, 0, 1), "a row of input, with its padding, must fit 31 bits"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.resfuse_cuda.pad_channels(*arguments)
 
 
 @DEVICE

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends import cuda, dispatch, first_contact, reference, sm90
 from resfuse.backends.integers import cdiv
 from resfuse.cli.tune import layer_problems
 from resfuse.types import AbsentDevice, BatchNorm, Convolution, Problem
+from tests.emulator import backend
 from tests.emulator import sm90 as emulated
+from tests.shapes import LAYOUTS
 
 HOPPER, BF16 = AbsentDevice((9, 0)), torch.bfloat16
 PROCESSORS = 132
@@ -45,7 +48,10 @@ def problem(
         ({"dtype": torch.float32}, "fp32_precision does not allow"),
         ({"dtype": torch.float32, "tf32": True, "input": (32, 62, 56, 56), "weight": (64, 62, 3, 3)}, "multiples of 4"),
         ({"weight": (64, 8, 3, 3), "groups": 8}, "no groups"),
-        ({"input": (32, 3, 224, 224), "weight": (64, 3, 7, 7), "stride": 2, "padding": 3}, "not 3 and 64"),
+        ({"input": (20, 3, 224, 224), "weight": (64, 3, 7, 7), "stride": 2, "padding": 3}, "not 3 and 64"),
+        ({"input": (128, 3, 224, 224), "weight": (64, 3, 1, 1), "padding": 0}, "not 3 and 64"),
+        ({"input": (128, 3, 224, 224), "weight": (60, 3, 7, 7), "padding": 3}, "not 3 and 60"),
+        ({"input": (128, 3, 224, 224), "weight": (64, 3, 23, 23)}, "not 3 and 64"),  # a row is more than 128 bytes
         ({"weight": (100, 64, 3, 3)}, "not 64 and 100"),
         ({"input": (64, 64, 224, 224), "stride": 9}, "strides up to 8"),
         ({"padding": 128}, "a padding up to 127"),
@@ -71,14 +77,13 @@ def test_the_limits_of_tma_are_inclusive() -> None:
         assert sm90.unsupported_reasons(problem(**options)) == []  # type: ignore[arg-type]
 
 
-def test_resnet50_at_batch_128_runs_on_it_but_for_the_image() -> None:
-    left = set()
-    for layer in layer_problems("resnet50", [128], BF16):
+def test_resnet50_at_batch_128_runs_on_it() -> None:
+    layers = layer_problems("resnet50", [128], BF16)
+    for layer in layers:
         convolution = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
         shapes = torch.Size((layer.n, layer.c, layer.h, layer.w)), torch.Size((layer.k, layer.c, layer.r, layer.s))
-        if sm90.unsupported_reasons(Problem("conv_forward", HOPPER, BF16, *shapes, convolution)):
-            left.add(layer.c)
-    assert left == {3}
+        assert sm90.unsupported_reasons(Problem("conv_forward", HOPPER, BF16, *shapes, convolution)) == []
+    assert 3 in {layer.c for layer in layers}
 
 
 @pytest.mark.parametrize("kernel", sm90.KERNELS)
@@ -195,3 +200,40 @@ def test_a_residual_may_be_overwritten(change: Callable[[Tensor], Tensor]) -> No
     found = sm90.conv_bn_act_forward(x, w, None, convolution, norm(False), residual, True, overwrite_residual=True)[0]
     assert torch.equal(found, expected)
     assert (found.data_ptr() == residual.data_ptr()) == (residual.data_ptr() % 16 == 0)
+
+
+STEM = Convolution((2, 2), (3, 3), (1, 1), 1)
+
+
+@EMULATED
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nchw_slice_of_channels", "nhwc_slice_of_columns"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_the_rows_of_a_stem_are_packed(dtype: torch.dtype, training: bool, layout: str, channels: int) -> None:
+    """In three launches, and one more for batch norm in training; what is not finite stays where it was."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, 31, 29, generator=draw).to(dtype)
+    w, residual = torch.randn(24, channels, 7, 7, generator=draw) / 12, torch.randn(2, 24, 16, 15, generator=draw)
+    given, packing = LAYOUTS[layout](x), emulated.use_tile(64, 2)
+    with packing, backend.launches() as counted:
+        found = sm90.conv_bn_act_forward(given, w, None, STEM, norm(training), residual.to(dtype), True)
+    expected = reference.conv_bn_act_forward(given, w.to(dtype), None, STEM, norm(training), residual.to(dtype), True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert (one.float() - other.float()).norm() < 0.01 * other.float().norm()
+    assert found[0].stride() == expected[0].stride()
+    assert counted.launches == 3 + training
+
+    given[0, 0, 4, 4], given[1, -1, 9, 3] = torch.nan, torch.inf
+    with emulated.use_tile(64, 2):
+        z = sm90.conv_forward(given, w, None, STEM)
+    other = F.conv2d(given.double(), w.double(), None, *STEM)
+    assert torch.equal(z.isnan(), other.isnan()) and torch.equal(z.isinf(), other.isinf())
+
+
+def test_a_packed_stem_has_no_route() -> None:
+    shapes = {"weight": (64, 3, 7, 7), "stride": 2, "padding": 3, "device": torch.device("cuda:0")}
+    assert sm90.inference_route(problem((21, 3, 224, 224), **shapes), 1e-5, True, False) is None  # type: ignore[arg-type]

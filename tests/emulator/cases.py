@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse.backends import cuda, cuda_conv, dispatch, reference
@@ -62,6 +63,7 @@ SM90 = {
     "asymmetric": Convolution((2, 16, 11, 9), 264, (3, 5), (2, 1), (0, 2), (2, 1)),
     "to one pixel": Convolution((5, 64, 3, 3), 72, (3, 3)),
 }
+SM90_STEM = Convolution((1, 3, 31, 28), 72, (7, 7), (2, 2), (3, 3))  # whose filter rows are packed
 SM90_MODES: dict[str, dict[str, Any]] = {
     "eval": {"residual_layout": "nhwc", "conv_bias": True},
     "eval in place": {"residual_layout": "nhwc"},
@@ -95,6 +97,7 @@ def cases(backend: str, dtypes: Collection[str]) -> Cases:
             yield from _pointwise(kernels, device, dtype)
         if dtype != "tf32" and backend != "triton":  # which has no kernels for it
             yield from _pooling(kernels, device, dtype)
+            yield from _padding(device, dtype)
         for label, *problem in _convolutions():
             if backend != "triton" or label.rpartition(" ")[2] in (*SMALL, "64x64"):
                 yield f"conv {label.format(dtype)}", _conv(kernels, device, dtype, *problem)
@@ -132,6 +135,17 @@ def _pooling(kernels: Any, device: str, dtype: str) -> Cases:
         yield f"max_pool {dtype} {label} {channels} channels", case
 
 
+def _padding(device: str, dtype: str) -> Cases:
+    for channels, padded in ((3, 4), (5, 24), (2, 3)):  # stores of 8 or 16 bytes, of 16, and of an element
+
+        def case(channels: int = channels, padded: int = padded) -> None:
+            input = torch.randn(2, channels, 9, 11).to(DTYPES[dtype])
+            found = cuda_conv.padded(to_device(input, device), padded)
+            assert torch.equal(found.cpu(), F.pad(input, (0, 0, 0, 0, 0, padded - channels)))
+
+        yield f"pad_channels {dtype} {channels} to {padded}", case
+
+
 def _convolutions() -> Iterator[tuple[str, Convolution, bool, ConvConfig]]:
     """(label, where {} is the dtype, convolution, training, configuration)."""
     for m, n in TILES:
@@ -145,7 +159,8 @@ def _convolutions() -> Iterator[tuple[str, Convolution, bool, ConvConfig]]:
 
 
 def _sm90(kernels: Any, device: str, dtype: str) -> Cases:
-    for (label, conv), tile, (mode, options) in itertools.product(SM90.items(), kernels.TILES, SM90_MODES.items()):
+    problems = (SM90 | {"stem": SM90_STEM}).items()
+    for (label, conv), tile, (mode, options) in itertools.product(problems, kernels.TILES, SM90_MODES.items()):
 
         def case(
             conv: Convolution = conv, tile: int = tile, mode: str = mode, options: dict[str, Any] = options

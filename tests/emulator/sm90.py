@@ -22,8 +22,9 @@ def __getattr__(name: str) -> Any:
 
 @contextlib.contextmanager
 def use_tile(channels: int, blocks: int) -> Iterator[None]:
-    """Tiles of so many output channels, on a GPU of so many multiprocessors."""
+    """Tiles of so many output channels, on a GPU of so many multiprocessors; any stem is packed."""
     with (
+        mock.patch.object(sm90, "_PACKED_FROM", 0),
         mock.patch.object(sm90, "TILES", (channels,)),
         mock.patch.object(sm90, "processors_of", return_value=blocks),
         mock.patch.object(sm90, "planned", sm90.planned.__wrapped__),

@@ -56,9 +56,8 @@ def test_first_contact_sees_whether_tma_rounds(
     assert found == verdict or (verdict and found and found.startswith(verdict))
 
 
-# (side, channels, filters, kernel, stride) of ImageNet's ResNets, the stem's channels padded to 8, and of CIFAR's.
+# (side, channels, filters, kernel, stride) of ImageNet's ResNets and of CIFAR's.
 RESNETS = [
-    (224, 8, 64, 7, 2),
     (56, 64, 64, 1, 1), (56, 64, 64, 3, 1), (56, 64, 256, 1, 1), (56, 256, 64, 1, 1),
     (56, 256, 128, 1, 1), (56, 128, 128, 3, 2), (56, 256, 512, 1, 2), (56, 64, 128, 3, 2), (56, 64, 128, 1, 2),
     (28, 128, 128, 3, 1), (28, 128, 512, 1, 1), (28, 512, 128, 1, 1),
@@ -86,7 +85,9 @@ class Geometry(ctypes.Structure):
     ]
 
 
-CONVOLUTIONS = {"-".join(map(str, numbers)): resnet_convolution(*numbers) for numbers in RESNETS} | cases.SM90
+PACKED_STEM = Convolution((3, 24, 224, 112), 64, (7, 1), (2, 1), (3, 0))
+CONVOLUTIONS = {"-".join(map(str, numbers)): resnet_convolution(*numbers) for numbers in RESNETS}
+CONVOLUTIONS |= cases.SM90 | {"packed stem": PACKED_STEM}
 
 
 @pytest.mark.parametrize("conv", CONVOLUTIONS.values(), ids=CONVOLUTIONS)

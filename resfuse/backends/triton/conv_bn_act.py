@@ -15,11 +15,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resfuse.backends.integers import cdiv
 from resfuse.backends.triton import conv_tile, reduce
 from resfuse.backends.triton.launch import in_phases, launch, properties, registers, shared_words, unstrided
-from resfuse.backends.triton.plan import ConvPlan, conv_plan
+from resfuse.backends.triton.plan import PADDED_CHANNELS, ConvPlan, conv_plan, pads
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape, copy_back, residual_for
 from resfuse.types import BatchNorm, Convolution
+
+_PADDED_PIXELS = 512  # of a program
+
+
+@triton.jit
+def pad_channels_kernel(
+    x_ptr, out_ptr, stride_n, stride_c, stride_h, stride_w, pixels, C, H, W,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr, INDEX64: tl.constexpr,
+):  # fmt: skip
+    """out = x in NHWC memory, with zeros behind its C channels up to PADDED; a block of pixels per program."""
+    program = tl.program_id(0)
+    if INDEX64:
+        program = program.to(tl.int64)
+    pixel, channel = program * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED).to(tl.int64)
+    image, row, column = pixel // W // H, pixel // W % H, pixel % W
+    offsets = image.to(tl.int64) * stride_n + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    inside = (pixel < pixels)[:, None]
+    x = tl.load(
+        x_ptr + (offsets[:, None] + channel[None, :] * stride_c), mask=inside & (channel < C)[None, :], other=0.0
+    )
+    tl.store(out_ptr + (pixel.to(tl.int64)[:, None] * PADDED + channel[None, :]), x, mask=inside)
 
 
 @triton.jit
@@ -235,9 +257,25 @@ def _without_statistics(
 def _prepared(
     input: Tensor, conv_weight: Tensor, convolution: Convolution, output: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and weight in NHWC memory, of one dtype, and memory for the output."""
+    """Input and weight in NHWC memory, of one dtype and perhaps padded, and memory for the output."""
     w = conv_weight if conv_weight.dtype == input.dtype else conv_weight.to(input.dtype)  # inference under autocast
     if output is None:
         shape = conv_output_shape(input.shape, conv_weight.shape, convolution)
         output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    if pads(input.shape, w.shape, convolution):
+        return padded(input), padded(w), output
     return channels_last(input), channels_last(w), output
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """A copy in NHWC memory with zeros behind its channels, in one launch."""
+    n, c, h, w = tensor.shape
+    out = torch.empty(
+        (n, PADDED_CHANNELS, h, w), dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last
+    )
+    pixels = n * h * w
+    launch(
+        pad_channels_kernel, cdiv(pixels, _PADDED_PIXELS), tensor, out, *tensor.stride(), pixels, c, h, w,
+        PADDED=PADDED_CHANNELS, BLOCK=_PADDED_PIXELS, INDEX64=pixels > 2**31 - _PADDED_PIXELS,
+    )  # fmt: skip
+    return out

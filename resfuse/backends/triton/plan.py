@@ -26,10 +26,15 @@ from resfuse.backends.triton.config import (
     every_config,
     heuristic_config,
 )
+from resfuse.layout import conv_output_shape
 from resfuse.types import Convolution
 
 # Channels of one tap that a step of the main loop should at least find: with fewer, neighbours are packed.
 _TENSOR_CORE_RUN, _FMA_RUN = 32, 16
+PADDED_CHANNELS = 4
+"""Of an image, with zeros: a multiple of 8 bytes, which are copied asynchronously; one channel of three at a time is
+loaded and waited for."""
+_PADDED_FROM = 1 << 15  # output pixels, for it takes two more launches; estimated as for the cuda backend
 _SMALLEST_BLOCK = 16
 _INTERPRETED_M, _INTERPRETED_N = 256, 64
 _INTERPRETED_THREADS = 4  # times as many: the cost of a tile hardly depends on its size there
@@ -129,6 +134,14 @@ def _conv_plan(
         config, (m, h, w, problem.oh, problem.ow), constants, tiles_m, programs, tiles_per_program,
         _phases(tiles_n <= resident, device),
     )  # fmt: skip
+
+
+def pads(x_shape: torch.Size, w_shape: torch.Size, convolution: Convolution) -> bool:
+    """Whether the channels of input and weight are padded before the convolution."""
+    if x_shape[1] >= PADDED_CHANNELS or w_shape[3] == 1 or convolution.groups > 1:
+        return False
+    n, _, oh, ow = conv_output_shape(x_shape, w_shape, convolution)
+    return n * oh * ow >= _PADDED_FROM
 
 
 def packing(problem: ConvProblem) -> tuple[int, bool]:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).resolve().parents[3]
 CONVOLUTIONS = ("conv_bn_act_kernel", "conv_bn_act_train_kernel")
+PADDING = "pad_channels_kernel"
 POINTWISE = (
     "add_relu_forward_kernel", "add_relu_backward_kernel", "bn_statistics_kernel", "bn_train_forward_kernel",
     "bn_apply_kernel", "bn_backward_kernel", "bn_backward_apply_kernel",
@@ -98,7 +99,7 @@ def test_shapes_with_ones_pass_the_front_end() -> None:
     done = run("tests.backends.triton.front_end")
     assert done.returncode == 0, done.stderr
     count, *names = done.stdout.split()
-    assert int(count) > 30 and set(names) == {*CONVOLUTIONS, *POINTWISE}
+    assert int(count) > 30 and set(names) == {*CONVOLUTIONS, PADDING, *POINTWISE}
 
 
 @pytest.mark.slow
@@ -113,8 +114,23 @@ def test_shapes_with_ones_pass_the_front_end() -> None:
 )  # fmt: skip
 def test_one_layer_of_every_configuration(arguments: tuple[str, ...], tmp_path: Path) -> None:
     rows = compiled(tmp_path, "--quick", *arguments)
-    assert {row["kernel"] for row in rows} == {*CONVOLUTIONS, *(() if "--convolutions" in arguments else POINTWISE)}
+    pointwise = () if "--convolutions" in arguments else POINTWISE
+    assert {row["kernel"] for row in rows} == {*CONVOLUTIONS, PADDING, *pointwise}
     check(rows)
+
+
+@pytest.mark.slow
+def test_a_padded_stem_is_copied_asynchronously() -> None:
+    """All of its main loop, 8 bytes at a time (16 of float32): three channels would be loaded one by one."""
+    done = run("tests.backends.triton.stem")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert {(arch, kernel) for arch, _, kernel, *_ in rows} == {
+        (arch, kernel) for arch in ("80", "90") for kernel in (*CONVOLUTIONS, PADDING)
+    }
+    for _, dtype, kernel, copy, load in rows:
+        if kernel != PADDING:
+            assert (copy, load) == ("16" if dtype == "torch.float32" else "8", "16")
 
 
 def test_nothing_is_compiled_where_triton_interprets(tmp_path: Path) -> None:

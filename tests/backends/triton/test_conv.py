@@ -163,6 +163,38 @@ def test_a_filter_row_is_packed_where_channels_are_few() -> None:
         assert plan.packing(other) == (1, False)
 
 
+@DTYPES
+@MODES
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nchw_slice_of_channels", "nhwc_slice_of_columns", "transposed"])
+def test_few_channels_are_padded(
+    layout: str, training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a launch each for input and weight; the zeros meet nothing that is not finite."""
+    monkeypatch.setattr(plan, "_PADDED_FROM", 0)
+    kernel, phases = ("conv_bn_act_train_kernel", 1 + triton.INTERPRETED) if training else ("conv_bn_act_kernel", 1)
+    once = ["pad_channels_kernel"] * 2 + [kernel] * phases
+    for channels in (1, 2, 3):
+        stem = Convolution((2, channels, 13, 11), 24, (7, 7), (2, 2), (3, 3))
+        call = conv_bn_act_call(stem, dtype, DEVICE, layout=layout, conv_bias=True, training=training)
+        with resfuse.use_backend("triton"), launch.recorded() as names:
+            contract.check(call, needs_grad=[])
+        assert names == once * (1 if training else 2)  # in inference, without gradients too
+    x, weight = call.input, call.tensors["conv_weight"]
+    x[0, 0, 4, 4], x[1, 2, 9, 3] = math.nan, math.inf
+    found = triton.conv_forward(x, weight, None, stem.settings)
+    expected = F.conv2d(x.double(), weight.double(), None, *stem.settings)
+    assert torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.isinf(), expected.isinf())
+
+
+def test_channels_are_padded_where_it_pays() -> None:
+    for batch, channels, kernel, padded in ((2, 3, 7, False), (3, 3, 7, True), (3, 4, 7, False), (3, 3, 1, False)):
+        x, w = meta(batch, channels, 224, 224), meta(64, channels, kernel, kernel)
+        with launch.collected(H100) as specs:
+            triton.conv_forward(x, w, None, Settings((2, 2), (kernel // 2, kernel // 2), (1, 1), 1))
+        assert (len(specs) == 3) == padded
+        assert specs[-1].constants["CONV"].c == (4 if padded else channels)
+
+
 @pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
 def test_forms_of_training(device: DeviceProperties) -> None:
     """One launch as soon as a program per tile of N is resident, from registers where each has one tile."""
