@@ -14,7 +14,7 @@ from torch import Tensor
 from resfuse import _extension
 from resfuse.backends import cuda, sm90
 from resfuse.backends.cuda_conv import NO_VECTORS, numbers_of, padded, processors_of
-from resfuse.layout import conv_output_shape
+from resfuse.layout import conv_memory_format, conv_output_shape
 from resfuse.types import AbsentDevice, BatchNorm, Convolution, Problem
 
 KERNELS = ("conv_bn_act_forward", "conv_forward")
@@ -90,15 +90,13 @@ def _run(
     overwrite_residual: bool,
 ) -> Tensor:
     """One launch: act(BN(conv(input)) + residual) with running statistics, or (bn None) the convolution alone."""
-    if conv_weight.dtype is not input.dtype:  # under autocast
-        conv_weight = conv_weight.to(input.dtype)
+    x, w, convolution = sm90.operands(input, conv_weight, convolution)
     if residual is not None and residual.shape[1] < conv_weight.shape[0]:
         residual, overwrite_residual = padded(residual, conv_weight.shape[0]), True
     eps, vectors = (bn.eps, bn[:4]) if bn else (0.0, NO_VECTORS)
-    shapes = input.device, input.shape, conv_weight.shape
-    settings = _settings(*shapes, convolution, eps, relu, overwrite_residual)
-    output: Tensor = _conv_forward(input, conv_weight, conv_bias, *vectors, residual, settings)
-    return output
+    settings = _settings(x.device, x.shape, w.shape, convolution, eps, relu, overwrite_residual)
+    output: Tensor = _conv_forward(x, w, conv_bias, *vectors, residual, settings)
+    return output if x is input else output.contiguous(memory_format=conv_memory_format(input, conv_weight))
 
 
 @functools.lru_cache(maxsize=4096)

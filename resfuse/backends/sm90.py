@@ -161,7 +161,7 @@ def conv_bn_act_forward(
         output = _run(input, conv_weight, conv_bias, convolution, bn, residual, relu, overwrite_residual)
         return output, None, None, None
     memory_format = conv_memory_format(input, conv_weight)
-    x, w, convolution = _operands(input, conv_weight, convolution)
+    x, w, convolution = operands(input, conv_weight, convolution)
     plan = planned(x.shape, w.shape, convolution, True, processors_of(x.device))
     parts = torch.empty(2 * plan.parts * w.shape[0], dtype=torch.float32, device=x.device)
     z = _run(channels_last(x), w, conv_bias, convolution, None, None, False, False, parts)
@@ -187,7 +187,7 @@ def inference_route(
     return _conv_forward, (None, settings)
 
 
-def _operands(input: Tensor, conv_weight: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Convolution]:
+def operands(input: Tensor, conv_weight: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor, Convolution]:
     """Those of the problem that the kernel runs, in one dtype."""
     if conv_weight.dtype is not input.dtype:  # under autocast
         conv_weight = conv_weight.to(input.dtype)
@@ -210,7 +210,7 @@ def _run(
 
     Packing takes two more, where it is done.  In training it leaves the statistics of its tiles in `parts`.
     """
-    x, w, convolution = _operands(input, conv_weight, convolution)
+    x, w, convolution = operands(input, conv_weight, convolution)
     if residual is not None and residual.shape[1] < conv_weight.shape[0]:
         residual, overwrite_residual = padded(residual, conv_weight.shape[0]), True
     settings = _settings(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import cuda, dispatch, reference, sm100
+from resfuse.backends import cuda, dispatch, reference, sm90, sm100
 from resfuse.types import AbsentDevice, BatchNorm, Convolution
 from tests.backends import test_sm90
 from tests.backends.test_sm90 import BF16, EMULATED, misaligned, norm, operands
@@ -88,6 +88,17 @@ def test_any_layout_dtype_and_address(layout: torch.memory_format, change: Calla
         assert found[0].is_contiguous(memory_format=layout)
     z = sm100.conv_forward(change(x), change(w), bias, convolution)
     torch.testing.assert_close(z, reference.conv_forward(x, w.to(BF16), bias, convolution), rtol=0.02, atol=0.02)
+
+
+@EMULATED
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_rows_of_a_stem_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm90, "_PACKED_FROM", 0)
+    x, w = torch.randn(2, 3, 31, 29, dtype=BF16), torch.randn(24, 3, 7, 7, dtype=BF16) / 12
+    args = None, test_sm90.STEM, norm(False), None, True
+    found, expected = (kernels.conv_bn_act_forward(x, w, *args)[0] for kernels in (sm100, reference))
+    assert (found.float() - expected.float()).norm() < 0.01 * expected.float().norm()
+    assert found.is_contiguous()
 
 
 @EMULATED
