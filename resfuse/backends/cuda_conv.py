@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resfuse.backends import dispatch
+from resfuse.backends import dispatch, stems
 from resfuse.backends.integers import cdiv, round_up
 from resfuse.layout import (
     channels_last,
@@ -78,9 +78,6 @@ _LARGEST_BLOCK = 128
 # Channels of a tap from which on the kernels take the taps one by one; of fewer, a filter row at a time.
 _MANY_CHANNELS = 16
 _COPIED_BYTES = 8
-# Output pixels from which on channels are padded to _COPIED_BYTES.  It costs two small launches and saves, for the 7x7
-# stem in bfloat16, three quarters of the loads of a kernel that loads most of its time.  An estimate, not measured.
-_PADDED_FROM = 1 << 15
 _INT32 = 2**31 - 1
 
 NO_VECTORS = (None,) * 4
@@ -277,7 +274,7 @@ def planned(
     pixels, filters = output[0] * output[2] * output[3], output[1]
     channels = input_shape[1]
     multiple = _COPIED_BYTES // dtype.itemsize
-    if groups == 1 and channels < _MANY_CHANNELS and weight_shape[3] > 1 and pixels >= _PADDED_FROM:
+    if groups == 1 and channels < _MANY_CHANNELS and weight_shape[3] > 1 and pixels >= stems.PADDED_FROM:
         channels = round_up(channels, multiple)
     depth = weight_shape[2] * weight_shape[3] * cdiv(channels // groups, 64 // dtype.itemsize)
     config = forced or heuristic_config(pixels, filters // groups, depth, groups, training, processors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resfuse import _extension
-from resfuse.backends import cuda
+from resfuse.backends import cuda, stems
 from resfuse.backends.cuda_conv import NO_VECTORS, numbers_of, packed, padded, processors_of
 from resfuse.backends.integers import cdiv, round_up
 from resfuse.layout import channels_last, conv_memory_format, conv_output_shape
@@ -35,9 +35,8 @@ _FEWEST_TILES = 64
 # filter row are packed into one pixel, by a launch each for input and weight.  Of the 7x7 stem in bfloat16, the loop
 # multiplies 7 x 64 instead of 147 (padded to 8 channels, 49 x 64).  For 128 images on an H200, at 800 TFLOP/s and 4.8
 # TB/s: 0.06 ms to pack (39 MB become 154), then 0.18 ms for 92 GFLOP at this tile's efficiency, against 0.32 ms in
-# Triton by its own model.  Predicted, not measured; that makes up for the launches from so many output pixels on.
+# Triton by its own model.  Predicted, not measured.
 _FEW_CHANNELS = 4
-_PACKED_FROM = 1 << 18
 _INT32 = 2**31 - 1
 
 # The implementation is in csrc/bindings_sm90.cpp.  It takes tensors in any layout, copies what TMA cannot read, and
@@ -104,7 +103,7 @@ def _row_channels(shape: torch.Size, weight_shape: torch.Size, convolution: Conv
         return 0
     n, _, oh, ow = conv_output_shape(shape, weight_shape, convolution)
     channels = round_up(shape[1] * weight_shape[3], multiple)
-    return channels if channels <= 8 * multiple and n * oh * ow >= _PACKED_FROM else 0  # one step for a row
+    return channels if channels <= 8 * multiple and n * oh * ow >= stems.PACKED_FROM else 0  # one step for a row
 
 
 def _tiles(pixels: int, filters: int, tile: int) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfuse import contract
-from resfuse.backends import cuda, cuda_conv, reference
+from resfuse.backends import cuda, cuda_conv, reference, stems
 from resfuse.backends.cuda_conv import TILES, ConvConfig, use_config
 from resfuse.types import Convolution as Geometry
 from tests.backends.operands import convolved
@@ -159,7 +159,7 @@ def test_misaligned_pointers(name: str, training: bool, dtype: torch.dtype, devi
 @pytest.fixture
 def padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels are padded in small problems too."""
-    monkeypatch.setattr(cuda_conv, "_PADDED_FROM", 0)
+    monkeypatch.setattr(stems, "PADDED_FROM", 0)
     for cached in ("planned", "_settings"):
         monkeypatch.setattr(cuda_conv, cached, getattr(cuda_conv, cached).__wrapped__)
 

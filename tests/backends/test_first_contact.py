@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from resfuse.backends import cuda, dispatch, first_contact, reference, triton
+from resfuse.backends import cuda, cuda_conv, dispatch, first_contact, reference, sm90, stems, triton
 from resfuse.cli import info, verify
-from resfuse.types import Problem
+from resfuse.types import Convolution, Problem
 from tests.backends import planted_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a GPU")
@@ -272,6 +272,29 @@ def test_right_kernels_of_every_name_pass(dtype: torch.dtype, monkeypatch: pytes
     before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     try:
         for kernel in sorted({*cuda.KERNELS, *triton.KERNELS}):
+            assert first_contact.fault(reference, kernel, dtype, torch.device("cpu")) is None, kernel
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_a_stem_is_padded_or_packed_by_every_backend(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is, the other is not, and both are held against something that is right."""
+    pytest.importorskip("triton")
+    from resfuse.backends.triton import plan
+
+    for name in ("PADDED_FROM", "PACKED_FROM"):
+        monkeypatch.setattr(stems, name, first_contact.LARGE_STEM)
+    for (shape, weight, stride, _), large in zip(first_contact.CONVOLUTIONS[:2], (False, True), strict=True):
+        problem = torch.Size(shape), torch.Size(weight), Convolution((stride,) * 2, (3, 3), (1, 1), 1)
+        assert plan.pads(*problem) == large
+        assert (cuda_conv.planned.__wrapped__(*problem, True, dtype, 132).channels > 3) == large
+        assert (sm90._row_channels(*problem, 16 // dtype.itemsize) > 0) == large
+    assert not sm90._unsupported_shapes(*problem, 16 // dtype.itemsize)
+    monkeypatch.setattr(first_contact, "CONVOLUTIONS", first_contact.CONVOLUTIONS[1:2])
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    try:
+        for kernel in ("conv_forward", "conv_bn_act_forward"):
             assert first_contact.fault(reference, kernel, dtype, torch.device("cpu")) is None, kernel
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import cuda, dispatch, reference, sm90, sm100
+from resfuse.backends import cuda, dispatch, reference, sm100, stems
 from resfuse.types import AbsentDevice, BatchNorm, Convolution
 from tests.backends import test_sm90
 from tests.backends.test_sm90 import BF16, EMULATED, misaligned, norm, operands
@@ -93,7 +93,7 @@ def test_any_layout_dtype_and_address(layout: torch.memory_format, change: Calla
 @EMULATED
 @pytest.mark.usefixtures("poisoned_memory")
 def test_the_rows_of_a_stem_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sm90, "_PACKED_FROM", 0)
+    monkeypatch.setattr(stems, "PACKED_FROM", 0)
     x, w = torch.randn(2, 3, 31, 29, dtype=BF16), torch.randn(24, 3, 7, 7, dtype=BF16) / 12
     args = None, test_sm90.STEM, norm(False), None, True
     found, expected = (kernels.conv_bn_act_forward(x, w, *args)[0] for kernels in (sm100, reference))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from resfuse.backends import sm90
+from resfuse.backends import sm90, stems
 from tests.emulator import backend, build
 
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 def use_tile(channels: int, blocks: int) -> Iterator[None]:
     """Tiles of so many output channels, on a GPU of so many multiprocessors; any stem is packed."""
     with (
-        mock.patch.object(sm90, "_PACKED_FROM", 0),
+        mock.patch.object(stems, "PACKED_FROM", 0),
         mock.patch.object(sm90, "TILES", (channels,)),
         mock.patch.object(sm90, "processors_of", return_value=blocks),
         mock.patch.object(sm90, "planned", sm90.planned.__wrapped__),

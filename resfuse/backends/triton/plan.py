@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resfuse.backends import measured
+from resfuse.backends import measured, stems
 from resfuse.backends.integers import cdiv, power_of_two_above, power_of_two_below
 from resfuse.backends.triton.config import (
     MAX_REGISTERS,
@@ -34,7 +34,6 @@ _TENSOR_CORE_RUN, _FMA_RUN = 32, 16
 PADDED_CHANNELS = 4
 """Of an image, with zeros: a multiple of 8 bytes, which are copied asynchronously; one channel of three at a time is
 loaded and waited for."""
-_PADDED_FROM = 1 << 15  # output pixels, for it takes two more launches; estimated as for the cuda backend
 _SMALLEST_BLOCK = 16
 _INTERPRETED_M, _INTERPRETED_N = 256, 64
 _INTERPRETED_THREADS = 4  # times as many: the cost of a tile hardly depends on its size there
@@ -141,7 +140,7 @@ def pads(x_shape: torch.Size, w_shape: torch.Size, convolution: Convolution) -> 
     if x_shape[1] >= PADDED_CHANNELS or w_shape[3] == 1 or convolution.groups > 1:
         return False
     n, _, oh, ow = conv_output_shape(x_shape, w_shape, convolution)
-    return n * oh * ow >= _PADDED_FROM
+    return n * oh * ow >= stems.PADDED_FROM
 
 
 def packing(problem: ConvProblem) -> tuple[int, bool]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfuse
-from resfuse.backends import triton
+from resfuse.backends import stems, triton
 from resfuse.types import BatchNorm
 from resfuse.types import Convolution as Settings
 
@@ -170,7 +170,7 @@ def test_few_channels_are_padded(
     layout: str, training: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a launch each for input and weight; the zeros meet nothing that is not finite."""
-    monkeypatch.setattr(plan, "_PADDED_FROM", 0)
+    monkeypatch.setattr(stems, "PADDED_FROM", 0)
     kernel, phases = ("conv_bn_act_train_kernel", 1 + triton.INTERPRETED) if training else ("conv_bn_act_kernel", 1)
     once = ["pad_channels_kernel"] * 2 + [kernel] * phases
     for channels in (1, 2, 3):
