@@ -205,6 +205,8 @@ class ConvBNActFunction(torch.autograd.Function):
         carried = _carried_to(ctx)
         if must_differentiate(grad_output):
             grads, grad_weight, grad_bias, grad_residual = _differentiable_backward(ctx, saved, grad_output)
+            if carried is not None:  # the sum's own gradient was an ordinary one
+                grads = (grads[0] + carried, *grads[1:])
         else:
             if z is None and needs_weight:
                 input = recompute.input_of(ctx, saved)
