@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resfuse import arguments
 from resfuse.backends import first_contact, measured
-from resfuse.layout import share_storage
+from resfuse.layout import is_channels_last, share_storage
 from resfuse.types import AbsentDevice, Convolution, InferenceCall, Pooling, Problem
 
 logger = logging.getLogger("resfuse")
@@ -43,7 +43,10 @@ MARGIN = 1.02
 
 
 class Backend(Protocol):
-    """The declarations of a backend module, beside the kernel API that `resfuse.backends.reference` specifies."""
+    """The declarations of a backend module, beside the kernel API that `resfuse.backends.reference` specifies.
+
+    One may also have `inference_route`, from which `Route` takes an operator that checks its tensors itself.
+    """
 
     KERNELS: tuple[str, ...]
     """The functions of the kernel API that it implements."""
@@ -286,7 +289,10 @@ def _routed_inference(
     dtype = input.dtype
     if mean is None or var is None or (conv_bias is not None and conv_bias.dtype is not dtype):
         return None
-    overwritten = residual is not None and overwrite_residual and not share_storage(residual, input)
+    # In channels_last nothing is left to fail behind the kernel that writes: else its output may have to be copied.
+    overwritten = (
+        residual is not None and overwrite_residual and is_channels_last(input) and not share_storage(residual, input)
+    )
     tf32 = dtype is torch.float32 and input.is_cuda and uses_tf32()
     try:
         route = _route(
@@ -302,8 +308,6 @@ def _routed_inference(
             input, conv_weight, conv_bias, mean, var, weight, bias, residual, *route.settings
         )
     except RuntimeError:
-        if overwritten:  # it may have been
-            raise
         return None
     return output
 

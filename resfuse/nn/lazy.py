@@ -92,7 +92,7 @@ class Lazy:
         """With a batch norm.  Earlier calls that update the same statistics are computed first."""
         self.bn = bn
         module = bn.module if type(bn) is NormCall else bn
-        if module.training and not torch.compiler.is_compiling():
+        if module.training and not torch.compiler.is_compiling():  # Dynamo has no weak references
             mean = getattr(module, "running_mean", None)
             if mean is not None:
                 earlier = _UPDATES.get(id(mean))

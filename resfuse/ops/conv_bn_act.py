@@ -256,8 +256,9 @@ def _carrier(input: Tensor, residual: Any) -> Any:
     if torch.compiler.is_compiling() or not residual.requires_grad:
         return None
     node: Any = input.grad_fn
+    own: Any = ConvBNActFunction._backward_cls
     for _ in range(_LONGEST_BLOCK):
-        if type(node).__name__ != "ConvBNActFunctionBackward":
+        if not isinstance(node, own):
             return None
         source, number = node.next_functions[0]
         leaf = residual.grad_fn is None and getattr(source, "variable", None) is residual

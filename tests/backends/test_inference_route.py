@@ -15,6 +15,7 @@ import resfuse
 from resfuse.backends import dispatch
 from resfuse.backends.cuda_conv import ConvConfig, use_config
 from resfuse.nn import ConvBNAct2d
+from resfuse.nn.fused_call import own_conv_bn_act
 from tests.emulator import backend as emulator
 from tests.emulator import sm90 as sm90_emulator
 
@@ -135,6 +136,8 @@ def test_what_the_operator_refuses_has_the_words_of_the_checks(counted: list[str
     module.bn.running_var = torch.ones(23)
     with pytest.raises(ValueError, match="running_var: expected shape"):
         module(x)
+    with pytest.raises(ValueError, match="running_var: expected shape"):
+        own_conv_bn_act(module.conv, module.bn, x, image(24), module.act, overwrite_residual=True)
     assert "route" not in counted
 
 
