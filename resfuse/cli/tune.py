@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     prepare = functools.partial(Trial, device=where)
     try:
-        tune(problems, device, path, entries, prepare, args.candidates, console, outcomes.append)
+        tune(problems, device, where, path, entries, prepare, args.candidates, console, outcomes.append)
     except KeyboardInterrupt:
         console.print(f"[yellow]Interrupted.[/] {len(outcomes)} problems are in {path}; run it again to continue.")
         return INTERRUPTED
@@ -116,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
 def tune(
     problems: Iterable[ConvProblem],
     device: DeviceProperties,
+    where: torch.device,
     path: Path,
     entries: dict[ConvProblem, Entry],
     prepare: Callable[[ConvProblem], Trial],
@@ -123,8 +124,12 @@ def tune(
     console: Console,
     report: Callable[[Outcome], None],
 ) -> None:
-    """Measure the problems that `entries` lacks; the file is written after each, so that nothing is lost."""
-    missing = [problem for problem in dict.fromkeys(map(measured.canonical, problems)) if problem not in entries]
+    """Measure the problems that `entries` lacks, or has without a backend that could run them by now.
+
+    The file is written after each, so that nothing is lost.
+    """
+    distinct = dict.fromkeys(map(measured.canonical, problems))
+    missing = [problem for problem in distinct if not _is_known(problem, entries.get(problem), where)]
     total = sum(len(_attempts(problem, device, candidates)) for problem in missing)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=console.is_terminal) as progress:
@@ -138,6 +143,21 @@ def tune(
                 measured.write(path, device.name, entries)
     plan.forget()
     dispatch.forget_choices()
+
+
+def _is_known(problem: ConvProblem, entry: Entry | None, where: torch.device) -> bool:
+    if entry is None:
+        return False
+    new = [engine for engine in ENGINES if engine not in {*entry.microseconds, *entry.left_out}]
+    return all(dispatch.reasons_against(engine, _asked(problem, where), automatic=True) for engine in new)
+
+
+def _asked(p: ConvProblem, device: torch.device) -> Problem:
+    """What the choice of a backend is asked for."""
+    shapes = torch.Size((p.n, p.c, p.h, p.w)), torch.Size((p.k, p.group_in, p.r, p.s))
+    convolution = Convolution(p.stride, p.padding, p.dilation, p.groups)
+    form = p.kind == "train", p.residual, p.precision == "tf32"
+    return Problem("conv_bn_act_forward", device, p.dtype, *shapes, convolution, *form)
 
 
 def measure(
@@ -177,10 +197,9 @@ class Trial:
         residual = normal(p.n, p.k, p.oh, p.ow) if p.residual else x
         self.x, self.w, residual = (t.to(p.dtype, memory_format=torch.channels_last) for t in (x, w, residual))
         self.residual = residual if p.residual else None
-        self.convolution = Convolution(p.stride, p.padding, p.dilation, p.groups)
-        form = p.kind == "train", p.residual, p.precision == "tf32"
-        shapes = self.x.shape, self.w.shape
-        self.asked = Problem("conv_bn_act_forward", device, p.dtype, *shapes, self.convolution, *form)
+        self.asked = _asked(p, device)
+        assert self.asked.convolution is not None
+        self.convolution = self.asked.convolution
         mean, var, weight, bias = normal(p.k), normal(p.k).abs() + 0.5, normal(p.k), normal(p.k)
         self.bn = BatchNorm(mean, var, weight, bias, p.kind == "train", 0.0, 1e-5)
         z = F.conv2d(self.x.double(), self.w.double(), None, *self.convolution)

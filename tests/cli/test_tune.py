@@ -106,7 +106,7 @@ class Trials:
     def tune(self, problems: list[ConvProblem], path: Path) -> list[tune.Outcome]:
         outcomes: list[tune.Outcome] = []
         entries = measured.read(path, H100.name).entries if path.exists() else {}
-        tune.tune(problems, H100, path, entries, self, 8, Console(quiet=True), outcomes.append)
+        tune.tune(problems, H100, CPU, path, entries, self, 8, Console(quiet=True), outcomes.append)
         return outcomes
 
 
@@ -139,6 +139,18 @@ def test_tuning_continues_where_it_stopped(tmp_path: Path) -> None:
     assert [outcome.problem for outcome in trials.tune(problems, path)] == problems[2:]
     assert trials.tried == problems
     assert list(measured.read(path, H100.name).entries) == problems
+
+
+def test_what_a_new_library_could_run_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, path = Trials(), tmp_path / "table.json"
+    with patch.object(tune, "ENGINES", tuple(engine for engine in tune.ENGINES if engine != "sm90")):
+        trials.tune([LAYER], path)
+    monkeypatch.setattr(dispatch, "reasons_against", lambda engine, problem, automatic: ("it was not built",))
+    assert trials.tune([LAYER], path) == []
+    monkeypatch.setattr(dispatch, "reasons_against", lambda engine, problem, automatic: ())
+    (outcome,) = trials.tune([LAYER], path)
+    assert "sm90" in outcome.entry.microseconds
+    assert trials.tune([LAYER], path) == []
 
 
 def test_problems_that_eager_does_not_solve_are_not_written(tmp_path: Path) -> None:
@@ -249,7 +261,7 @@ def test_real_backends_end_to_end(
     problem, outcomes = SMALL._replace(residual=True), list[tune.Outcome]()
 
     def run(path: Path) -> measured.Entry:
-        tune.tune([problem], H100, path, {}, lambda one: Trial(one, CPU), 2, Console(quiet=True), outcomes.append)
+        tune.tune([problem], H100, CPU, path, {}, lambda one: Trial(one, CPU), 2, Console(quiet=True), outcomes.append)
         return measured.read(path, H100.name).entries[problem]
 
     entry = run(tmp_path / "table.json")
