@@ -80,8 +80,7 @@ class Pool {
  private:
   static int64_t in_pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
-  // As many addresses as there is memory, none of it used yet.  The system may refuse (ulimit -v,
-  // vm.overcommit_memory).
+  // As many addresses as there is memory, none of which is used yet.  A limit on addresses may refuse them.
   std::map<char*, int64_t> reserve() {
 #if defined(__linux__)
     size_ = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
