@@ -12,7 +12,7 @@ char* chain_memory(int64_t bytes);  // the same, beside that
 // Memory for a large tensor of a training step, aligned to a page; null where the pool has none.
 //
 // PyTorch allocates by posix_memalign, and glibc gives the slack of the alignment to small allocations: the hole that a
-// tensor leaves is too small for the next one of its size, and half of what recomputation saves stays in such holes. In
+// tensor leaves is too small for the next one of its size, and most of what recomputation saves stays in such holes. In
 // the pool, whose blocks are whole pages, holes join, and are within a few percent of none at all.
 constexpr int64_t kPooled = 64 << 10;
 void* pooled_memory(int64_t bytes);
