@@ -1,8 +1,4 @@
-"""Memory of a training step: the bytes kept for backward, and the peak of a process that runs it.
-
-Peaks on a CPU depend on what malloc does with what is freed: with MALLOC_MMAP_THRESHOLD_=262144 glibc gives every large
-tensor back to the system at once, and the resident set is that of the tensors that live.
-"""
+"""Memory of a training step: the bytes kept for backward, and the peak of a process that runs it."""
 
 from __future__ import annotations
 
@@ -101,7 +97,7 @@ def measured_peak(name: str, provider: str, batch: int, setting: Setting, size: 
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _resident("VmRSS")
+        before = _resident("VmRSS") - _resident("LazyFree")  # the pool's pages of the small steps, which are free
         step()
         return _resident("VmHWM") - before
     torch.cuda.synchronize()
@@ -113,9 +109,9 @@ def measured_peak(name: str, provider: str, batch: int, setting: Setting, size: 
 
 
 def _resident(key: str) -> int:
-    """The resident set of this process in bytes, now (VmRSS) or at most (VmHWM)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[key].split()[0]) * 1024
+    """Bytes of this process that are resident now (VmRSS), were at most (VmHWM), or may be taken from it (LazyFree)."""
+    lines = [line for name in ("status", "smaps_rollup") for line in Path("/proc/self", name).read_text().splitlines()]
+    return int(dict(line.split(":", 1) for line in lines)[key].split()[0]) * 1024
 
 
 def in_a_process(function: Callable[..., int], *arguments: object) -> int:

@@ -55,9 +55,11 @@ const void* data(const OptionalTensor& tensor, const Tensor& like, const char* n
 }
 
 // A result in the shape and order of a tensor without gaps.
-Tensor empty_as(const Tensor& tensor) {
+Tensor empty_as(const Tensor& tensor, bool training = true) {
   const auto size = tensor.sizes(), stride = tensor.strides();
-  return empty(tensor.dim(), size.data(), stride.data(), number_of(dtype_of(tensor, "input")));
+  const DType dtype = dtype_of(tensor, "input");
+  return training ? empty_in_training(tensor.dim(), size.data(), stride.data(), dtype)
+                  : empty(tensor.dim(), size.data(), stride.data(), number_of(dtype));
 }
 
 Tensor empty_vector(int64_t size) {
@@ -69,7 +71,7 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr
 
 Tensor add_relu_forward(Tensor input, Tensor residual) {
   check_like(residual, input, "residual");
-  const Tensor output = empty_as(input);
+  const Tensor output = empty_as(input, false);
   resfuse::cpu::add_relu_forward(
       {input.data_ptr(), residual.data_ptr(), written(output), input.numel(), dtype_of(input, "input")});
   return output;
@@ -115,7 +117,7 @@ Tensor bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invst
 
 Tensor bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean, Tensor running_var,
                        OptionalTensor weight, OptionalTensor bias, double eps, bool relu) {
-  const Tensor output = empty_as(input);
+  const Tensor output = empty_as(input, false);
   const auto apply = apply_args(input, residual, running_mean, running_var, weight, bias, relu, output);
   resfuse::cpu::bn_eval_forward({apply, apply.invstd, eps});
   return output;

@@ -8,7 +8,16 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "resfuse.h"
+
+// In torch from 2.11 on; the library also loads in 2.10, where this is null.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t rank, const int64_t* size,
+                                                                const int64_t* stride, int64_t offset, int32_t dtype,
+                                                                int32_t device, int32_t device_index,
+                                                                AtenTensorHandle* result, int32_t layout,
+                                                                const uint8_t* metadata, int64_t metadata_size,
+                                                                void (*free)(void* data, void* context), void* context);
 
 namespace resfuse::cpu::bindings {
 
@@ -38,6 +47,21 @@ inline Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, in
 
 inline int32_t number_of(DType dtype) {
   return dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+}
+
+// A large result of a training step, without gaps, in memory of the pool.  PyTorch cannot resize it, as it refuses to
+// resize what requires a gradient anyway; results of inference are `empty`.
+inline Tensor empty_in_training(int64_t rank, const int64_t* size, const int64_t* stride, DType dtype) {
+  int64_t bytes = dtype == DType::float32 ? 4 : 2;
+  for (int64_t i = 0; i < rank; ++i) bytes *= size[i];
+  void* data = torch_from_blob == nullptr || bytes < kPooled ? nullptr : pooled_memory(bytes);
+  if (data == nullptr) return empty(rank, size, stride, number_of(dtype));
+  const auto free = [](void* data, void* bytes) { return_to_pool(data, reinterpret_cast<int64_t>(bytes)); };
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(data, rank, size, stride, 0, number_of(dtype), aoti_torch_device_type_cpu(),
+                                         -1, &handle, aoti_torch_layout_strided(), nullptr, 0, free,
+                                         reinterpret_cast<void*>(bytes)));
+  return Tensor(handle);
 }
 
 inline bool is_dense_nhwc(const Tensor& tensor) {

@@ -23,11 +23,12 @@ bool is_channels_last(const Tensor& tensor) {
   return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
-Tensor empty_nhwc(const resfuse::Convolution& conv) {
+Tensor empty_nhwc(const resfuse::Convolution& conv, bool training = false) {
   const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
   const int64_t size[] = {conv.batch, channels, height, width};
   const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
-  const Tensor tensor = empty(4, size, stride, number_of(conv.dtype));
+  const Tensor tensor =
+      training ? empty_in_training(4, size, stride, conv.dtype) : empty(4, size, stride, number_of(conv.dtype));
   written(tensor);
   return tensor;
 }
@@ -276,7 +277,7 @@ std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, 
   const Tensor read = readable(input, weight);
   resfuse::ConvForward args =
       conv_args(Source(read), weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
-  const Tensor output = empty_nhwc(args.conv);
+  const Tensor output = empty_nhwc(args.conv, true);
   const int64_t size[] = {2, args.conv.filters}, stride[] = {args.conv.filters, 1};
   const Tensor statistics = empty(2, size, stride, aoti_torch_dtype_float64());
   args.output = output.data_ptr();
@@ -313,7 +314,7 @@ Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings, Optio
     args.residual = carried->data_ptr();
     args.residual_channels = conv.filters;
   }
-  const Tensor output = carried ? *carried : empty_nhwc(args.conv);
+  const Tensor output = carried ? *carried : empty_nhwc(args.conv, true);
   args.output = output.data_ptr();
   resfuse::cpu::conv_forward(args);
   return output;

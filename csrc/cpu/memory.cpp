@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -39,10 +42,71 @@ struct Scratch {
 };
 thread_local Scratch scratch, chain;
 
+class Pool {
+ public:
+  char* take(int64_t bytes) {
+    bytes = in_pages(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = free_.end();
+    for (auto at = free_.begin(); at != free_.end(); ++at)
+      if (at->second >= bytes && (best == free_.end() || at->second < best->second)) best = at;
+    if (best == free_.end()) return nullptr;
+    const auto [data, size] = *best;
+    free_.erase(best);
+    if (size > bytes) free_.emplace(data + bytes, size - bytes);
+    return data;
+  }
+
+  void give(char* data, int64_t bytes) {
+    bytes = in_pages(bytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto next = free_.lower_bound(data);
+    const auto before = next == free_.begin() ? free_.end() : std::prev(next);
+    if (next != free_.end() && data + bytes == next->first) {
+      bytes += next->second;
+      free_.erase(next);
+    }
+    if (before != free_.end() && before->first + before->second == data)
+      before->second += bytes;
+    else
+      free_.emplace(data, bytes);
+#if defined(__linux__) && defined(MADV_FREE)
+    // Nobody uses any of it: the system may take the pages when it needs some, and until then they are used again.
+    const auto [first, size] = *free_.begin();
+    if (size == size_) madvise(first, size, MADV_FREE);
+#endif
+  }
+
+ private:
+  static int64_t in_pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+  // As many addresses as there is memory, none of which is used yet.  A limit on addresses may refuse them.
+  std::map<char*, int64_t> reserve() {
+#if defined(__linux__)
+    size_ = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+    void* data = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data != MAP_FAILED) return {{static_cast<char*>(data), size_}};
+#endif
+    return {};
+  }
+
+  std::mutex mutex_;
+  int64_t size_ = 0;
+  std::map<char*, int64_t> free_ = reserve();  // by address; no two touch each other
+};
+
+Pool& pool() {
+  static Pool& pool = *new Pool;  // never destroyed: tensors may be freed at any time
+  return pool;
+}
+
 }  // namespace
 
 char* scratch_memory(int64_t bytes) { return scratch.at_least(bytes); }
 char* chain_memory(int64_t bytes) { return chain.at_least(bytes); }
+
+void* pooled_memory(int64_t bytes) { return pool().take(bytes); }
+void return_to_pool(void* data, int64_t bytes) { pool().give(static_cast<char*>(data), bytes); }
 
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

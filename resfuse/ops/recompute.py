@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfuse import heap
 from resfuse.backends import dispatch, reference
 from resfuse.ops.library import run_kernel
 
@@ -106,8 +105,6 @@ def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = Tr
     if not torch.compiler.is_compiling():
         ctx.request = dispatch.requested_backend()
         wanted, residual = _wanted.get(), saved.residual
-        if wanted:
-            heap.forward_begins()
         ctx.kept = _maker(saved.input), _maker(residual)
         if is_sum:
             again = wanted and None not in ctx.kept
@@ -208,7 +205,6 @@ def output_of(node: Any, differentiable: bool) -> Tensor:
                 continue
             with torch.set_grad_enabled(differentiable):
                 reading.outputs[differentiable] = _compute(node, reading.saved, differentiable)
-            heap.computed_again(reading.outputs[differentiable])
             if not differentiable and of_residual is not None and _is_passed(len(todo), depth):
                 del of_residual.reading.outputs[False]
         todo.pop()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resfuse
-from resfuse import fuse_, heap, unfuse_
+from resfuse import fuse_, unfuse_
 from resfuse import models as zoo
 from resfuse.backends import cpu
 from tests import models, shapes
@@ -280,31 +280,6 @@ def test_memory_is_freed_after_backward() -> None:
         assert node() is None
     finally:
         gc.enable()
-
-
-def test_freed_memory_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In backward after so many bytes, and once before the next forward; never where fewer are computed again."""
-    lean, _ = twins(chain)
-    returned: list[int] = []
-    monkeypatch.setattr(heap, "_trim", returned.append)
-
-    def step() -> Tensor:
-        monkeypatch.setattr(heap, "_computed", 0)
-        return lean(models.random_input(INPUT)).sum()
-
-    step().backward()
-    of_a_step = heap._computed
-    assert of_a_step > 0
-    monkeypatch.setattr(heap, "BYTES", of_a_step + 1)
-    step().backward()
-    step()
-    assert len(returned) == 0
-    monkeypatch.setattr(heap, "BYTES", of_a_step)
-    step().backward()
-    assert len(returned) == 1
-    step()
-    step()
-    assert len(returned) == 2
 
 
 @pytest.mark.parametrize("partly", [False, True], ids=["", "after a part of backward"])

@@ -1,0 +1,156 @@
+"""The pool that holds the large tensors of a training step on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import io
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import resfuse
+from resfuse.backends import cpu
+from resfuse.types import BatchNorm, Convolution
+
+ROOT = Path(__file__).parents[3]
+LARGE = (2, 16, 32, 32)  # 128 KB in float32
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or cpu.unavailable_reason() is not None, reason="Linux alone"),
+    pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch 2.10 makes no tensors of memory that is freed later"),
+]
+
+
+def raw_output(seed: int = 0, shape: tuple[int, ...] = LARGE) -> Tensor:
+    """z of a training call: its channels times one matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    input = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+    vectors = [torch.zeros(shape[1]), torch.ones(shape[1])] * 2
+    bn = BatchNorm(vectors[0], vectors[1], vectors[3], vectors[2], True, 0.1, 1e-5)
+    weight = torch.randn(shape[1], shape[1], 1, 1, generator=generator)
+    z = cpu.conv_bn_act_forward(input, weight, None, Convolution(1, 0, 1, 1), bn, None, True)[1]
+    assert z is not None
+    return z
+
+
+def is_pooled(tensor: Tensor) -> bool:
+    return not tensor.untyped_storage().resizable()
+
+
+def test_raw_output_is_of_the_pool() -> None:
+    z = raw_output()
+    assert is_pooled(z)
+    assert z.data_ptr() % 4096 == 0
+    assert z.untyped_storage().nbytes() == z.nbytes
+    assert not is_pooled(raw_output(shape=(1, 4, 4, 4)))
+
+
+def test_what_happens_to_tensors() -> None:
+    z, expected = raw_output(), raw_output().clone()
+    stream = io.BytesIO()
+    torch.save(z, stream)
+    stream.seek(0)
+    for same in (copy.deepcopy(z), torch.load(stream), raw_output().share_memory_(), z.as_strided(z.shape, z.stride())):
+        assert torch.equal(same, expected)
+    version = z._version
+    assert z.add_(1)._version == version + 1
+    assert torch.equal(z, expected + 1)
+
+
+def test_memory_is_used_again_whatever_the_sizes() -> None:
+    """Two halves leave the hole of one whole, also where another thread frees them."""
+    whole = raw_output(shape=(4, 16, 32, 32))
+    address = whole.data_ptr()
+    del whole
+    halves = [raw_output(seed) for seed in range(2)]
+    assert sorted(half.data_ptr() - address for half in halves) == [0, halves[0].nbytes]
+    thread = threading.Thread(target=halves.clear)
+    thread.start()
+    thread.join()
+    assert raw_output(shape=(4, 16, 32, 32)).data_ptr() == address
+
+
+def test_tensors_do_not_overlap() -> None:
+    kept = {seed: raw_output(seed, (1 + seed % 5, 16, 32, 32 + seed)) for seed in range(40)}
+    for seed in range(0, 40, 3):
+        del kept[seed]
+    kept |= {seed: raw_output(seed, (1 + seed % 3, 16, 32, 40 + seed)) for seed in range(40, 60)}
+    for seed, tensor in kept.items():
+        expected = raw_output(seed, tuple(tensor.shape))
+        assert torch.equal(tensor, expected), seed
+
+
+def test_threads_share_it() -> None:
+    expected = [raw_output(seed).clone() for seed in range(4)]
+    failures: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(50):
+            if not torch.equal(raw_output(seed), expected[seed]):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_results_of_inference_can_be_resized() -> None:
+    input, residual = torch.randn(LARGE), torch.randn(LARGE)
+    with torch.no_grad():
+        vectors = [torch.zeros(16), torch.ones(16)]
+        for output in (resfuse.bn_act(input, *vectors), resfuse.add_relu(input, residual)):
+            output.untyped_storage().resize_(0)
+
+
+def test_without_addresses_memory_is_pytorchs() -> None:
+    """As under `ulimit -v`."""
+    code = """
+import resource
+from tests.backends.cpu.test_memory import is_pooled, raw_output
+raw_output(shape=(1, 4, 4, 4))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+print(is_pooled(raw_output()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "False\n", result.stdout + result.stderr
+
+
+STEP = """
+import ctypes, torch, resfuse
+from torch import nn
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Heap
+torch.set_num_threads(1)
+def layer():
+    return nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+
+model = nn.Sequential(*(part for _ in range(12) for part in layer()))
+resfuse.fuse_(model, recompute=True)
+input = torch.randn(8, 16, 64, 64).to(memory_format=torch.channels_last)
+for _ in range(3):
+    output = model(input)
+    holes = mallinfo()
+    output.sum().backward()
+print((holes.fordblks - holes.keepcost) / input.nbytes)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts with glibc's mallinfo2")
+def test_a_recomputing_step_leaves_no_holes() -> None:
+    """After a forward of twelve layers glibc's heap holds few tensors' worth of free memory."""
+    result = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, cwd=ROOT)
+    assert float(result.stdout) <= 4, result.stdout + result.stderr
