@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -54,6 +55,7 @@ class Pool {
     const auto [data, size] = *best;
     free_.erase(best);
     if (size > bytes) free_.emplace(data + bytes, size - bytes);
+    used_ = std::max(used_, data + bytes);
     return data;
   }
 
@@ -73,7 +75,7 @@ class Pool {
 #if defined(__linux__) && defined(MADV_FREE)
     // Nobody uses any of it: the system may take the pages when it needs some, and until then they are used again.
     const auto [first, size] = *free_.begin();
-    if (size == size_) madvise(first, size, MADV_FREE);
+    if (size == size_) madvise(first, std::exchange(used_, first) - first, MADV_FREE);
 #endif
   }
 
@@ -92,6 +94,7 @@ class Pool {
 
   std::mutex mutex_;
   int64_t size_ = 0;
+  char* used_ = nullptr;                       // beyond it nothing has been used since all was free
   std::map<char*, int64_t> free_ = reserve();  // by address; no two touch each other
 };
 
