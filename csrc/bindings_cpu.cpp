@@ -55,11 +55,9 @@ const void* data(const OptionalTensor& tensor, const Tensor& like, const char* n
 }
 
 // A result in the shape and order of a tensor without gaps.
-Tensor empty_as(const Tensor& tensor, bool training = true) {
+Tensor empty_as(const Tensor& tensor, Memory memory) {
   const auto size = tensor.sizes(), stride = tensor.strides();
-  const DType dtype = dtype_of(tensor, "input");
-  return training ? empty_in_training(tensor.dim(), size.data(), stride.data(), dtype)
-                  : empty(tensor.dim(), size.data(), stride.data(), number_of(dtype));
+  return empty(tensor.dim(), size.data(), stride.data(), dtype_of(tensor, "input"), memory);
 }
 
 Tensor empty_vector(int64_t size) {
@@ -71,7 +69,7 @@ float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr
 
 Tensor add_relu_forward(Tensor input, Tensor residual) {
   check_like(residual, input, "residual");
-  const Tensor output = empty_as(input, false);
+  const Tensor output = empty_as(input, Memory::pytorch);
   resfuse::cpu::add_relu_forward(
       {input.data_ptr(), residual.data_ptr(), written(output), input.numel(), dtype_of(input, "input")});
   return output;
@@ -79,7 +77,7 @@ Tensor add_relu_forward(Tensor input, Tensor residual) {
 
 Tensor add_relu_backward(Tensor grad_output, Tensor output) {
   check_like(grad_output, output, "grad_output");
-  const Tensor grad_input = empty_as(output);
+  const Tensor grad_input = empty_as(output, Memory::pool);
   resfuse::cpu::add_relu_backward(
       {grad_output.data_ptr(), output.data_ptr(), written(grad_input), output.numel(), dtype_of(output, "output")});
   return grad_input;
@@ -110,14 +108,14 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
 
 Tensor bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
                 OptionalTensor bias, bool relu) {
-  const Tensor output = empty_as(input);
+  const Tensor output = empty_as(input, Memory::pool);
   resfuse::cpu::bn_apply(apply_args(input, residual, mean, invstd, weight, bias, relu, output));
   return output;
 }
 
 Tensor bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mean, Tensor running_var,
                        OptionalTensor weight, OptionalTensor bias, double eps, bool relu) {
-  const Tensor output = empty_as(input, false);
+  const Tensor output = empty_as(input, Memory::pytorch);
   const auto apply = apply_args(input, residual, running_mean, running_var, weight, bias, relu, output);
   resfuse::cpu::bn_eval_forward({apply, apply.invstd, eps});
   return output;
@@ -129,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_train_forward(Tensor input, OptionalTensor
                                                     double momentum, double eps, bool relu) {
   STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions, got ", input.dim());
   const int64_t channels = input.size(1);
-  const Tensor output = empty_as(input), mean = empty_vector(channels), invstd = empty_vector(channels);
+  const Tensor output = empty_as(input, Memory::pool), mean = empty_vector(channels), invstd = empty_vector(channels);
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
   const double* known = nullptr;
   if (statistics) {
@@ -162,7 +160,7 @@ Tensor bn_backward_apply(Tensor grad_output, Tensor input, OptionalTensor output
                          double count) {
   const Activation shape = activation(input, "input");
   const int64_t channels = shape.channels;
-  const Tensor grad_input = empty_as(input);
+  const Tensor grad_input = empty_as(input, Memory::pool);
   resfuse::cpu::bn_backward_apply(
       {shape, input.data_ptr(), mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
        vector(sum_g, channels, "sum_g"), vector(sum_g_xhat, channels, "sum_g_xhat"), count, written(grad_input)});
@@ -178,7 +176,7 @@ std::tuple<OptionalTensor, Tensor, Tensor, OptionalTensor> bn_backward(Tensor gr
   const Activation shape = activation(input, "input");
   const Tensor sum_g = empty_vector(shape.channels), sum_g_xhat = empty_vector(shape.channels);
   OptionalTensor grad_input, masked;
-  if (needs_masked) masked = empty_as(input);
+  if (needs_masked) masked = empty_as(input, Memory::pool);
   resfuse::cpu::bn_backward_reduce({shape, input.data_ptr(),
                                     mask_args(grad_output, input, output, weight, bias, mean, invstd, relu),
                                     floats(sum_g), floats(sum_g_xhat), needs_masked ? written(*masked) : nullptr});

@@ -49,12 +49,16 @@ inline int32_t number_of(DType dtype) {
   return dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
 }
 
-// A large result of a training step, without gaps, in memory of the pool.  PyTorch cannot resize it, as it refuses to
-// resize what requires a gradient anyway; results of inference are `empty`.
-inline Tensor empty_in_training(int64_t rank, const int64_t* size, const int64_t* stride, DType dtype) {
+// Where a result lies.  That of inference is PyTorch's, and can be resized; that of a training step is of the pool,
+// where it is large.  PyTorch does not resize what requires a gradient either.
+enum class Memory { pytorch, pool };
+
+// A result without gaps.
+inline Tensor empty(int64_t rank, const int64_t* size, const int64_t* stride, DType dtype, Memory memory) {
   int64_t bytes = dtype == DType::float32 ? 4 : 2;
   for (int64_t i = 0; i < rank; ++i) bytes *= size[i];
-  void* data = torch_from_blob == nullptr || bytes < kPooled ? nullptr : pooled_memory(bytes);
+  const bool pooled = memory == Memory::pool && torch_from_blob != nullptr && bytes >= kPooled;
+  void* data = pooled ? pooled_memory(bytes) : nullptr;
   if (data == nullptr) return empty(rank, size, stride, number_of(dtype));
   const auto free = [](void* data, void* bytes) { return_to_pool(data, reinterpret_cast<int64_t>(bytes)); };
   AtenTensorHandle handle;

@@ -23,12 +23,11 @@ bool is_channels_last(const Tensor& tensor) {
   return stride[1] == 1 && stride[3] >= size[1] && (stride[3] > 1 || stride[2] > 1);
 }
 
-Tensor empty_nhwc(const resfuse::Convolution& conv, bool training = false) {
+Tensor empty_nhwc(const resfuse::Convolution& conv, Memory memory) {
   const int64_t channels = conv.filters, height = conv.out_height, width = conv.out_width;
   const int64_t size[] = {conv.batch, channels, height, width};
   const int64_t stride[] = {channels * height * width, 1, width * channels, channels};
-  const Tensor tensor =
-      training ? empty_in_training(4, size, stride, conv.dtype) : empty(4, size, stride, number_of(conv.dtype));
+  const Tensor tensor = empty(4, size, stride, conv.dtype, memory);
   written(tensor);
   return tensor;
 }
@@ -217,7 +216,7 @@ struct Inference {
   }
 
   Tensor output() {
-    const Tensor output = in_place ? *residual : empty_nhwc(calls.back().conv);
+    const Tensor output = in_place ? *residual : empty_nhwc(calls.back().conv, Memory::pytorch);
     calls.back().output = output.data_ptr();
     return output;
   }
@@ -264,7 +263,7 @@ OptionalTensor conv_pool_forward(Tensor input, Tensor weight, OptionalTensor con
   if (pool.rows.out == 0 || pool.columns.out == 0) return std::nullopt;
   resfuse::Convolution pooled = conv;
   pooled.out_height = pool.rows.out, pooled.out_width = pool.columns.out;
-  const Tensor output = empty_nhwc(pooled);
+  const Tensor output = empty_nhwc(pooled, Memory::pytorch);
   args.output = output.data_ptr();
   if (!resfuse::cpu::conv_pool_forward(args, pool)) return std::nullopt;
   return inference.result(output);
@@ -277,7 +276,7 @@ std::tuple<Tensor, Tensor> conv_statistics_forward(Tensor input, Tensor weight, 
   const Tensor read = readable(input, weight);
   resfuse::ConvForward args =
       conv_args(Source(read), weight, conv_bias, weight.size(0), weight.size(1), Settings(settings));
-  const Tensor output = empty_nhwc(args.conv, true);
+  const Tensor output = empty_nhwc(args.conv, Memory::pool);
   const int64_t size[] = {2, args.conv.filters}, stride[] = {args.conv.filters, 1};
   const Tensor statistics = empty(2, size, stride, aoti_torch_dtype_float64());
   args.output = output.data_ptr();
@@ -314,7 +313,7 @@ Tensor conv_input_grad(Tensor grad_output, Tensor weight, Tensor settings, Optio
     args.residual = carried->data_ptr();
     args.residual_channels = conv.filters;
   }
-  const Tensor output = carried ? *carried : empty_nhwc(args.conv, true);
+  const Tensor output = carried ? *carried : empty_nhwc(args.conv, Memory::pool);
   args.output = output.data_ptr();
   resfuse::cpu::conv_forward(args);
   return output;
