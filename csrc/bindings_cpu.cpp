@@ -107,8 +107,8 @@ resfuse::BnApply apply_args(const Tensor& input, const OptionalTensor& residual,
 }
 
 Tensor bn_apply(Tensor input, OptionalTensor residual, Tensor mean, Tensor invstd, OptionalTensor weight,
-                OptionalTensor bias, bool relu) {
-  const Tensor output = empty_as(input, Memory::pool);
+                OptionalTensor bias, bool relu, bool pooled) {
+  const Tensor output = empty_as(input, pooled ? Memory::pool : Memory::pytorch);
   resfuse::cpu::bn_apply(apply_args(input, residual, mean, invstd, weight, bias, relu, output));
   return output;
 }
@@ -124,10 +124,11 @@ Tensor bn_eval_forward(Tensor input, OptionalTensor residual, Tensor running_mea
 std::tuple<Tensor, Tensor, Tensor> bn_train_forward(Tensor input, OptionalTensor residual, OptionalTensor weight,
                                                     OptionalTensor bias, OptionalTensor running_mean,
                                                     OptionalTensor running_var, OptionalTensor statistics,
-                                                    double momentum, double eps, bool relu) {
+                                                    double momentum, double eps, bool relu, bool pooled) {
   STD_TORCH_CHECK(input.dim() == 4, "input: expected 4 dimensions, got ", input.dim());
   const int64_t channels = input.size(1);
-  const Tensor output = empty_as(input, Memory::pool), mean = empty_vector(channels), invstd = empty_vector(channels);
+  const Tensor output = empty_as(input, pooled ? Memory::pool : Memory::pytorch);
+  const Tensor mean = empty_vector(channels), invstd = empty_vector(channels);
   const resfuse::BnApply apply = apply_args(input, residual, mean, invstd, weight, bias, relu, output);
   const double* known = nullptr;
   if (statistics) {

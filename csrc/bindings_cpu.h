@@ -49,8 +49,7 @@ inline int32_t number_of(DType dtype) {
   return dtype == DType::float32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
 }
 
-// Where a result lies.  That of inference is PyTorch's, and can be resized; that of a training step is of the pool,
-// where it is large.  PyTorch does not resize what requires a gradient either.
+// Where a result lies: PyTorch's memory, where users could resize it, or, if it is large, the pool.
 enum class Memory { pytorch, pool };
 
 // A result without gaps.

@@ -17,6 +17,7 @@ from resfuse.backends.cpu_conv import (
     conv_forward,
     conv_statistics_forward,
 )
+from resfuse.backends.dispatch import recomputing
 from resfuse.layout import channels_last, copy_back, dense, gapless, ordered_like, place_padded, pool_output_size
 from resfuse.types import BatchNorm, Convolution, Pooling, Problem
 
@@ -85,8 +86,9 @@ def _bn_act_train(
     """(output, mean, invstd) of a dense input; `statistics` are its mean and M2 per channel, where they are known."""
     means, variances, weight, bias = map(_float, bn[:4])
     results: tuple[Tensor, Tensor, Tensor] = cpu_kernels.bn_train_forward(
-        input, _like(input, residual), weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu
-    )
+        input, _like(input, residual), weight, bias, means, variances, statistics, bn.momentum, bn.eps, relu,
+        recomputing.get(),
+    )  # fmt: skip
     copy_back(bn, means, variances)
     return results
 
@@ -152,7 +154,9 @@ def bn_apply(
     relu: bool,
 ) -> Tensor:
     input = dense(input)
-    return cpu_kernels.bn_apply(input, _like(input, residual), mean, invstd, _float(weight), _float(bias), relu)
+    return cpu_kernels.bn_apply(
+        input, _like(input, residual), mean, invstd, _float(weight), _float(bias), relu, recomputing.get()
+    )
 
 
 def bn_backward_reduce(

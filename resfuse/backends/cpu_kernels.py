@@ -17,13 +17,15 @@ for _schema in (
     "add_relu_forward(Tensor input, Tensor residual) -> Tensor",
     "add_relu_backward(Tensor grad_output, Tensor output) -> Tensor",
     "bn_statistics(Tensor input) -> (Tensor, Tensor)",
-    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu) "
-    "-> Tensor",
+    # pooled: the output lies in the pool of csrc/cpu/memory.h, as all z and gradients do, and cannot be resized.
+    "bn_apply(Tensor input, Tensor? residual, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, bool relu, "
+    "bool pooled) -> Tensor",
     "bn_eval_forward(Tensor input, Tensor? residual, Tensor running_mean, Tensor running_var, Tensor? weight, "
     "Tensor? bias, float eps, bool relu) -> Tensor",
     # (output, mean, invstd)
     "bn_train_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    "Tensor(b!)? running_var, Tensor? statistics, float momentum, float eps, bool relu, bool pooled) "
+    "-> (Tensor, Tensor, Tensor)",
     # (grad_input, sum g xhat, sum g, g)
     "bn_backward(Tensor grad_output, Tensor input, Tensor? output, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor invstd, bool relu, bool training, bool needs_input_grad, bool needs_masked) "

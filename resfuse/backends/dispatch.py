@@ -111,6 +111,9 @@ RANKING = (
 )
 
 
+recomputing: ContextVar[bool] = ContextVar("resfuse_recomputing", default=False)
+"""Outputs are computed again rather than kept, and a backend may have memory of its own for them."""
+
 _registered: dict[str, Backend] = {}
 
 

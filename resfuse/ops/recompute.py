@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -29,17 +28,15 @@ from resfuse.ops.library import run_kernel
 Vectors = Sequence[Any]
 """(weight, bias, mean, invstd) of a batch norm; the first two may be None."""
 
-_wanted: ContextVar[bool] = ContextVar("resfuse_recompute", default=False)
-
 
 @contextmanager
 def recomputing() -> Iterator[None]:
     """Calls inside the context do not keep outputs that backward can compute again."""
-    token = _wanted.set(True)
+    token = dispatch.recomputing.set(True)
     try:
         yield
     finally:
-        _wanted.reset(token)
+        dispatch.recomputing.reset(token)
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +101,7 @@ def save(ctx: Any, saved: Saved, output: Tensor, relu: bool, training: bool = Tr
     is_sum, again = saved.mean is None, False
     if not torch.compiler.is_compiling():
         ctx.request = dispatch.requested_backend()
-        wanted, residual = _wanted.get(), saved.residual
+        wanted, residual = dispatch.recomputing.get(), saved.residual
         ctx.kept = _maker(saved.input), _maker(residual)
         if is_sum:
             again = wanted and None not in ctx.kept
@@ -180,7 +177,7 @@ def mask_of(ctx: Any, saved: Saved, z: Tensor | None) -> Tensor | None:
     """The output, for its sign; None without a ReLU."""
     if not ctx.relu or saved.output is not None:
         return saved.output
-    with torch.no_grad():
+    with torch.no_grad(), recomputing():
         return _apply(ctx, z, saved.vectors, None)
 
 
@@ -203,7 +200,7 @@ def output_of(node: Any, differentiable: bool) -> Tensor:
                 todo += missing
                 depth = len(todo)
                 continue
-            with torch.set_grad_enabled(differentiable):
+            with torch.set_grad_enabled(differentiable), recomputing():
                 reading.outputs[differentiable] = _compute(node, reading.saved, differentiable)
             if not differentiable and of_residual is not None and _is_passed(len(todo), depth):
                 del of_residual.reading.outputs[False]

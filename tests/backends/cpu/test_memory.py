@@ -16,6 +16,7 @@ from torch import Tensor
 
 import resfuse
 from resfuse.backends import cpu
+from resfuse.ops.recompute import recomputing
 from resfuse.types import BatchNorm, Convolution
 
 ROOT = Path(__file__).parents[3]
@@ -104,12 +105,17 @@ def test_threads_share_it() -> None:
     assert not failures
 
 
-def test_results_of_inference_can_be_resized() -> None:
-    input, residual = torch.randn(LARGE), torch.randn(LARGE)
+def test_results_can_be_resized() -> None:
+    """In inference, and in training but for outputs that are computed again."""
+    input, residual, vectors = torch.randn(LARGE), torch.randn(LARGE), [torch.zeros(16), torch.ones(16)]
     with torch.no_grad():
-        vectors = [torch.zeros(16), torch.ones(16)]
-        for output in (resfuse.bn_act(input, *vectors), resfuse.add_relu(input, residual)):
-            output.untyped_storage().resize_(0)
+        found = [resfuse.bn_act(input, *vectors), resfuse.add_relu(input, residual)]
+    model = resfuse.nn.ConvBNAct2d(16, 16, 1)
+    found += [model(input), resfuse.bn_act(input.requires_grad_(), *vectors, training=True)]
+    for output in found:
+        output.detach().untyped_storage().resize_(0)
+    with recomputing():
+        assert is_pooled(model(input))
 
 
 def test_without_addresses_memory_is_pytorchs() -> None:
