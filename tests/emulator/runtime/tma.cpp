@@ -33,6 +33,7 @@ unsigned char* async_view() {
 // More than a GPU promises: the writes of all threads become visible, not those alone that are ordered before the
 // fence.
 void fence_proxy_async() {
+  const Unseen unseen;  // of bytes that others write at the same time
   std::memcpy(async_view(), this_block().shared(), this_block().shared_bytes());
   fence_mbarrier_init();
 }

@@ -58,6 +58,7 @@ void perform(WarpState::Product& product) {
 WarpState& warp_state() { return this_thread().warp->sm90; }
 
 void issue(void* const* operands, unsigned lanes) {
+  const Unseen unseen;  // of the registers of all lanes
   need_the_whole_warp(lanes, "wgmma");
   const auto& first = *static_cast<const Issue*>(operands[0]);
   const Wgmma& operation = *first.operation;
@@ -100,6 +101,7 @@ void commit(void* const*, unsigned lanes) {
 }
 
 void wait(void* const* operands, unsigned lanes) {
+  const Unseen unseen;
   need_the_whole_warp(lanes, "wgmma.wait_group");
   WarpState& warp = warp_state();
   auto& products = warp.products;
