@@ -153,12 +153,19 @@ for _ in range(3):
     output = model(input)
     holes = mallinfo()
     output.sum().backward()
-print((holes.fordblks - holes.keepcost) / input.nbytes)
+del output
+rollup = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+print((holes.fordblks - holes.keepcost) / input.nbytes, int(rollup["LazyFree"].split()[0]) * 1024 / input.nbytes)
 """
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts with glibc's mallinfo2")
 def test_a_recomputing_step_leaves_no_holes() -> None:
-    """After a forward of twelve layers glibc's heap holds few tensors' worth of free memory."""
+    """After a forward of twelve layers glibc's heap holds few tensors' worth of free memory.
+
+    After backward the system may take the pool's pages, at least those of the twelve z that it had.
+    """
     result = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, cwd=ROOT)
-    assert float(result.stdout) <= 4, result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
+    holes, pages = map(float, result.stdout.split())
+    assert holes <= 4 and pages >= 12, result.stdout
