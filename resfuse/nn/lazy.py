@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import Parameter
 
+from resfuse.layout import share_storage
 from resfuse.nn import fused_call
 from resfuse.nn.batch_norm import BatchNormKind, batch_norm_kind
 from resfuse.nn.fused_call import ConvCall, NormCall, activation_of, global_hooks, plain_convolution, unobserved
@@ -250,7 +251,7 @@ def _share_memory(one: Any, other: Any) -> bool:
     if one is other or type(one) is Symbol or type(other) is Symbol or torch.compiler.is_compiling():
         return one is other
     try:
-        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return share_storage(one, other)
     except (NotImplementedError, RuntimeError):  # as within torch.vmap
         return True
 
